@@ -1,0 +1,41 @@
+"""Purify image classifiers that may carry a backdoor.
+
+Importing this package is cheap: the public names load on first use, and its networks register with timm when timm is loaded.
+"""
+
+import importlib
+from typing import Any
+
+from .models import registration
+
+_HOMES = {
+    "D3Config": "defenses.d3",
+    "D3Trainer": "defenses.d3",
+    "FineTuningConfig": "defenses.fine_tuning",
+    "FineTuningTrainer": "defenses.fine_tuning",
+    "Preprocessing": "preprocessing",
+    "PurifyConfig": "config",
+    "PurifyTrainer": "trainer",
+    "RawImages": "data",
+    "from_description": "attacks",
+    "load_classifier": "models",
+    "load_images": "data",
+    "measure": "evaluation",
+    "purify": "workflow",
+    "retain_split": "data",
+}
+
+__all__ = [*_HOMES]  # noqa: PLE0604
+__version__ = "0.1.0"
+
+registration.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'd3_hf' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"d3_hf.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

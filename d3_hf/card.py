@@ -1,0 +1,86 @@
+"""The model card and the results table, rendered from the manifest: no number in them is typed by hand."""
+
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+TEMPLATE = Path(__file__).parent / "templates" / "purified_card.md"
+RESULT_NAMES = {
+    "accuracy": ("accuracy", "ACC"),
+    "asr": ("attack_success_rate", "ASR"),
+    "ra": ("robust_accuracy", "RA"),
+}
+
+
+def results_table(results: dict) -> str:
+    """Markdown table of ACC, ASR and RA before and after, each with count and 95 % interval, and DER.
+
+    Args:
+        results: As `evaluation.results` makes it: fractions in [0, 1] with ``_ci95`` and ``_n``.
+
+    Returns:
+        The table, without a final line break.
+    """
+
+    def cell(key: str) -> str:
+        low, high = results[f"{key}_ci95"]
+        return f"{100 * results[key]:.2f} % [{100 * low:.2f}, {100 * high:.2f}]"
+
+    rows = ["| | before | after | images |", "| --- | ---: | ---: | ---: |"]
+    for key, (_, short) in RESULT_NAMES.items():
+        if f"{key}_after" in results:
+            count = results[f"{key}_after_n"]
+            rows.append(f"| {short} | {cell(f'{key}_before')} | {cell(f'{key}_after')} | {count} |")
+    if "der" in results:
+        rows.append(f"| DER | | {results['der']:.4f} | |")
+    return "\n".join(rows)
+
+
+def render_card(facts: dict, results: dict | None, model_name: str, hub_model_id: str | None = None) -> ModelCard:
+    """Model card of a purified model.
+
+    Args:
+        facts: The manifest, `PurifyTrainer.facts`.
+        results: As `evaluation.results` makes it; ``None`` if nothing was measured.
+        model_name: Title of the card.
+        hub_model_id: Repository the card is for, if any.
+
+    Returns:
+        A card whose metadata carry the lineage and, when measured, a ``model-index``.
+    """
+    source, data = facts["source"], facts["measured"].get("data") or "held-out images"
+    card_data = ModelCardData(
+        base_model=source["name"] if source["kind"] == "hub" else None,
+        base_model_relation="finetune" if source["kind"] == "hub" else None,
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "backdoor-defense", "purified", "d3_hf"],
+        model_name=model_name,
+        eval_results=_eval_results(results, data, facts["measured"].get("trigger")) if results else None,
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        model_name=model_name,
+        facts=facts,
+        results_table=results_table(results) if results else None,
+        hub_model_id=hub_model_id,
+    )
+
+
+def _eval_results(results: dict, data: str, trigger: dict | None) -> list[EvalResult]:
+    found = []
+    for key, (metric, short) in RESULT_NAMES.items():
+        if f"{key}_after" in results:
+            found.append(
+                EvalResult(
+                    task_type="image-classification",
+                    dataset_type=data,
+                    dataset_name=data,
+                    dataset_config="as they are" if key == "accuracy" else f"triggered by {trigger['name']}",
+                    metric_type=metric,
+                    metric_name=f"{short} after purification",
+                    metric_value=results[f"{key}_after"],
+                )
+            )
+    return found

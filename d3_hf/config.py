@@ -1,0 +1,77 @@
+"""What every defence shares: `PurifyConfig`, a `transformers.TrainingArguments` with the field's defaults."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+BATCH_NORM_POLICIES = ("train", "eval", "frozen")
+
+
+@dataclass
+class PurifyConfig(TrainingArguments):
+    """Arguments shared by all defences: `TrainingArguments` with the schedule of the D3 study.
+
+    Only what differs from `TrainingArguments` is listed. Defaults marked (BB) are BackdoorBench's common defence settings,
+    (code) those of the D3 authors' ``defense/d3.py``.
+
+    Args:
+        output_dir: Where the purified model and its evidence go.
+        learning_rate: 0.01 (BB).
+        num_train_epochs: 30 passes over the retain set; the code runs 100 of 10 steps each, 30 of 20 steps was enough here
+            (README, "Proof").
+        per_device_train_batch_size: 128; the code's 256 makes half as many steps of the same retain set.
+        optim, optim_args: SGD with momentum 0.9 (BB).
+        lr_scheduler_type: Cosine to zero, stepped per update; the code steps it once per epoch.
+        weight_decay: 0, as the code runs (its configured 5e-4 is never passed on).
+        max_grad_norm: 0, no clipping: a clip would scale the clean gradient and the distance gradient apart from what
+            lambda says.
+        batch_norm: How BatchNorm layers run while training: ``"train"`` (batch statistics, running ones updated; code),
+            ``"eval"`` (running statistics kept, scale and shift trained) or ``"frozen"`` (nothing of them changes).
+        crop_padding: Pixels of zero padding before the random crop, >= 0; 4 (BB, at 32x32).
+        horizontal_flip: Flip half of the images. Off, because a flip changes what some signs and digits mean; BB flips
+            CIFAR-10.
+        save_strategy: ``"no"``: the final model is saved; checkpoints, which hold optimizer state as pickles, only on request.
+        hub_private_repo: Repositories are created private.
+
+    Raises:
+        ValueError: ``batch_norm`` is unknown; ``crop_padding`` < 0; ``hub_token`` is given (it would be written into logs:
+            log in or set ``HF_TOKEN``); ``label_smoothing_factor`` is not 0 (the loss is the method's own).
+    """
+
+    output_dir: str | None = field(
+        default="outputs/purified", metadata={"help": "Folder for the purified model and its evidence."}
+    )
+    learning_rate: float = field(default=0.01, metadata={"help": "Initial learning rate."})
+    num_train_epochs: float = field(default=30, metadata={"help": "Passes over the retain set."})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Images per device and micro-batch."})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images per device and batch in evaluation."})
+    optim: str = field(default="sgd", metadata={"help": "Optimizer, any name of TrainingArguments."})
+    optim_args: str | None = field(default="momentum=0.9", metadata={"help": "Arguments of the optimizer."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the gradient to this norm; 0 does not clip."})
+    batch_norm: str = field(
+        default="train",
+        metadata={"help": "BatchNorm while training: train, eval or frozen.", "choices": BATCH_NORM_POLICIES},
+    )
+    crop_padding: int = field(default=4, metadata={"help": "Zero padding in pixels before the random crop."})
+    horizontal_flip: bool = field(default=False, metadata={"help": "Flip half of the training images."})
+    save_strategy: str = field(default="no", metadata={"help": "When to write checkpoints for resuming."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    report_to: str = field(default="none", metadata={"help": "Trackers to report to."})
+    hub_private_repo: bool | None = field(default=True, metadata={"help": "Create Hub repositories private."})
+    # Each of these would be wrong with the library's default: the data set's own columns are converted by the trainer, the
+    # non-finite loss is an error here, and no parameter of a classifier stays unused.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model does not take."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "DDP: look for unused parameters."})
+
+    def __post_init__(self):
+        if self.batch_norm not in BATCH_NORM_POLICIES:
+            raise ValueError(f"batch_norm must be one of {', '.join(BATCH_NORM_POLICIES)}; got {self.batch_norm!r}")
+        if self.crop_padding < 0:
+            raise ValueError(f"crop_padding must be >= 0 pixels; got {self.crop_padding}")
+        if self.hub_token is not None:
+            raise ValueError("hub_token would end up in logs and files; log in with `hf auth login` or set HF_TOKEN instead")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor must stay 0: the defence computes its own loss")
+        super().__post_init__()

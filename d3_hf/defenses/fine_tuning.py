@@ -1,0 +1,46 @@
+"""FT and FT-init: plain fine-tuning on the retain set, the controls every other defence is read against.
+
+FT is BackdoorBench's ``defense/ft.py``. FT-init draws the head anew and fine-tunes everything (Min et al., "Towards Stable
+Backdoor Purification through Feature Shift Tuning", NeurIPS 2023): it separates what D3 owes to its warm start from what it
+owes to the distance.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .. import geometry
+from ..config import PurifyConfig
+from ..selection import select_weights
+from ..trainer import PurifyTrainer
+
+
+@dataclass
+class FineTuningConfig(PurifyConfig):
+    """Arguments of FT and FT-init.
+
+    Args:
+        reinitialize_head: Draw the head's weight anew before training, as D3's ``warm_start="random"`` does (uniform, rescaled
+            to its norm; bias kept), seeded by ``seed``: FT-init. The FST authors draw the bias too and do not rescale.
+    """
+
+    output_dir: str | None = field(default="outputs/fine_tuned", metadata={"help": "Folder for the tuned model."})
+    reinitialize_head: bool = field(default=False, metadata={"help": "FT-init: draw the head's weight anew first."})
+
+
+class FineTuningTrainer(PurifyTrainer):
+    """Trainer of FT and FT-init; see `PurifyTrainer` for the arguments."""
+
+    paper = "https://arxiv.org/abs/2310.01875"
+
+    def __init__(self, model, args: FineTuningConfig, *arguments, **kwargs):
+        super().__init__(model, args, *arguments, **kwargs)
+        self.method = "FT-init" if args.reinitialize_head else "FT"
+
+    def begin_purification(self, resumed: bool) -> None:
+        """Draw the head anew for FT-init, unless the weights come from a checkpoint."""
+        if self.args.reinitialize_head and not resumed:
+            (segment,) = select_weights(self.model, "head", self.preprocessing.size)
+            weight = segment.of(segment.parameter.detach())
+            generator = torch.Generator().manual_seed(self.args.seed)
+            weight.copy_(geometry.warm_start(weight.cpu(), "random", generator))

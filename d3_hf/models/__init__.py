@@ -1,0 +1,21 @@
+"""From any source to one kind of classifier: loading (`load.py`), wrapping (`wrapper.py`) and the networks that hubs
+lack.
+
+Names are looked up on first use, so that importing this package loads neither torch nor transformers.
+"""
+
+import importlib
+
+_HOMES = {
+    "Source": "load",
+    "WrappedClassifier": "wrapper",
+    "load_classifier": "load",
+    "new_classifier": "architectures",
+}
+__all__ = ["Source", "WrappedClassifier", "load_classifier", "new_classifier"]  # noqa: F822
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,277 @@
+"""`load_classifier`: one entry for every kind of checkpoint, each treated as if it came from an attacker.
+
+No code of a checkpoint runs: safetensors first, other files only with torch's restricted unpickler, never a Hub
+repository's own Python. What comes out is a `transformers.PreTrainedModel` in float32 with ``image_processor`` and
+``source`` set.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from torch import nn
+from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
+
+from . import architectures, wrapper
+from .folder import open_folder, read_processor, weights_files
+from .labels import check_label_names, set_label_names
+from .weights import PICKLED, first_line, load_module, load_pretrained, read_weights, refuse_non_finite, sha256
+
+logger = logging.getLogger(__name__)
+
+# Everything that is fetched from a Hub repository: no pickles and no code.
+HUB_FILES = (
+    "config.json",
+    "preprocessor_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+)
+# Which arguments go with which kind of source; the others are settled by the source itself.
+OPTIONS = {
+    "hub": {"revision", "module", "num_labels", "label_names", "image_processor"},
+    "folder": {"module", "num_labels", "label_names", "image_processor"},
+    "file": {
+        "architecture",
+        "model_args",
+        "module",
+        "num_labels",
+        "label_names",
+        "image_mean",
+        "image_std",
+        "image_size",
+    },
+    "module": {"num_labels", "label_names", "image_mean", "image_std", "image_size"},
+    "model": {"num_labels", "label_names", "image_processor"},
+}
+DEFAULT_SIZE = 32  # CIFAR-10, CIFAR-100 and GTSRB, the data sets of most backdoor papers
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a classifier came from.
+
+    Attributes:
+        kind: ``"hub"``, ``"folder"``, ``"file"``, or ``"module"`` for one that was in memory.
+        name: Hub id, path as it was given, or class name.
+        revision: Commit of a Hub id.
+        sha256: SHA-256 in hexadecimal, by file name, of the local files that define the classifier.
+    """
+
+    kind: Literal["hub", "folder", "file", "module"]
+    name: str
+    revision: str | None = None
+    sha256: dict[str, str] | None = None
+
+
+def load_classifier(
+    source: str | Path | nn.Module,
+    *,
+    architecture: str | None = None,
+    model_args: dict[str, Any] | None = None,
+    num_labels: int | None = None,
+    label_names: Sequence[str] | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    image_processor: BaseImageProcessor | None = None,
+    revision: str | None = None,
+    module: nn.Module | None = None,
+) -> PreTrainedModel:
+    """Load an image classifier from anywhere, without running code that it brings.
+
+    Args:
+        source: One of
+
+            - a Hub id of transformers or timm (``google/vit-base-patch16-224``,
+              ``timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k``); safetensors only;
+            - a folder that ``save_pretrained`` or timm wrote; ``pytorch_model.bin`` is opened with the restricted
+              unpickler;
+            - a ``.safetensors`` file, or a ``.pth``, ``.pt``, ``.th``, ``.tar``, ``.bin`` or ``.ckpt`` state dict,
+              together with ``architecture`` or ``module``;
+            - a module that maps normalised images (B, 3, h, w) to logits (B, C), which becomes a `WrappedClassifier`;
+              the network itself, not inside DataParallel or torch.compile;
+            - a transformers model, which is kept.
+        architecture: timm name of the network that a file's weights belong to, d3_hf's own included
+            (``resnet20_cifar``, ``preact_resnet18_cifar``, ``wrn16_1_cifar``, ...).
+        model_args: Further arguments of the architecture, such as ``{"img_size": 32, "patch_size": 4}``.
+        num_labels: Number of classes, at least 2. Default: the source's own; checked against it.
+        label_names: Class names in the order of the logits.
+        image_mean: Mean of each channel of a file's or a module's training images, on the scale where a pixel is in
+            [0, 1]. Default: the architecture's, if it has one.
+        image_std: Standard deviation of each channel, on the same scale.
+        image_size: Pixels, one number or (height, width), for files and modules. Default: the architecture's; 32 for a
+            module.
+        image_processor: Processor to use in place of the source's own.
+        revision: Branch, tag or commit of a Hub id; pin a commit to be sure of what is loaded.
+        module: Network to load a file, or what a `WrappedClassifier` saved, into.
+
+    Returns:
+        The classifier in float32 (a transformers model in memory keeps its type) and in evaluation mode, with two
+        plain attributes: ``image_processor`` and ``source``, a `Source`.
+
+    Raises:
+        FileNotFoundError: No such file or folder; a folder without ``config.json`` or weights.
+        OSError: A Hub id that does not exist, or is neither cached nor within reach.
+        ValueError: A file that is damaged, of another format, or wants to run code; weights that are missing,
+            superfluous, of another shape, NaN or infinite; an unknown architecture; a number of classes that is not
+            the source's; a checkpoint that needs a repository's own code, is quantised or an adapter; a missing
+            normalisation or image processor; an argument that the kind of source has no use for.
+        TypeError: ``source`` is none of the above.
+    """
+    given = {name: value for name, value in locals().items() if name != "source" and value is not None}
+    kind = _kind(source)
+    if useless := sorted(given.keys() - OPTIONS[kind]):
+        raise ValueError(f"{_name(source)}: {', '.join(useless)} cannot be set for a {kind} source, which settles it itself")
+    check_label_names(label_names, num_labels)
+    loader = {
+        "hub": _from_hub,
+        "folder": _from_folder,
+        "file": _from_file,
+        "module": _from_module,
+        "model": _from_model,
+    }[kind]
+    model = loader(source, **given)
+    if num_labels is not None and model.config.num_labels != num_labels:
+        raise ValueError(f"{_name(source)} has {model.config.num_labels} classes, not num_labels={num_labels}")
+    return model.eval()
+
+
+def _kind(source: Any) -> str:
+    if isinstance(source, PreTrainedModel):
+        return "model"
+    if isinstance(source, nn.Module):
+        return "module"
+    if not isinstance(source, str | Path):
+        raise TypeError(f"cannot load a {type(source).__name__}: pass a Hub id, a path or a module")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return "folder"
+    if path.is_file():
+        return "file"
+    is_name = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)
+    if not is_name or path.suffix in (".safetensors", *PICKLED):
+        raise FileNotFoundError(f"no such file or folder: {source}")
+    return "hub"
+
+
+def _name(source: Any) -> str:
+    return wrapper.class_name(source) if isinstance(source, nn.Module) else str(source)
+
+
+def _from_hub(repo: str, revision: str | None = None, **options) -> PreTrainedModel:
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(HUB_FILES)))
+    except RepositoryNotFoundError as error:
+        raise OSError(f"{repo} is no local path, and no model on the Hub that you may read: check the name") from error
+    except LocalEntryNotFoundError as error:
+        raise OSError(
+            f"{repo} is no local path and not in the Hub cache, and the Hub cannot be reached: go online once"
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise OSError(f"{repo} at revision {revision or 'main'}: {first_line(error)}") from error
+    model = open_folder(folder, repo, **options)
+    model.source = Source("hub", repo, revision=folder.name)  # a snapshot's folder is named after its commit
+    return model
+
+
+def _from_folder(source: str | Path, **options) -> PreTrainedModel:
+    folder = Path(source).expanduser()
+    model = open_folder(folder, str(source), **options)
+    files = [folder / "config.json", *weights_files(folder, str(source))]
+    model.source = Source("folder", str(source), sha256={file.name: sha256(file) for file in files})
+    return model
+
+
+def _from_file(
+    source: str | Path,
+    architecture: str | None = None,
+    model_args: dict[str, Any] | None = None,
+    module: nn.Module | None = None,
+    num_labels: int | None = None,
+    label_names: Sequence[str] | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> PreTrainedModel:
+    path, name = Path(source).expanduser(), str(source)
+    if (architecture is None) == (module is None):
+        raise ValueError(f"{name} holds weights without their network: pass architecture= (a timm name) or module=")
+    if architecture is not None:
+        architectures.architecture_cfg(architecture)  # a wrong name is told before a large file is read
+    weights = read_weights(path)
+    if module is not None:
+        if model_args is not None:
+            raise ValueError("model_args= goes with architecture=, not with module=")
+        load_module(module, weights, name)
+        model = _from_module(module, num_labels, label_names, image_mean, image_std, image_size)
+    else:
+        count = check_label_names(label_names, num_labels) or architectures.classes_in(weights, architecture, name)
+        config = architectures.timm_config(architecture, count, label_names, image_mean, image_std, image_size, model_args)
+        model = load_pretrained(TimmWrapperForImageClassification, config, weights, name)
+        model.image_processor = architectures.processor_of(config)
+    model.source = Source("file", name, sha256={path.name: sha256(path)})
+    return model
+
+
+def _from_module(
+    module: nn.Module,
+    num_labels: int | None = None,
+    label_names: Sequence[str] | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> wrapper.WrappedClassifier:
+    name = wrapper.class_name(module)
+    if image_mean is None or image_std is None:
+        raise ValueError(
+            f"{name}: pass the training's image_mean= and image_std= (0,0,0 and 1,1,1 where it takes pixels / 255)"
+        )
+    architectures.check_normalisation(image_mean, image_std)
+    refuse_non_finite(module.state_dict(), name)
+    height, width = architectures.height_width(DEFAULT_SIZE if image_size is None else image_size)
+    logger.info("%s: images of %d x %d pixels", name, height, width)
+    count = wrapper.count_classes(module, (height, width))
+    config = wrapper.WrappedClassifierConfig(
+        num_labels=count,
+        module_class=name,
+        image_size=[height, width],
+        image_mean=[float(value) for value in image_mean],
+        image_std=[float(value) for value in image_std],
+    )
+    if label_names is not None:
+        check_label_names(label_names, count)
+        set_label_names(config, label_names)
+    model = wrapper.WrappedClassifier(config, module)
+    model.image_processor = wrapper.processor_of(config)
+    model.source = Source("module", name)
+    return model
+
+
+def _from_model(
+    model: PreTrainedModel,
+    num_labels: int | None = None,
+    label_names: Sequence[str] | None = None,
+    image_processor: BaseImageProcessor | None = None,
+) -> PreTrainedModel:
+    name = model.name_or_path or type(model).__name__
+    refuse_non_finite(model.state_dict(), name)
+    if label_names is not None:
+        check_label_names(label_names, model.config.num_labels)
+        set_label_names(model.config, label_names)
+    model.image_processor = image_processor or getattr(model, "image_processor", None) or _find_processor(model, name)
+    model.source = getattr(model, "source", None) or Source("module", name)
+    return model
+
+
+def _find_processor(model: PreTrainedModel, name: str) -> BaseImageProcessor:
+    if isinstance(model.config, TimmWrapperConfig) and getattr(model.config, "pretrained_cfg", None):
+        return architectures.processor_of(model.config)
+    if not model.name_or_path:
+        raise ValueError(f"{name} came from no folder and no Hub id to find its image processor in: pass image_processor=")
+    return read_processor(model.name_or_path, name)

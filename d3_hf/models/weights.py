@@ -1,0 +1,216 @@
+"""Weights files, read as if they were hostile, and the strict way of putting weights into a network.
+
+Safetensors cannot carry code. Everything else is opened with torch's restricted unpickler (``weights_only=True``);
+where that refuses, the file is refused: there is no other way in.
+"""
+
+import contextlib
+import hashlib
+import logging
+import pickle
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+logger = logging.getLogger(__name__)
+
+PICKLED = (".pth", ".pt", ".tar", ".th", ".bin", ".ckpt")
+# Where training scripts put the weights in what they save, in timm's order of preference; then those of other
+# toolboxes.
+CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "net", "model_state_dict")
+# What DataParallel and torch.compile put before every name.
+PREFIXES = ("module.", "_orig_mod.")
+SHOWN = 4
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read the weights of one file, without running anything that it may contain.
+
+    A state dict inside a training checkpoint is taken out of it, and prefixes of wrappers are removed where all names
+    have them.
+
+    Args:
+        path: A ``.safetensors`` file, or a state dict that `torch.save` wrote.
+
+    Returns:
+        Tensors on the CPU by name.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The suffix is unknown; the file is truncated or of another format; it wants to run code; it holds
+            no tensors, or something that is not a tensor.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file {path}")
+    if path.suffix == ".safetensors":
+        contents = _read_safetensors(path)
+    elif path.suffix in PICKLED:
+        contents = _unpack(_read_pickle(path), path)
+    else:
+        raise ValueError(f"{path}: unknown suffix {path.suffix!r}; expected .safetensors or {', '.join(PICKLED)}")
+    if not contents:
+        raise ValueError(f"{path} holds no weights")
+    return _without_prefixes(contents)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no complete safetensors file ({first_line(error)}): fetch it again") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted is None:
+            raise ValueError(f"{path} is no state dict that torch.save wrote ({type(error).__name__})") from error
+        raise ValueError(
+            f"{path} was not opened: it wants to run {wanted[1]}, and a weights file may hold only tensors; ask "
+            "its author for safetensors, or convert it inside a sandbox"
+        ) from error
+    except Exception as error:  # a damaged or foreign file can fail in any way; none of them is recovered from
+        raise ValueError(
+            f"{path} is no complete state dict that torch.save wrote ({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def _unpack(contents: Any, path: Path) -> dict[str, Tensor]:
+    if isinstance(contents, dict):
+        container = next((key for key in CONTAINERS if isinstance(contents.get(key), dict)), None)
+        if container is not None:
+            logger.info("%s: weights taken from its entry %r", path, container)
+            contents = contents[container]
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} holds a {type(contents).__name__}, not a state dict (a dict of tensors by name)")
+    others = [
+        f"{key!r} ({type(value).__name__})"
+        for key, value in contents.items()
+        if not isinstance(value, Tensor) or not isinstance(key, str)
+    ]
+    if others:
+        raise ValueError(
+            f"{path} is no state dict, which holds tensors by name; found {_some(others)}; weights are looked for at the "
+            f"top and under {', '.join(CONTAINERS)}"
+        )
+    return dict(contents)
+
+
+def _without_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in weights)), None):
+        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    return weights
+
+
+def load_pretrained(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, weights: dict[str, Tensor], where: str
+) -> PreTrainedModel:
+    """Build a transformers model in float32 with exactly these weights, in evaluation mode.
+
+    Args:
+        model_class: What to build.
+        config: Its configuration.
+        weights: As its file has them; transformers translates names of older releases.
+        where: Where the weights come from, for messages.
+
+    Raises:
+        ValueError: The model cannot be built from the configuration, or names, shapes or values of the weights are
+            wrong.
+    """
+    refuse_non_finite(weights, where)
+    try:
+        # Without a folder, from_pretrained has no adapter, pickle or custom code to look for: only these tensors.
+        with _quiet_transformers():
+            model, report = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(weights),
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: no {model_class.__name__} can be built from its config: {first_line(error)}") from error
+    _refuse_mismatch(where, report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
+    model.name_or_path = model.config.name_or_path = ""  # from_pretrained(None) leaves the string "None"
+    return model
+
+
+def load_module(module: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """Load weights into a plain module, strictly.
+
+    Raises:
+        ValueError: Names, shapes or values of the weights are wrong.
+    """
+    refuse_non_finite(weights, where)
+    expected = module.state_dict()
+    mismatched = [
+        (name, weights[name].shape, tensor.shape)
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    _refuse_mismatch(where, expected.keys() - weights.keys(), weights.keys() - expected.keys(), mismatched)
+    module.load_state_dict(weights, strict=True)
+
+
+def refuse_non_finite(weights: dict[str, Tensor], where: str) -> None:
+    """Raise a ValueError that names the weights with a NaN or an infinity."""
+    bad = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f"{where}: NaN or infinite values in {_some(bad)}")
+
+
+def _refuse_mismatch(where: str, missing: Iterable[str], extra: Iterable[str], mismatched: Iterable[tuple]) -> None:
+    # BatchNorm's counter is younger than some checkpoints and changes no logit; torch's own strict loading lets it be
+    # absent.
+    missing = sorted(name for name in missing if not name.endswith("num_batches_tracked"))
+    shapes = [f"{name} {tuple(found)} instead of {tuple(needed)}" for name, found, needed in sorted(mismatched)]
+    faults = [
+        f"{len(names)} {what}: {_some(names)}"
+        for what, names in (("missing", missing), ("unexpected", sorted(extra)), ("of the wrong shape", shapes))
+        if names
+    ]
+    if faults:
+        raise ValueError(
+            f"{where}: the weights are not those of this network ({'; '.join(faults)}): check the architecture and "
+            "the number of classes"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def first_line(error: Exception) -> str:
+    """First line of an exception's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    # It would log a table of the same faults that are raised here in one line.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)

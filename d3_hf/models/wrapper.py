@@ -1,0 +1,128 @@
+"""Any module that maps images to logits, as a transformers model.
+
+``config.json`` names the module's class for the reader. It is never imported from there: whoever reloads the folder
+passes the module, so that a folder can name what it likes and nothing of it runs.
+"""
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTImageProcessor,
+)
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from .weights import first_line
+
+
+@strict
+class WrappedClassifierConfig(PreTrainedConfig):
+    """Configuration of a `WrappedClassifier`.
+
+    Args:
+        module_class: Qualified name of the module's class, for the reader only.
+        image_size: (height, width) in pixels.
+        image_mean: Mean of each channel, on the scale where a pixel is in [0, 1].
+        image_std: Standard deviation of each channel, on the same scale.
+    """
+
+    model_type = "d3_hf_module"
+
+    module_class: str | None = None
+    image_size: list[int] | None = None
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+
+
+class WrappedClassifier(PreTrainedModel):
+    """A module that maps images (B, 3, h, w) to logits (B, C), under the name ``network``.
+
+    Args:
+        config: Its configuration.
+        module: The module with its weights; they are not initialised again.
+
+    Raises:
+        ValueError: ``module`` is missing, as when the folder is loaded with an Auto class.
+    """
+
+    config_class = WrappedClassifierConfig
+    base_model_prefix = "network"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: WrappedClassifierConfig, module: nn.Module | None = None):
+        if module is None:
+            raise ValueError(
+                f"the weights belong to a {config.module_class}, whose code is not stored here: make one and call "
+                "d3_hf.load_classifier(folder, module=it)"
+            )
+        super().__init__(config)
+        self.network = module
+        self.num_labels = config.num_labels
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The module arrives with its weights."""
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+        """Map normalised images to logits.
+
+        Args:
+            pixel_values: float (B, 3, h, w).
+            labels: int64 (B,); with them the mean cross-entropy in nats is returned too.
+        """
+        logits = self.network(pixel_values)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+AutoConfig.register(WrappedClassifierConfig.model_type, WrappedClassifierConfig)
+AutoModelForImageClassification.register(WrappedClassifierConfig, WrappedClassifier)
+
+
+def processor_of(config: WrappedClassifierConfig) -> ViTImageProcessor:
+    """Return the image processor of a wrapped module: resize, rescale, normalise."""
+    height, width = config.image_size
+    return ViTImageProcessor(size={"height": height, "width": width}, image_mean=config.image_mean, image_std=config.image_std)
+
+
+def class_name(module: nn.Module) -> str:
+    """Qualified name of a module's class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def count_classes(module: nn.Module, image_size: tuple[int, int]) -> int:
+    """Pass one black image through the module, in evaluation mode, and count its logits.
+
+    Raises:
+        ValueError: The module is inside another (DataParallel, torch.compile), shares weights, has none, fails on the
+            image, or returns something else than logits (1, C).
+    """
+    name = class_name(module)
+    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    if not names:
+        raise ValueError(f"{name} has no parameters")
+    for prefix in ("module.", "_orig_mod."):
+        if all(n.startswith(prefix) for n in names):
+            raise ValueError(f"{name} wraps the network: pass the network itself, module.{prefix[:-1]}")
+    if len(names) != len(list(module.parameters())):
+        raise ValueError(f"{name} uses one weight under two names, which safetensors cannot store: give each its own copy")
+    first = next(module.parameters())
+    image = torch.zeros((1, 3, *image_size), device=first.device, dtype=first.dtype)
+    try:
+        with torch.no_grad():
+            logits = module.eval()(image)
+    except Exception as error:  # foreign code can fail in any way; none of them is recovered from
+        raise ValueError(
+            f"{name} failed on an image of shape {tuple(image.shape)} ({first_line(error)}): is image_size= right?"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{name} must map images (B, 3, h, w) to logits (B, C); for one image it returned {found}")
+    return logits.shape[1]

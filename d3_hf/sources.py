@@ -1,0 +1,128 @@
+"""Where images come from, and which of a dataset's columns hold the picture and the label.
+
+Internals of `d3_hf.data.load_images`: opening a source and finding columns by feature type.
+"""
+
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+Source = str | Path | Mapping[str, str | Path | list[str | Path]] | Dataset | DatasetDict
+
+
+def open_source(source: Source, revision: str | None) -> DatasetDict:
+    """Open a source with whatever columns it has; see `d3_hf.data.load_images` for the sources and errors."""
+    if revision is not None and not _is_hub_name(source):
+        raise ValueError(f"revision={revision!r} is for datasets of the Hub; {name_of(source)} is not one")
+    if isinstance(source, DatasetDict):
+        return source
+    if isinstance(source, Dataset):
+        return DatasetDict({str(source.split or "train"): source})
+    if isinstance(source, Mapping):
+        return _open_parquet(source)
+    if source == "digits":
+        return digits()
+    if _is_hub_name(source):
+        return _open_hub(source, revision)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return datasets.load_dataset(str(path.resolve()))
+    return _open_parquet({"train": path})
+
+
+def digits() -> DatasetDict:
+    """scikit-learn's 1,797 handwritten digits (UCI "Optical Recognition of Handwritten Digits", test part).
+
+    Enlarged bilinearly from 8x8 to 32x32, grey levels 0..16 spread over 0..255, three equal channels. The split, 1,437
+    for training and 360 for testing, is stratified by digit and fixed.
+    """
+    bunch = load_digits()
+    grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    features = Features({"image": datasets.Image(), "label": ClassLabel(names=[str(name) for name in bunch.target_names])})
+    train, test = train_test_split(np.arange(len(grey)), test_size=0.2, random_state=0, stratify=bunch.target)
+    return DatasetDict(
+        {
+            split: Dataset.from_dict(
+                {"image": [{"bytes": _enlarge(grey[row]), "path": None} for row in rows], "label": bunch.target[rows]},
+                features=features,
+                split=split,
+            )
+            for split, rows in (("train", np.sort(train)), ("test", np.sort(test)))
+        }
+    )
+
+
+def name_of(source: Source) -> str:
+    """What to call a source in a message: its path or name, or the type of one that is already loaded."""
+    return str(source) if isinstance(source, str | Path) else f"a {type(source).__name__}"
+
+
+def image_column(features: Features, requested: str | None) -> str:
+    """Name of the picture column: ``requested``, or the only one of type `datasets.Image`."""
+    candidates = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    return _choose(features, candidates, requested, "image")
+
+
+def label_column(features: Features, requested: str | None) -> str:
+    """Name of the label column: ``requested``, the only one of type `ClassLabel`, or else of integers or strings."""
+    named = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    plain = [name for name, feature in features.items() if re.match(r"u?int|(large_)?string", _dtype(feature))]
+    return _choose(features, (named + plain) if requested else (named or plain), requested, "label")
+
+
+def _is_hub_name(source: Source) -> bool:
+    if not isinstance(source, str) or source == "digits" or Path(source).expanduser().exists():
+        return False
+    return re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", source) is not None and not source.endswith(".parquet")
+
+
+def _open_hub(name: str, revision: str | None) -> DatasetDict:
+    try:
+        return datasets.load_dataset(name, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"cannot load {name!r}, which is no local path, from the Hub: {reason}. Check the name, the revision and "
+            "the network, or pass a folder, parquet files or a loaded DatasetDict"
+        ) from error
+
+
+def _open_parquet(files: Mapping[str, str | Path | list[str | Path]]) -> DatasetDict:
+    paths = {split: [Path(f).expanduser() for f in (v if isinstance(v, list) else [v])] for split, v in files.items()}
+    for path in (path for several in paths.values() for path in several):
+        if not path.is_file():
+            raise FileNotFoundError(f"no such file or folder: {path}")
+        if path.suffix != ".parquet":
+            raise ValueError(f"{path} is not a .parquet file; pass parquet files, a folder of images or a dataset's name")
+    return datasets.load_dataset("parquet", data_files={split: [str(p) for p in several] for split, several in paths.items()})
+
+
+def _choose(features: Features, candidates: list[str], requested: str | None, kind: str) -> str:
+    columns = ", ".join(f"{name} ({_dtype(feature)})" for name, feature in features.items())
+    if requested is not None:
+        if requested not in candidates:
+            raise ValueError(f"{kind}_column={requested!r} is no {kind} column; the dataset has {columns}")
+        return requested
+    if not candidates:
+        raise ValueError(f"found no {kind} column; the dataset has {columns}")
+    if len(candidates) > 1:
+        raise ValueError(f"several {kind} columns: {', '.join(candidates)}; choose one with {kind}_column=")
+    return candidates[0]
+
+
+def _dtype(feature: object) -> str:
+    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+
+
+def _enlarge(grey: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(grey).resize((32, 32), Image.Resampling.BILINEAR).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,334 @@
+"""`PurifyTrainer`: what every defence shares on top of `transformers.Trainer`.
+
+It accepts images as they are (a `datasets.Dataset` with an Image column is decoded once and augmented by batch), keeps
+BatchNorm as the configuration says, computes one clean loss over the whole accumulated window, offers `optimizer_step` as a
+method to override, resumes exactly, and writes no pickle next to the purified model.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, default_data_collator
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from . import manifest
+from .card import render_card
+from .config import PurifyConfig
+from .data import Augmentation, RawImages, TrainingImages
+from .evaluation import compute_metrics as accuracy_metrics
+from .preprocessing import Preprocessing
+
+MANIFEST = "purification.json"
+RETAIN_INDICES = "retain_indices.json"
+
+
+class _RouteOptimizerStep(TrainerCallback):
+    """Calls the trainer back at the first moment when model, optimizer and resumed state are final."""
+
+    def __init__(self, trainer: "PurifyTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.route_optimizer_step()
+        self.trainer.begin_purification(resumed=state.global_step > 0)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # accelerate hands the epoch to the sampler and not to the data set, which draws its crops by it.
+        if isinstance(self.trainer.train_dataset, TrainingImages):
+            self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.end_purification()
+
+
+class PurifyTrainer(Trainer):
+    """A `Trainer` that fine-tunes a classifier on a few trusted images; the defences subclass it.
+
+    Args:
+        model: A `PreTrainedModel` image classifier; `load_classifier` makes one of any source.
+        args: The defence's configuration.
+        train_dataset: The retain set: a `datasets.Dataset` with one Image and one ClassLabel column, or a dataset that yields
+            ``pixel_values`` and ``labels`` ready for the model.
+        eval_dataset: Images to measure ACC on, in either form; optional.
+        processing_class: The checkpoint's image processor. Default: the one `load_classifier` left on the model.
+        kwargs: Further arguments of `Trainer`.
+
+    Raises:
+        ValueError: No image processor is known; the run would use `nn.DataParallel`, FSDP or DeepSpeed, a PEFT model or
+            `model_init`; a training batch has no tensor ``labels``.
+        FloatingPointError: The clean loss of a step is NaN or infinite.
+    """
+
+    # Our loss is normalised over the whole window: the Trainer must not divide it by the number of micro-batches again.
+    loss_is_scaled_for_ga = True
+    method = "fine-tuning"
+    paper: str | None = None
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: PurifyConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs,
+    ):
+        _refuse_unsupported(model, args, kwargs)
+        processing_class = processing_class or getattr(model, "image_processor", None)
+        if processing_class is None:
+            raise ValueError(
+                f"no image processor for {type(model).__name__}: load it with d3_hf.load_classifier or pass processing_class="
+            )
+        self.preprocessing = Preprocessing.from_processor(processing_class)
+        self.retain_indices = _column(train_dataset, "index")
+        self.data_source: str | None = None
+        self.measured: dict[str, Any] = {}
+        self.results: dict[str, Any] | None = None
+        seed = args.seed if args.data_seed is None else args.data_seed
+        augmentation = Augmentation(args.crop_padding, args.horizontal_flip, seed)
+        kwargs.setdefault("compute_metrics", accuracy_metrics)
+        kwargs.setdefault("data_collator", _collate)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self._images(train_dataset, augmentation),
+            eval_dataset=self._images(eval_dataset, None),
+            processing_class=processing_class,
+            compute_loss_func=self.clean_loss,
+            **kwargs,
+        )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("FSDP and DeepSpeed are not supported yet; launch with DDP (accelerate launch --multi_gpu)")
+        self._batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if args.batch_norm == "frozen":
+            for module in self._batch_norms:
+                module.requires_grad_(False)
+        self.add_callback(_RouteOptimizerStep(self))
+
+    # What a defence overrides ------------------------------------------------------------------------------------------
+
+    def sample_loss(self, cross_entropy: Tensor) -> Tensor:
+        """Map each image's cross-entropy (B,) in nats to its share of the training loss; the identity here."""
+        return cross_entropy
+
+    def finish_gradient(self, window_loss: Tensor) -> Tensor:
+        """Complete the gradient once per update: all micro-batches are in and reduced, nothing is clipped yet.
+
+        Args:
+            window_loss: Scalar, the mean over the window of what `sample_loss` returned; over this process's images, scaled
+                so that its mean over processes is the global one.
+
+        Returns:
+            Scalar tensor: the objective of this update, which the log reports as ``loss``.
+        """
+        return window_loss
+
+    def optimizer_step(self, step) -> Any:
+        """One update: `step()` runs the optimizer. Override to act before or after it.
+
+        Called exactly once per update on every process, with final (reduced, clipped) gradients. It must call ``step()``
+        exactly once; what follows must be idempotent, because the step is a no-op when a loss scaler skips it.
+
+        Args:
+            step: Callable without arguments.
+
+        Returns:
+            What ``step()`` returned.
+        """
+        return step()
+
+    def begin_purification(self, resumed: bool) -> None:
+        """Called when training begins; ``resumed`` says that the weights came from a checkpoint."""
+
+    def end_purification(self) -> None:
+        """Called when training ends."""
+
+    def facts(self) -> dict[str, Any]:
+        """The manifest: everything needed to repeat the run and all that the card says of it; JSON-able."""
+        retain = {"n": len(self.train_dataset) if self.train_dataset is not None else 0, "source": self.data_source}
+        if self.retain_indices is not None:
+            retain["indices_file"] = RETAIN_INDICES
+        preprocessing = self.preprocessing
+        return {
+            "method": self.method,
+            "paper": self.paper,
+            "source": manifest.source_of(self.model),
+            "retain": retain,
+            "preprocessing": {"size": preprocessing.size, "mean": preprocessing.mean, "std": preprocessing.std},
+            "batch_norm": self.args.batch_norm if self._batch_norms else "none in this model",
+            "arguments": manifest.arguments_of(self.args),
+            "steps": self.state.global_step,
+            "measured": self.measured,
+            "versions": manifest.versions(),
+        }
+
+    # The loss ----------------------------------------------------------------------------------------------------------
+
+    def clean_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Cross-entropy against the labels: this micro-batch's share of the window's mean, or the plain mean in evaluation.
+
+        Args:
+            outputs: The model's output with ``logits`` (B, C).
+            labels: int64 (B,).
+            num_items_in_batch: Images in the whole window over all processes; ``None`` in evaluation.
+
+        Returns:
+            Scalar tensor.
+        """
+        if not self.model.training:
+            return F.cross_entropy(outputs.logits.float(), labels)
+        if labels is None or num_items_in_batch is None:
+            raise ValueError(f"{type(self).__name__} needs a tensor column `labels` in every training batch")
+        cross_entropy = F.cross_entropy(outputs.logits.float(), labels, reduction="none")
+        self._remember(cross_entropy.detach())
+        return self.sample_loss(cross_entropy).sum() / num_items_in_batch
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The clean loss; BatchNorm is put in the configured mode first, since `training_step` resets it each time."""
+        if self.model.training and self.args.batch_norm != "train":
+            for module in self._batch_norms:
+                module.eval()
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Accumulate one micro-batch; on the last of a window finish the gradient and return the window's objective."""
+        share = super().training_step(model, inputs, num_items_in_batch)
+        self._window_loss += share
+        if not self.accelerator.sync_gradients:
+            return torch.zeros_like(share)
+        # One host sync per update, in place of the Trainer's own NaN filter. NaN > epsilon is False: unchecked, a diverged
+        # run would look like a satisfied constraint.
+        if not torch.isfinite(self._window_loss):
+            raise FloatingPointError(
+                f"the clean loss is {self._window_loss.item()} at step {self.state.global_step}: the run diverged; nothing was "
+                "saved. Lower learning_rate, or check the images and the checkpoint for NaN"
+            )
+        objective = self.finish_gradient(self._window_loss).detach()
+        self._window_loss = torch.zeros_like(share)
+        return objective
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        if inputs["pixel_values"].dtype == torch.uint8:
+            inputs["pixel_values"] = self.preprocessing.normalize(inputs["pixel_values"])
+        return inputs
+
+    # The step ----------------------------------------------------------------------------------------------------------
+
+    def route_optimizer_step(self) -> None:
+        """Send `self.optimizer.step` through `optimizer_step`, once, however often `train` is called.
+
+        Runs after the scheduler exists: torch's scheduler wraps `step` as a bound method and marks it; `wraps` keeps the mark.
+        """
+        self._window_loss = torch.zeros((), device=self.args.device)
+        self._sums = torch.zeros(len(self.log_names) + 1, device=self.args.device)
+        if getattr(self.optimizer.step, "is_routed", False):
+            return
+        step = self.optimizer.step
+
+        @functools.wraps(step)
+        def routed(*args, **kwargs):
+            return self.optimizer_step(functools.partial(step, *args, **kwargs))
+
+        routed.is_routed = True
+        self.optimizer.step = routed
+
+    # The log -----------------------------------------------------------------------------------------------------------
+
+    log_names: tuple[str, ...] = ("clean_loss",)
+
+    def sample_statistics(self, cross_entropy: Tensor) -> list[Tensor]:
+        """Sums over the images for `log_names`, in their order, as scalars on the device."""
+        return [cross_entropy.sum()]
+
+    def _remember(self, cross_entropy: Tensor) -> None:
+        count = torch.full_like(cross_entropy[0], len(cross_entropy))
+        self._sums += torch.stack([*self.sample_statistics(cross_entropy), count])
+
+    def step_statistics(self) -> dict[str, float]:
+        """Further values for the log, read at logging steps only."""
+        return {}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of `log_names` over the images since the last report, and `step_statistics`."""
+        if "loss" in logs:
+            *sums, count = self.accelerator.reduce(self._sums, "sum").tolist()
+            self._sums.zero_()
+            logs |= {name: total / count for name, total in zip(self.log_names, sums, strict=True)}
+            logs |= self.step_statistics()
+        super().log(logs, start_time)
+
+    # Saving and loading ------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # The Trainer's own would add training_args.bin, a pickle that can hold a token.
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(folder, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
+        (folder / MANIFEST).write_text(json.dumps(self.facts(), indent=2) + "\n")
+        if self.retain_indices is not None:
+            (folder / RETAIN_INDICES).write_text(json.dumps(self.retain_indices) + "\n")
+
+    def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
+        """Write ``README.md`` from the manifest and, if `purify` measured, the results. Other arguments are not used."""
+        folder = Path(self.args.output_dir)
+        name = model_name or (self.args.hub_model_id or folder.name).rpartition("/")[2]
+        render_card(self.facts(), self.results, name, self.args.hub_model_id).save(folder / "README.md")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._load_weights(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self._load_weights(Path(self.state.best_model_checkpoint))
+
+    def _load_weights(self, folder: Path) -> None:
+        """Load a checkpoint exactly: the Trainer's own skips, with a warning, every key renamed since (all of ViT's)."""
+        if not (folder / SAFE_WEIGHTS_NAME).is_file():
+            raise FileNotFoundError(f"{folder} holds no {SAFE_WEIGHTS_NAME}: not a checkpoint of this trainer")
+        state = load_file(folder / SAFE_WEIGHTS_NAME)
+        if state.keys() != self.model.state_dict().keys():
+            fresh = type(self.model).from_pretrained(folder, dtype=self.model.dtype, local_files_only=True)
+            state = fresh.state_dict()
+        self.model.load_state_dict(state, strict=True)
+
+    def _images(self, dataset: Any, augmentation: Augmentation | None) -> Any:
+        if isinstance(dataset, datasets.Dataset):
+            return TrainingImages.from_raw(RawImages.from_dataset(dataset), self.preprocessing, augmentation)
+        if isinstance(dataset, RawImages):
+            return TrainingImages.from_raw(dataset, self.preprocessing, augmentation)
+        return dataset
+
+
+def _collate(batch: Any) -> dict[str, Tensor]:
+    """A batch that `TrainingImages` made whole stays as it is; single samples of other datasets are stacked."""
+    return batch if isinstance(batch, dict) else default_data_collator(batch)
+
+
+def _column(dataset: Any, name: str) -> list[int] | None:
+    if isinstance(dataset, datasets.Dataset) and name in dataset.column_names:
+        return list(dataset[name])
+    return None
+
+
+def _refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict) -> None:
+    if kwargs.get("model_init") is not None:
+        raise ValueError("model_init would replace the suspicious model inside train(); pass model= instead")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{type(model).__name__} is no transformers model: wrap it with d3_hf.load_classifier(module, num_labels=..., "
+            "image_mean=..., image_std=...)"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(f"one process would drive {args.n_gpu} GPUs by nn.DataParallel; start it with `accelerate launch`")
+    if getattr(model, "hf_device_map", None) or getattr(model, "peft_config", None):
+        raise ValueError("PEFT and device-mapped models are not supported: merge the adapter, load on one device")

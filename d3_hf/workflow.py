@@ -1,0 +1,124 @@
+"""The workflow: measure, train a defence, measure again, save, write the card, push."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .arguments import AttackArguments, DataArguments, ModelArguments, parse_arguments
+from .attacks import Attack, from_description
+from .card import results_table
+from .config import PurifyConfig
+from .data import RawImages
+from .defenses.d3 import D3Config, D3Trainer
+from .evaluation import Measurement, measure, results
+from .labels import check_labels
+from .trainer import PurifyTrainer
+from .victims import make_victim
+
+
+def purify(trainer: PurifyTrainer, test: RawImages, attack: Attack | None = None) -> dict[str, Any]:
+    """Measure, train, measure again, save; push if ``trainer.args.push_to_hub``.
+
+    The trigger is used for the two measurements only: the trainer was built without it and is not handed it.
+
+    Args:
+        trainer: A defence's trainer, built from the suspicious model and the retain set.
+        test: Images to measure on, disjoint from the retain set.
+        attack: Trigger and target label to measure ASR and RA with; ``None`` measures ACC alone.
+
+    Returns:
+        What ``all_results.json`` holds: ``accuracy_before``, ``accuracy_after``, with an attack also ``asr_*``, ``ra_*`` and
+        ``der``; fractions in [0, 1], each proportion with ``_ci95`` and ``_n``. Empty on all but the main process.
+    """
+    before = _measure(trainer, test, attack)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    training = time.perf_counter() - started
+    after = _measure(trainer, test, attack)
+    if trainer.is_world_process_zero():
+        trainer.results = results(before, after)
+        trainer.measured |= {
+            "trigger": attack.describe() if attack else None,
+            "n_images": len(test),
+            "seconds": {"before": before.seconds, "training": training, "after": after.seconds},
+        }
+        folder = Path(trainer.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "all_results.json").write_text(json.dumps(trainer.results, indent=2) + "\n")
+        trainer.create_model_card()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.save_model()
+    return trainer.results or {}
+
+
+def _measure(trainer: PurifyTrainer, test: RawImages, attack: Attack | None) -> Measurement | None:
+    """Measure on the main process; the others wait."""
+    measured = None
+    if trainer.is_world_process_zero():
+        trigger, target = (attack.trigger, attack.target_label) if attack else (None, None)
+        measured = measure(trainer.model, test, trainer.preprocessing, trigger, target)
+    trainer.accelerator.wait_for_everyone()
+    return measured
+
+
+@dataclass
+class DrillArguments:
+    """What to do when no checkpoint is named.
+
+    Args:
+        victim_config: YAML of `make_victim`: a victim is made from it first and then purified (a fire drill).
+    """
+
+    victim_config: str | None = field(default=None, metadata={"help": "Make this victim first (a fire drill)."})
+
+
+def main(
+    argv: list[str] | None = None,
+    config_class: type[PurifyConfig] = D3Config,
+    trainer_class: type[PurifyTrainer] = D3Trainer,
+) -> dict[str, Any]:
+    """Run ``[CONFIG.yaml] --option value ...``: load, purify, print the table.
+
+    Args:
+        argv: Arguments without the program's name; default ``sys.argv[1:]``.
+        config_class: Configuration of the defence.
+        trainer_class: Its trainer.
+
+    Returns:
+        As `purify`.
+
+    Raises:
+        ValueError: No checkpoint is named, or see `load_classifier`, `load_images` and the defence.
+    """
+    kinds = [ModelArguments, DataArguments, AttackArguments, DrillArguments, config_class]
+    model_args, data_args, attack_args, drill, args = parse_arguments(kinds, argv)
+    if model_args.model_name_or_path is None and drill.victim_config is None:
+        raise ValueError("no checkpoint: give --model_name_or_path (a Hub id, a folder or a file)")
+    if model_args.model_name_or_path is None:
+        victim = make_victim([drill.victim_config])
+        model_args.model_name_or_path, attack_args.attack = victim.folder, victim.attack.describe()
+    attack = from_description(attack_args.attack) if attack_args.attack else None
+    model = model_args.load()
+    retain, _, test = data_args.load()
+    check_labels(test.class_names, model.config)
+    trainer = trainer_class(model=model, args=args, train_dataset=retain)
+    trainer.data_source = data_args.dataset_name
+    trainer.measured["data"] = f"{data_args.dataset_name}, {data_args.test_split} split"
+    found = purify(trainer, test, attack)
+    if found:
+        print_summary(trainer)
+    return found
+
+
+def print_summary(trainer: PurifyTrainer) -> None:
+    """Print ACC, ASR and RA before and after, the distances and the seconds, and where the purified model lies."""
+    print(f"\n{results_table(trainer.results)}\n")
+    for weight in trainer.facts().get("selected_weights", []):
+        print(f"relative distance of {weight['name']}: {weight['relative_distance']:.3f}")
+    seconds = trainer.measured["seconds"]
+    print(", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
+    print(f"Purified model, card and evidence: {trainer.args.output_dir}")

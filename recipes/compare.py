@@ -1,0 +1,220 @@
+"""Compare defences on victims made for the purpose: a grid of attacks x seeds x defences.
+
+    accelerate launch recipes/compare.py recipes/configs/proof_resnet20.yaml --dataset_name uoft-cs/cifar10
+
+Every victim is a folder and every purified cell a JSON file below output_dir; what exists is skipped, so an interrupted grid goes
+on where it stopped, and `--shard 0/4 ... 3/4` share one grid. The table is printed and written to table.md.
+"""
+
+import json
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import yaml
+from datasets import Dataset
+from transformers import HfArgumentParser, set_seed
+
+from d3_hf.attacks import Attack, from_description, poison
+from d3_hf.config import PurifyConfig
+from d3_hf.data import RawImages, load_images, retain_split
+from d3_hf.defenses.d3 import D3Config, D3Trainer
+from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
+from d3_hf.evaluation import measure, results
+from d3_hf.models import load_classifier
+from d3_hf.trainer import PurifyTrainer
+from d3_hf.victims import new_model
+
+DEFENCES = {"d3": (D3Config, D3Trainer), "fine_tuning": (FineTuningConfig, FineTuningTrainer)}
+TWIN = "twin"  # trained like the victims on images without a trigger: its ASR is the floor
+
+
+@dataclass
+class GridArguments:
+    """One grid.
+
+    Args:
+        config: YAML file of the grid; its keys are those of `Grid`.
+        dataset_name: Data set in place of the file's.
+        model_name_or_path: Checkpoint that the victims continue from, or the one suspicious model, in place of the file's.
+        output_dir: Folder in place of the file's.
+        shard: ``i/n``: do the i-th of n shares of the cells.
+        only_victims: Make the victims and stop.
+    """
+
+    config: str = field(metadata={"help": "YAML file of the grid."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set in place of the file's."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint in place of the file's."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder in place of the file's."})
+    shard: str = field(default="0/1", metadata={"help": "i/n: the i-th of n shares."})
+    only_victims: bool = field(default=False, metadata={"help": "Make the victims and stop."})
+
+
+@dataclass
+class Grid:
+    """What a grid file says.
+
+    Args:
+        output_dir: Where victims, cells and table go.
+        dataset_name: See `load_images`.
+        attacks: Per name ``attack`` (a description) and ``poison_ratio``.
+        defences: Per name ``defence`` (``d3`` or ``fine_tuning``) and options of its Config.
+        seeds: Each seed draws victim, retain set and warm start.
+        retain_count: Images in the retain set.
+        model: Arguments of `load_classifier`, or of a new network (``architecture`` without ``source``).
+        victim: Training options of the victims, a `PurifyConfig`; ``null`` if the model is the victim already.
+        common: Options that all defences share.
+    """
+
+    output_dir: str
+    dataset_name: str
+    attacks: dict[str, dict]
+    defences: dict[str, dict]
+    model: dict[str, Any]
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    retain_count: int = 2500
+    victim: dict[str, Any] | None = None
+    common: dict[str, Any] = field(default_factory=dict)
+
+
+class Comparison:
+    """Runs a grid's cells."""
+
+    def __init__(self, grid: Grid):
+        self.grid, self.folder = grid, Path(grid.output_dir)
+        images = load_images(grid.dataset_name)
+        self.train: Dataset = images["train"]
+        self.test = RawImages.from_dataset(images["test"])
+        self.raw_train = RawImages.from_dataset(self.train) if grid.victim else None
+        self.attacks = {name: from_description(options["attack"]) for name, options in grid.attacks.items()}
+
+    def retain(self, seed: int) -> tuple[Dataset, Dataset]:
+        return retain_split(self.train, count=self.grid.retain_count, seed=seed)
+
+    def victim(self, name: str, seed: int) -> Path | None:
+        """Folder of a victim, made if it is not there; None if the grid's model is the victim."""
+        folder = self.folder / "victims" / f"{name}-{seed}"
+        if self.grid.victim is None or (folder / "measured.json").is_file():
+            return folder
+        set_seed(seed)
+        options = dict(self.grid.model)
+        model = (
+            load_classifier(options.pop("source"), **options)
+            if "source" in options
+            else new_model(self.test.class_names, **options)
+        )
+        train = self.raw_train.select(self.retain(seed)[1]["index"][:])
+        if name != TWIN:
+            train, _ = poison(train, self.attacks[name], self.grid.attacks[name]["poison_ratio"], seed)
+        args = PurifyConfig(output_dir=str(folder), seed=seed, **self.grid.victim)
+        trainer = PurifyTrainer(model=model, args=args, train_dataset=train)
+        trainer.train()
+        trainer.save_model()
+        attacks = self.attacks if name == TWIN else {name: self.attacks[name]}
+        measured = {key: self.measure(trainer, attack) for key, attack in attacks.items()}
+        write_json(folder / "measured.json", {key: results(m, m) for key, m in measured.items()})
+        return folder
+
+    def measure(self, trainer: PurifyTrainer, attack: Attack):
+        return measure(trainer.model, self.test, trainer.preprocessing, attack.trigger, attack.target_label)
+
+    def cell(self, attack_name: str, seed: int, defence: str) -> None:
+        """Purify one victim with one defence and write what was measured."""
+        file = self.folder / "cells" / f"{attack_name}-{seed}-{defence}.json"
+        if file.is_file():
+            return
+        options = dict(self.grid.defences[defence])
+        config_class, trainer_class = DEFENCES[options.pop("defence")]
+        options = self.grid.common | options
+        source = dict(self.grid.model)
+        if self.grid.victim is None:
+            model = load_classifier(source.pop("source"), **source)
+        else:
+            model = load_classifier(str(self.victim(attack_name, seed)))
+        args = config_class(output_dir=str(self.folder / "runs"), seed=seed, **options)
+        trainer = trainer_class(model=model, args=args, train_dataset=self.retain(seed)[0])
+        before = self.measure(trainer, self.attacks[attack_name])
+        trained = trainer.train()
+        after = self.measure(trainer, self.attacks[attack_name])
+        facts = trainer.facts()
+        last = next(log for log in reversed(trainer.state.log_history) if "clean_loss" in log)
+        row = {"attack": attack_name, "seed": seed, "defence": defence} | results(before, after)
+        row |= {"seconds": trained.metrics["train_runtime"], "clean_loss": last["clean_loss"]}
+        row |= {"distance": last.get("distance"), "arguments": facts["arguments"], "versions": facts["versions"]}
+        write_json(file, row)
+
+    def table(self) -> str:
+        """Mean over seeds per attack and defence, with the range of ASR, and the twin's floor."""
+        rows = [json.loads(file.read_text()) for file in sorted((self.folder / "cells").glob("*.json"))]
+        lines = [
+            "| attack | defence | ACC | ASR | RA | DER | seeds | seconds |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for attack in self.attacks:
+            cells = [row for row in rows if row["attack"] == attack]
+            if not cells:
+                continue
+            lines.append(line(attack, "victim", cells, "before"))
+            floors = [
+                json.loads(f.read_text())[attack] for f in sorted((self.folder / "victims").glob(f"{TWIN}-*/measured.json"))
+            ]
+            if floors:
+                lines.append(line(attack, "twin without backdoor", floors, "before"))
+            for defence in self.grid.defences:
+                if chosen := [row for row in cells if row["defence"] == defence]:
+                    lines.append(line(attack, defence, chosen, "after"))
+        return "\n".join(lines)
+
+
+def line(attack: str, name: str, rows: list[dict], when: str) -> str:
+    """One row of the table; percent."""
+
+    def cell(key: str) -> str:
+        values = [100 * row[f"{key}_{when}"] for row in rows]
+        spread = f" ({min(values):.1f}..{max(values):.1f})" if len(values) > 1 else ""
+        return f"{mean(values):.1f}{spread}"
+
+    last = (
+        [f"{mean(r['der'] for r in rows):.3f}", len(rows), f"{mean(r['seconds'] for r in rows):.0f}"]
+        if when == "after"
+        else ["", len(rows), ""]
+    )
+    return "| " + " | ".join(map(str, [attack, name, cell("accuracy"), cell("asr"), cell("ra"), *last])) + " |"
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Write beside, then rename: a cell is whole or absent."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(".partial")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.rename(file)
+
+
+def main() -> None:
+    """Run the share of the grid that the command line names."""
+    (arguments,) = HfArgumentParser(GridArguments).parse_args_into_dataclasses()
+    options = yaml.safe_load(Path(arguments.config).read_text())
+    if arguments.model_name_or_path:
+        options["model"]["source"] = arguments.model_name_or_path
+    for name in ("dataset_name", "output_dir"):
+        options[name] = getattr(arguments, name) or options[name]
+    comparison = Comparison(Grid(**options))
+    grid = comparison.grid
+    share, shares = map(int, arguments.shard.split("/"))
+    victims = [(name, seed) for seed in grid.seeds for name in [*grid.attacks, TWIN]]
+    mine = [v for v in victims if zlib.crc32(repr(v).encode()) % shares == share]
+    for name, seed in mine:
+        comparison.victim(name, seed)
+    if not arguments.only_victims:
+        for name, seed in (v for v in mine if v[0] != TWIN):
+            for defence in grid.defences:
+                comparison.cell(name, seed, defence)
+    table = comparison.table()
+    (comparison.folder / "table.md").write_text(table + "\n")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

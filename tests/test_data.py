@@ -1,0 +1,561 @@
+"""Sources, columns, labels, retain sets, decoding and augmented batches."""
+
+import io
+import logging
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from PIL import Image
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import PretrainedConfig, ViTImageProcessor
+
+from d3_hf.augmentation import Augmentation
+from d3_hf.data import RawImages, TrainingImages, content_hashes, load_images, retain_split
+from d3_hf.labels import check_labels, retain_indices
+from d3_hf.preprocessing import Preprocessing
+
+NAMES = ["cat", "dog", "frog"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def table(labels, names=NAMES, picture="img", label="fine", size=(6, 5), **columns) -> Dataset:
+    rows = [{"bytes": encoded(noise(*size, 3, seed=row)), "path": None} for row in range(len(labels))]
+    feature = ClassLabel(names=names) if names else Value("string" if isinstance(labels[0], str) else "int64")
+    features = {picture: datasets.Image(), label: feature} | {name: Value("int64") for name in columns}
+    return Dataset.from_dict({picture: rows, label: labels} | columns, features=Features(features), split="train")
+
+
+def beyond_its_classes() -> Dataset:
+    features = Features({"img": datasets.Image(), "fine": ClassLabel(names=NAMES)})
+    return Dataset(table([0, 5], names=None).data, datasets.DatasetInfo(features=features))
+
+
+def pictures(*encodings: bytes | None) -> Dataset:
+    features = Features({"image": datasets.Image(), "label": ClassLabel(names=NAMES)})
+    rows = [None if picture is None else {"bytes": picture, "path": None} for picture in encodings]
+    return Dataset.from_dict({"image": rows, "label": [0] * len(rows)}, features=features, split="test")
+
+
+# Sources ------------------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_fixed_stratified_rgb():
+    digits = load_images("digits")
+    train, test = (RawImages.from_dataset(digits[split]) for split in ("train", "test"))
+    assert (len(train), len(test)) == (1437, 360) and train.images.shape == (1437, 3, 32, 32)
+    assert train.class_names == [str(digit) for digit in range(10)]
+    assert train.images.min() == 0 and train.images.max() == 255
+    assert torch.equal(train.images[:, 0], train.images[:, 2])
+    shares = train.labels.bincount() / 1437 - test.labels.bincount() / 360
+    assert shares.abs().max() < 0.005
+    assert load_images("digits")["test"]["label"][:] == digits["test"]["label"][:]
+    assert not set(content_hashes(train)) & set(content_hashes(test))
+
+
+@pytest.mark.parametrize("form", ["file", "path", "dict", "list", "folder", "dataset", "dict of datasets"])
+def test_every_form_of_a_table_gives_the_same_images(form, tmp_path):
+    train, test = table([0, 1, 2, 1]), table([2, 0])
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    train.to_parquet(folder / "train-00000.parquet")
+    test.to_parquet(folder / "test-00000.parquet")
+    first = folder / "train-00000.parquet"
+    source, splits = {
+        "file": (str(first), ["train"]),
+        "path": (first, ["train"]),
+        "dict": ({"train": first, "held_out": folder / "test-00000.parquet"}, ["train", "held_out"]),
+        "list": ({"train": [first, str(folder / "test-00000.parquet")]}, ["train"]),
+        "folder": (folder, ["train", "test"]),
+        "dataset": (train, ["train"]),
+        "dict of datasets": (DatasetDict(train=train, test=test), ["train", "test"]),
+    }[form]
+    images = load_images(source)
+    assert list(images) == splits
+    for split in images.values():
+        assert split.features == Features({"image": datasets.Image(mode="RGB"), "label": ClassLabel(names=NAMES)})
+    raw = RawImages.from_dataset(images["train"])
+    assert raw.labels.tolist() == [0, 1, 2, 1] + ([2, 0] if form == "list" else [])
+    assert np.array_equal(raw.images[1].permute(1, 2, 0), noise(6, 5, 3, seed=1))
+
+
+def test_a_folder_of_images_takes_its_classes_from_its_folders(tmp_path):
+    for row, (split, name) in enumerate([("train", "dog"), ("train", "cat"), ("test", "dog"), ("test", "cat")]):
+        (tmp_path / "photos" / split / name).mkdir(parents=True)
+        Image.fromarray(noise(4, 4 + row, 3, seed=row)).save(tmp_path / "photos" / split / name / "a.png")
+    images = load_images(tmp_path / "photos")
+    raw = RawImages.from_dataset(images["train"])
+    assert list(images) == ["train", "test"] and raw.class_names == ["cat", "dog"]
+    dog = raw.images[raw.labels.tolist().index(1)]
+    assert np.array_equal(dog.permute(1, 2, 0), noise(4, 4, 3, seed=0))
+
+
+def test_cifar10_as_the_hub_has_it(shared):
+    images = load_images(shared / "data" / "cifar10")
+    assert {name: len(split) for name, split in images.items()} == {"train": 50_000, "test": 10_000}
+    retain, rest = retain_split(images["train"], fraction=0.05)
+    assert (len(retain), len(rest)) == (2500, 47_500)
+    raw = RawImages.from_dataset(images["test"].select(range(500)))
+    assert raw.images.shape == (500, 3, 32, 32) and raw.class_names[5] == "dog"
+    assert abs(raw.images.double().mean() / 255 - 0.4734) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("uoft-cs/no-such-dataset", OSError, "cannot load 'uoft-cs/no-such-dataset'.*Check the name"),
+        ("./nowhere", FileNotFoundError, "no such file or folder: nowhere"),
+        ("/no/such/folder", FileNotFoundError, "no such file or folder: /no/such/folder"),
+        ("nowhere.parquet", FileNotFoundError, "no such file or folder: nowhere.parquet"),
+        ({"train": "nowhere.parquet"}, FileNotFoundError, "no such file or folder"),
+        (__file__, ValueError, "is not a .parquet file"),
+    ],
+)
+def test_sources_that_cannot_be_opened(source, error, message):
+    with pytest.raises(error, match=message):
+        load_images(source)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty"):
+        load_images(tmp_path / "empty")
+
+
+def test_a_revision_is_for_the_hub_only():
+    with pytest.raises(ValueError, match="revision='main' is for datasets of the Hub; digits is not one"):
+        load_images("digits", revision="main")
+
+
+# Columns and labels -------------------------------------------------------------------------------------------------
+
+
+def test_columns_are_found_by_type_and_chosen_by_argument():
+    source = table([0, 1, 2], picture="label", label="image")
+    source = source.add_column("coarse", [1, 0, 1], feature=ClassLabel(names=["a", "b"]))
+    with pytest.raises(ValueError, match="several label columns: image, coarse; choose one with label_column="):
+        load_images(source)
+    assert load_images(source, label_column="coarse")["train"]["label"][:] == [1, 0, 1]
+    images = load_images(source, label_column="image")["train"]
+    assert images["label"][:] == [0, 1, 2] and images["image"][0].mode == "RGB"
+
+
+def test_integers_and_strings_become_classes():
+    integers = load_images(table([2, 0, 1], names=None))["train"]
+    assert integers.features["label"].names == ["0", "1", "2"] and integers["label"][:] == [2, 0, 1]
+    both = DatasetDict(train=table(["dog", "cat"], names=None), test=table(["frog"], names=None))
+    strings = load_images(both)
+    assert strings["test"].features["label"].names == NAMES and strings["test"]["label"][:] == [2]
+    assert strings["train"]["label"][:] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (lambda: table([0, 1]).remove_columns("img"), {}, r"found no image column; the dataset has fine \(ClassLabel\)"),
+        (lambda: table([0, 1]).remove_columns("fine"), {}, r"found no label column; the dataset has img \(Image\)"),
+        (lambda: table([0, 1], names=None, other=[1, 0]), {}, "several label columns: fine, other"),
+        (lambda: table([0, 1]), {"image_column": "fine"}, "image_column='fine' is no image column"),
+        (lambda: table([0, 1]), {"label_column": "nothing"}, "label_column='nothing' is no label column"),
+        (lambda: table([1, 2], names=None), {}, "integers other than 0..k-1"),
+        (lambda: table([0, -1], names=None), {}, "integers other than 0..k-1"),
+        (lambda: table([0, 1, -1, 2, None]), {}, "split 'train' has 2 rows whose label is missing.* first is row 2"),
+        (beyond_its_classes, {}, r"the dataset has 1 rows whose label .* not in \[0, 3\), the first is row 1"),
+        (lambda: table([0, 1]).select([]), {}, "no images in split train"),
+        (lambda: DatasetDict(train=table([0]), test=table([0], names=NAMES[::-1])), {}, "splits train, test disagree"),
+        (lambda: DatasetDict(train=table([0]), test=table([0], label="other")), {}, "splits train, test disagree"),
+    ],
+)
+def test_datasets_that_are_refused(source, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_images(source(), **options)
+
+
+def config(names: list[str]) -> PretrainedConfig:
+    return PretrainedConfig(id2label=dict(enumerate(names)))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (NAMES, NAMES),
+        (NAMES, ["LABEL_0", "LABEL_1", "LABEL_2"]),
+        (["0", "1", "2"], NAMES),
+        (["Cassette_Player", "gas-pump"], ["cassette player", "gas pump, petrol pump, island dispenser"]),
+        (["tench, Tinca tinca", "crane", "crane"], ["Tench", "crane", "Crane"]),
+    ],
+)
+def test_labels_that_agree(ours, theirs):
+    check_labels(ours, config(theirs))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        (NAMES, NAMES[:2], r"3 classes \(cat, dog, frog\), the model 2 \(cat, dog\)"),
+        (NAMES, [str(name) for name in range(1000)], r"the model 1000 \(0, 1, 2, 3, 4, 5, 6, 7, \.\.\.\)"),
+        (NAMES, ["cat", "dog", "ship"], "class 2 is 'frog' in the dataset and 'ship' in the model; purify with images"),
+        (NAMES, ["dog", "cat", "frog"], "class 0 is 'cat' in the dataset and 'dog' in the model; the order differs"),
+    ],
+)
+def test_labels_that_do_not_match_the_model(ours, theirs, message):
+    with pytest.raises(ValueError, match=message):
+        check_labels(ours, config(theirs))
+
+
+def test_the_way_out_of_another_order_works():
+    model = config(["dog", "frog", "cat"])
+    images = load_images(table([0, 1, 2]))["train"].align_labels_with_mapping(
+        {name: number for number, name in model.id2label.items()}, "label"
+    )
+    check_labels(images.features["label"].names, model)
+    assert images["label"][:] == [2, 0, 1]
+
+
+# Retain set ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"fraction": 0.25}, {"count": 10}, {"count": 10, "balanced": True}, {"count": 40}])
+def test_retain_and_rest_are_disjoint_and_the_whole(options):
+    images = load_images(table(list(np.arange(40) % 3)))["train"]
+    retain, rest = retain_split(images, seed=1, **options)
+    assert len(retain) == options.get("count", 10) and len(retain) + len(rest) == 40
+    assert sorted(retain["index"][:] + rest["index"][:]) == list(range(40))
+    for part in (retain, rest):
+        assert part["index"][:] == sorted(part["index"][:])
+        assert part["label"][:] == [images["label"][row] for row in part["index"]]
+    again, _ = retain_split(images, seed=1, **options)
+    other, _ = retain_split(images, seed=2, **options)
+    assert again["index"][:] == retain["index"][:]
+    assert len(retain) == 40 or other["index"][:] != retain["index"][:]
+
+
+def test_the_index_counts_in_the_original():
+    images = load_images(table(list(np.arange(40) % 3)))["train"]
+    retain, _ = retain_split(images, count=20)
+    tune, validate = retain_split(retain, fraction=0.8)
+    assert sorted(tune["index"][:] + validate["index"][:]) == retain["index"][:]
+    raw = RawImages.from_dataset(validate)
+    assert raw.index.tolist() == validate["index"][:]
+    assert np.array_equal(raw.images[0].permute(1, 2, 0), noise(6, 5, 3, seed=int(raw.index[0])))
+
+
+def test_the_draw_is_the_same_on_every_machine():
+    labels = np.arange(1000) % 10
+    assert retain_indices(labels, list("abcdefghij"), count=8).tolist() == [11, 196, 269, 403, 600, 850, 855, 921]
+
+
+def test_balanced_draws_are_even_and_uniform_ones_are_not():
+    labels = np.repeat([0, 1, 2], [500, 300, 30])
+    balanced = np.bincount(labels[retain_indices(labels, NAMES, count=50, balanced=True, seed=3)])
+    assert sorted(balanced) == [16, 17, 17]
+    extra = {tuple(np.bincount(labels[retain_indices(labels, NAMES, count=50, balanced=True, seed=s)])) for s in range(20)}
+    assert len(extra) == 3  # the remainder does not always go to the same classes
+    uniform = np.bincount(labels[retain_indices(labels, NAMES, count=415)], minlength=3)
+    assert abs(uniform[0] - 250) < 40 and abs(uniform[2] - 15) < 12
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_smaller_retain_set_lies_in_a_larger_one(balanced):
+    labels = np.arange(300) % 3
+    small, large = (set(retain_indices(labels, NAMES, count=n, balanced=balanced).tolist()) for n in (20, 50))
+    assert small < large
+
+
+def test_every_row_is_drawn_equally_often():
+    labels = np.arange(30) % 3
+    counts = np.zeros(30)
+    for seed in range(600):
+        counts[retain_indices(labels, NAMES, count=10, seed=seed)] += 1
+    assert np.all(np.abs(counts - 200) < 60)  # standard deviation 11.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either fraction or count"),
+        ({"fraction": 0.5, "count": 3}, "either fraction or count"),
+        ({"fraction": 0.0}, r"fraction must be in \(0, 1\)"),
+        ({"fraction": 1.0}, r"fraction must be in \(0, 1\)"),
+        ({"fraction": 0.001}, "between 1 and all 12 images"),
+        ({"count": 0}, "between 1 and all 12 images"),
+        ({"count": 13}, "between 1 and all 12 images"),
+        ({"count": 9, "balanced": True}, "class 'frog' has 2 images, but a balanced retain set of 9 takes 3 of it"),
+    ],
+)
+def test_retain_sets_that_cannot_be_drawn(options, message):
+    with pytest.raises(ValueError, match=message):
+        retain_indices(np.repeat([0, 1, 2], [5, 5, 2]), NAMES, **options)
+
+
+def test_a_missing_class_is_logged(caplog):
+    images = load_images(table([0, 0, 0, 0, 1, 1], names=NAMES))["train"]
+    with caplog.at_level(logging.WARNING):
+        retain_split(images, count=6)
+    assert "retain set of 6 images has none of: frog" in caplog.text
+
+
+def test_retain_split_asks_for_load_images_first():
+    with pytest.raises(ValueError, match="no ClassLabel column 'label' among the columns img, fine: pass the dataset"):
+        retain_split(table([0, 1]), count=1)
+
+
+# Decoding -----------------------------------------------------------------------------------------------------------
+
+
+def rotated() -> tuple[bytes, np.ndarray]:
+    exif = Image.Exif()
+    exif[274] = 6  # the camera was held upright: turn by 90 degrees clockwise to show
+    pixels = noise(4, 6, 3)
+    return encoded(pixels, exif=exif), np.rot90(pixels, -1)
+
+
+def colour_modes() -> list[tuple[str, bytes, np.ndarray]]:
+    grey, colour, alpha = noise(4, 6), noise(4, 6, 3), noise(4, 6, 4)
+    palette = Image.fromarray(colour).quantize(16)
+    deep = np.arange(24, dtype=np.uint16).reshape(4, 6) * 2849
+    cmyk = Image.frombytes("CMYK", (6, 4), alpha.tobytes())
+    return [
+        ("grey", encoded(grey), np.stack([grey] * 3, 2)),
+        (
+            "grey and alpha",
+            encoded(Image.frombytes("LA", (6, 4), noise(4, 6, 2).tobytes())),
+            np.stack([noise(4, 6, 2)[..., 0]] * 3, 2),
+        ),
+        ("black and white", encoded(Image.fromarray(grey > 127)), np.stack([(grey > 127) * 255] * 3, 2)),
+        ("palette", encoded(palette), np.array(palette.getpalette()).reshape(-1, 3)[np.array(palette)]),
+        ("RGBA, alpha dropped", encoded(alpha), alpha[..., :3]),
+        ("CMYK", encoded(cmyk, "TIFF"), np.array(cmyk.convert("RGB"))),
+        ("16-bit grey", encoded(Image.fromarray(deep)), np.stack([np.rint(deep / 257)] * 3, 2)),
+        ("EXIF orientation", *rotated()),
+    ]
+
+
+def test_every_colour_mode_becomes_rgb():
+    for name, picture, expected in colour_modes():
+        raw = RawImages.from_dataset(pictures(picture))
+        assert raw.images.dtype == torch.uint8, name
+        assert np.array_equal(raw.images[0].permute(1, 2, 0), expected), name
+        shown = load_images(pictures(picture))["test"]["image"][0]
+        assert shown.mode == "RGB" and (name == "16-bit grey" or np.array_equal(np.array(shown), expected)), name
+
+
+def test_pictures_of_several_sizes_are_kept_as_a_list():
+    sizes = [(4, 6), (5, 3), (4, 6)]
+    raw = RawImages.from_dataset(pictures(*(encoded(noise(*size, 3, seed=i)) for i, size in enumerate(sizes))))
+    assert isinstance(raw.images, list) and len(raw) == 3
+    batches = list(raw.batches(2))
+    assert [tuple(images.shape) for images, _ in batches] == [(1, 3, *size) for size in sizes]
+    assert np.array_equal(raw.select([2, 1]).images[0].permute(1, 2, 0), noise(4, 6, 3, seed=2))
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    training = TrainingImages.from_raw(raw, Preprocessing.from_processor(processor))
+    expected = processor(images=raw.images, return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"]
+    assert torch.equal(training.images, expected)
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (encoded(noise(40, 40, 3))[:-500], "cannot decode row 1 of split 'test': .*truncated"),
+        (encoded(noise(40, 40, 3), "JPEG")[:900], "cannot decode row 1 of split 'test': .*truncated"),
+        (b"no picture", "cannot decode row 1 of split 'test': UnidentifiedImageError"),
+        (None, "cannot decode row 1 of split 'test': .*the row holds no picture"),
+        (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "row 1 .*mode 'F' has no fixed range"),
+    ],
+)
+def test_pictures_that_cannot_be_decoded_are_named(picture, message):
+    with pytest.raises(ValueError, match=message):
+        RawImages.from_dataset(pictures(encoded(noise(4, 4, 3)), picture))
+
+
+def raw_images(count: int = 10, height: int = 6, width: int = 5) -> RawImages:
+    pixels = torch.from_numpy(noise(count, 3, height, width))
+    return RawImages(pixels, torch.arange(count) % 3, NAMES)
+
+
+def test_batches_and_selections_keep_order_and_origin():
+    raw = raw_images()
+    batches = list(raw.batches(4))
+    assert [len(labels) for _, labels in batches] == [4, 4, 2]
+    assert torch.equal(torch.cat([images for images, _ in batches]), raw.images)
+    assert torch.equal(torch.cat([labels for _, labels in batches]), raw.labels)
+    part = raw.select(np.array([7, 2])).select([1])
+    assert torch.equal(part.images[0], raw.images[2]) and part.index.tolist() == [2] and part.labels.tolist() == [2]
+
+
+def test_content_hashes_tell_pixels_and_sizes_apart():
+    raw = raw_images()
+    changed = raw.images.clone()
+    changed[3, 0, 0, 0] ^= 1
+    equal = [a == b for a, b in zip(content_hashes(raw), content_hashes(RawImages(changed, raw.labels, NAMES)), strict=True)]
+    assert equal == [row != 3 for row in range(10)]
+    turned = RawImages(raw.images.reshape(10, 3, 5, 6), raw.labels, NAMES)
+    assert not set(content_hashes(raw)) & set(content_hashes(turned))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.empty((0, 3, 4, 4), dtype=torch.uint8), "labels": torch.empty(0).long()}, "no images"),
+        ({"images": torch.zeros(10, 3, 4, 4)}, "must be uint8"),
+        ({"images": torch.zeros((10, 4, 4), dtype=torch.uint8)}, "must be uint8"),
+        ({"images": [torch.zeros((1, 4, 4), dtype=torch.uint8)] * 10}, "must be uint8"),
+        ({"labels": torch.zeros(9, dtype=torch.int64)}, "9 labels"),
+        ({"labels": torch.full((10,), 3)}, r"int64 in \[0, 3\); got torch.int64 3..3"),
+        ({"labels": torch.full((10,), -1)}, r"int64 in \[0, 3\)"),
+        ({"labels": torch.zeros(10)}, "got torch.float32"),
+    ],
+)
+def test_raw_images_that_are_refused(change, message):
+    raw = raw_images()
+    with pytest.raises(ValueError, match=message):
+        RawImages(**({"images": raw.images, "labels": raw.labels, "class_names": NAMES} | change))
+
+
+# Augmented batches --------------------------------------------------------------------------------------------------
+
+
+def training_images(count: int = 20, **options) -> TrainingImages:
+    raw = raw_images(count, 8, 7)
+    return TrainingImages(raw.images, raw.labels, Augmentation(**{"horizontal_flip": True, **options}))
+
+
+def slow_augment(image: np.ndarray, seed: int, epoch: int, sample: int, padding: int, flip: bool) -> np.ndarray:
+    bits = np.random.PCG64([seed, epoch]).random_raw(3 * (sample + 1))[-3:]
+    top, left = (int(value) % (2 * padding + 1) for value in bits[:2])
+    _, height, width = image.shape
+    result = np.zeros_like(image)
+    for row in range(height):
+        for column in range(width):
+            y, x = row + top - padding, column + left - padding
+            if 0 <= y < height and 0 <= x < width:
+                result[:, row, column] = image[:, y, x]
+    return result[:, :, ::-1] if flip and int(bits[2]) >= 2**63 else result
+
+
+@pytest.mark.parametrize(("padding", "flip"), [(4, True), (2, False), (0, True), (0, False), (9, False)])
+def test_augmentation_equals_a_slow_reference(padding, flip):
+    images = training_images(crop_padding=padding, horizontal_flip=flip, seed=5)
+    originals = images.images.clone()
+    images.set_epoch(3)
+    batch = images.__getitems__(list(range(20)))
+    assert batch["pixel_values"].shape == (20, 3, 8, 7) and batch["pixel_values"].dtype == torch.uint8
+    assert batch["pixel_values"].is_contiguous() and batch["labels"].tolist() == [row % 3 for row in range(20)]
+    for row, image in enumerate(batch["pixel_values"]):
+        expected = slow_augment(originals[row].numpy(), 5, 3, row, padding, flip)
+        assert np.array_equal(image, expected), row
+    assert torch.equal(images.images, originals)
+
+
+def test_draws_cover_their_range_evenly():
+    rows, columns, flips = Augmentation(horizontal_flip=True).draws(epoch=0, count=9000)
+    for draws in (rows, columns):
+        assert (draws.bincount(minlength=9) - 1000).abs().max() < 150 and len(draws.bincount()) == 9
+    assert abs(flips.double().mean() - 0.5) < 0.03
+    assert abs(np.corrcoef([rows.numpy(), columns.numpy(), flips.numpy()])[np.triu_indices(3, 1)]).max() < 0.05
+    assert not Augmentation().draws(0, 100)[2].any()
+
+
+def test_a_sample_is_augmented_alike_in_every_batch_and_differently_in_every_epoch():
+    images = training_images(200)
+    whole = images.__getitems__(list(range(200)))["pixel_values"]
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0)).tolist()
+    for start in range(0, 200, 64):
+        part = order[start : start + 64]
+        assert torch.equal(images.__getitems__(part)["pixel_values"], whole[part])
+    assert torch.equal(images[17]["pixel_values"], whole[17])
+    images.set_epoch(1)
+    later = images.__getitems__(list(range(200)))["pixel_values"]
+    assert (later != whole).flatten(1).any(1).float().mean() > 0.95
+    images.set_epoch(0)
+    assert torch.equal(images.__getitems__(list(range(200)))["pixel_values"], whole)
+    assert not torch.equal(training_images(200, seed=1).__getitems__(list(range(200)))["pixel_values"], whole)
+
+
+def test_sample_ids_carry_the_draws_into_subsets():
+    raw = raw_images(40, 8, 7)
+    processor = ViTImageProcessor(size={"height": 8, "width": 7})
+    whole, part = (
+        TrainingImages.from_raw(some, Preprocessing.from_processor(processor), Augmentation(seed=2))
+        for some in (raw, raw.select([5, 30, 31]))
+    )
+    expected = whole.__getitems__([5, 30, 31])
+    assert torch.equal(part.__getitems__([0, 1, 2])["pixel_values"], expected["pixel_values"])
+    assert torch.equal(part.__getitems__([0, 1, 2])["labels"], expected["labels"])
+
+
+def test_without_augmentation_images_pass_unchanged():
+    raw = raw_images()
+    images = TrainingImages(raw.images, raw.labels)
+    assert torch.equal(images.__getitems__([3, 1])["pixel_values"], raw.images[[3, 1]])
+    sample = images[4]
+    assert sample["pixel_values"].shape == (3, 6, 5) and sample["labels"].shape == () and sample["labels"] == 1
+    assert len(list(images)) == 10  # ends with an IndexError, as the sequence protocol asks
+
+
+def batches_of(images: TrainingImages, epochs: int, **options) -> list[torch.Tensor]:
+    loader = DataLoader(images, batch_size=8, collate_fn=TrainingImages.collate, **options)
+    found = []
+    for epoch in range(epochs):
+        images.set_epoch(epoch)
+        found += [batch["pixel_values"] for batch in loader]
+    return found
+
+
+def test_loaders_give_whole_batches_and_workers_follow_the_epoch():
+    expected = batches_of(training_images(), 3)
+    assert [len(batch) for batch in expected] == [8, 8, 4] * 3
+    assert not torch.equal(expected[0], expected[3])
+    found = batches_of(training_images(), 3, num_workers=2, persistent_workers=True, multiprocessing_context="fork")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_accelerates_loader_passes_the_epoch_on():
+    images, reference = training_images(), training_images()
+    loader = DataLoader(images, batch_size=8, sampler=RandomSampler(images), collate_fn=TrainingImages.collate)
+    loader = prepare_data_loader(loader, put_on_device=False, use_seedable_sampler=True)
+    loader.set_epoch(2)
+    reference.set_epoch(2)
+    expected = {tuple(image.flatten().tolist()) for image in reference.__getitems__(list(range(20)))["pixel_values"]}
+    assert {tuple(image.flatten().tolist()) for batch in loader for image in batch["pixel_values"]} == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.zeros(10, 3, 4, 4)}, "must be uint8"),
+        ({"images": torch.zeros((10, 1, 4, 4), dtype=torch.uint8)}, "must be uint8"),
+        ({"images": torch.zeros((0, 3, 4, 4), dtype=torch.uint8)}, "N > 0"),
+        ({"labels": torch.zeros(9, dtype=torch.int64)}, "9 labels"),
+        ({"labels": torch.zeros(10)}, "must be int64"),
+        ({"sample_ids": torch.arange(9)}, "9 sample ids"),
+        ({"sample_ids": torch.arange(10) - 1}, "at least 0"),
+    ],
+)
+def test_training_images_that_are_refused(change, message):
+    raw = raw_images()
+    with pytest.raises(ValueError, match=message):
+        TrainingImages(**({"images": raw.images, "labels": raw.labels} | change))
+
+
+@pytest.mark.parametrize("options", [{"crop_padding": -1}, {"seed": -1}])
+def test_augmentations_that_are_refused(options):
+    with pytest.raises(ValueError, match="at least 0"):
+        Augmentation(**options)
