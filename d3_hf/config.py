@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 BATCH_NORM_POLICIES = ("train", "eval", "frozen")
@@ -74,4 +75,6 @@ class PurifyConfig(TrainingArguments):
             raise ValueError("hub_token would end up in logs and files; log in with `hf auth login` or set HF_TOKEN instead")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor must stay 0: the defence computes its own loss")
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # TrainingArguments wants to be told before it lets a CPU run in bf16
         super().__post_init__()

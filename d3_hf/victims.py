@@ -77,8 +77,8 @@ def train_victim(
         options: Poison ratio and seed.
 
     Returns:
-        What ``victim.json`` holds: the attack's description, poison ratio and seed, poisoned indices, ACC, ASR and RA of the
-        victim, and as ``*_without_backdoor`` those of the model before, which are the floor where it was trained already.
+        What ``victim.json`` holds: the attack's description, poison ratio and seed, poisoned rows of the data set; ACC, ASR
+        and RA of the victim; and as ``*_before_training`` those of the model before, the floor where it was trained already.
     """
     poisoned, indices = poison(train, attack, options.poison_ratio, options.poison_seed)
     trainer = PurifyTrainer(model=model, args=args, train_dataset=poisoned)
@@ -89,7 +89,7 @@ def train_victim(
         "attack": attack.describe(),
         "poison_ratio": options.poison_ratio,
         "poison_seed": options.poison_seed,
-        "poisoned_indices": indices.tolist(),
+        "poisoned_indices": train.index[indices].tolist(),
         **_rates(after, ""),
         **_rates(before, "_before_training"),
     }

@@ -32,11 +32,11 @@ def purify(trainer: PurifyTrainer, test: RawImages, attack: Attack | None = None
         What ``all_results.json`` holds: ``accuracy_before``, ``accuracy_after``, with an attack also ``asr_*``, ``ra_*`` and
         ``der``; fractions in [0, 1], each proportion with ``_ci95`` and ``_n``. Empty on all but the main process.
     """
-    before = _measure(trainer, test, attack)
+    before = measure_trainer(trainer, test, attack)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     training = time.perf_counter() - started
-    after = _measure(trainer, test, attack)
+    after = measure_trainer(trainer, test, attack)
     if trainer.is_world_process_zero():
         trainer.results = results(before, after)
         trainer.measured |= {
@@ -55,12 +55,14 @@ def purify(trainer: PurifyTrainer, test: RawImages, attack: Attack | None = None
     return trainer.results or {}
 
 
-def _measure(trainer: PurifyTrainer, test: RawImages, attack: Attack | None) -> Measurement | None:
-    """Measure on the main process; the others wait."""
+def measure_trainer(trainer: PurifyTrainer, test: RawImages, attack: Attack | None) -> Measurement | None:
+    """Measure a trainer's model as it is now, in float32, on the main process; the others wait and get ``None``."""
     measured = None
     if trainer.is_world_process_zero():
         trigger, target = (attack.trigger, attack.target_label) if attack else (None, None)
-        measured = measure(trainer.model, test, trainer.preprocessing, trigger, target)
+        # accelerate leaves its autocast on the model after training: without it before and after are measured alike.
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        measured = measure(model, test, trainer.preprocessing, trigger, target)
     trainer.accelerator.wait_for_everyone()
     return measured
 

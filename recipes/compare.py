@@ -2,30 +2,33 @@
 
     accelerate launch recipes/compare.py recipes/configs/proof_resnet20.yaml --dataset_name uoft-cs/cifar10
 
-Every victim is a folder and every purified cell a JSON file below output_dir; what exists is skipped, so an interrupted grid goes
-on where it stopped, and `--shard 0/4 ... 3/4` share one grid. The table is printed and written to table.md.
+Every victim is a folder and every purified cell a JSON file below output_dir; what exists is skipped, so an interrupted grid
+goes on where it stopped, and `--shard 0/4 ... 3/4` share one grid. The table is printed and written to table.md.
 """
 
 import json
+import sys
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import yaml
 from datasets import Dataset
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
-from d3_hf.attacks import Attack, from_description, poison
+from d3_hf.attacks import from_description, poison
 from d3_hf.config import PurifyConfig
 from d3_hf.data import RawImages, load_images, retain_split
 from d3_hf.defenses.d3 import D3Config, D3Trainer
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
-from d3_hf.evaluation import measure, results
+from d3_hf.evaluation import Measurement, Proportion, measure, results
 from d3_hf.models import load_classifier
+from d3_hf.preprocessing import Preprocessing
 from d3_hf.trainer import PurifyTrainer
 from d3_hf.victims import new_model
+from d3_hf.workflow import measure_trainer
 
 DEFENCES = {"d3": (D3Config, D3Trainer), "fine_tuning": (FineTuningConfig, FineTuningTrainer)}
 TWIN = "twin"  # trained like the victims on images without a trigger: its ASR is the floor
@@ -41,7 +44,6 @@ class GridArguments:
         model_name_or_path: Checkpoint that the victims continue from, or the one suspicious model, in place of the file's.
         output_dir: Folder in place of the file's.
         shard: ``i/n``: do the i-th of n shares of the cells.
-        only_victims: Make the victims and stop.
     """
 
     config: str = field(metadata={"help": "YAML file of the grid."})
@@ -49,7 +51,6 @@ class GridArguments:
     model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint in place of the file's."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder in place of the file's."})
     shard: str = field(default="0/1", metadata={"help": "i/n: the i-th of n shares."})
-    only_victims: bool = field(default=False, metadata={"help": "Make the victims and stop."})
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Grid:
         defences: Per name ``defence`` (``d3`` or ``fine_tuning``) and options of its Config.
         seeds: Each seed draws victim, retain set and warm start.
         retain_count: Images in the retain set.
+        test_images: Measure on the first so many test images; all if null.
         model: Arguments of `load_classifier`, or of a new network (``architecture`` without ``source``).
         victim: Training options of the victims, a `PurifyConfig`; ``null`` if the model is the victim already.
         common: Options that all defences share.
@@ -75,6 +77,7 @@ class Grid:
     model: dict[str, Any]
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     retain_count: int = 2500
+    test_images: int | None = None
     victim: dict[str, Any] | None = None
     common: dict[str, Any] = field(default_factory=dict)
 
@@ -86,64 +89,72 @@ class Comparison:
         self.grid, self.folder = grid, Path(grid.output_dir)
         images = load_images(grid.dataset_name)
         self.train: Dataset = images["train"]
-        self.test = RawImages.from_dataset(images["test"])
+        test = images["test"]
+        self.test = RawImages.from_dataset(test.select(range(grid.test_images)) if grid.test_images else test)
+        self.names = self.test.class_names
         self.raw_train = RawImages.from_dataset(self.train) if grid.victim else None
         self.attacks = {name: from_description(options["attack"]) for name, options in grid.attacks.items()}
 
     def retain(self, seed: int) -> tuple[Dataset, Dataset]:
         return retain_split(self.train, count=self.grid.retain_count, seed=seed)
 
-    def victim(self, name: str, seed: int) -> Path | None:
-        """Folder of a victim, made if it is not there; None if the grid's model is the victim."""
-        folder = self.folder / "victims" / f"{name}-{seed}"
-        if self.grid.victim is None or (folder / "measured.json").is_file():
-            return folder
-        set_seed(seed)
+    def victim(self, name: str, seed: int) -> PreTrainedModel:
+        """Load a victim, made if it is not there yet, or the grid's own model where that is the victim already."""
         options = dict(self.grid.model)
-        model = (
-            load_classifier(options.pop("source"), **options)
-            if "source" in options
-            else new_model(self.test.class_names, **options)
-        )
-        train = self.raw_train.select(self.retain(seed)[1]["index"][:])
-        if name != TWIN:
-            train, _ = poison(train, self.attacks[name], self.grid.attacks[name]["poison_ratio"], seed)
-        args = PurifyConfig(output_dir=str(folder), seed=seed, **self.grid.victim)
-        trainer = PurifyTrainer(model=model, args=args, train_dataset=train)
-        trainer.train()
-        trainer.save_model()
-        attacks = self.attacks if name == TWIN else {name: self.attacks[name]}
-        measured = {key: self.measure(trainer, attack) for key, attack in attacks.items()}
-        write_json(folder / "measured.json", {key: results(m, m) for key, m in measured.items()})
-        return folder
+        if self.grid.victim is None:
+            return load_classifier(options.pop("source"), **options)
+        folder = self.folder / "victims" / f"{name}-{seed}"
+        if not (folder / "done").is_file():
+            set_seed(seed)
+            start = (
+                load_classifier(options.pop("source"), **options) if "source" in options else new_model(self.names, **options)
+            )
+            train = self.raw_train.select(self.retain(seed)[1]["index"][:])
+            if name != TWIN:
+                train, _ = poison(train, self.attacks[name], self.grid.attacks[name]["poison_ratio"], seed)
+            args = PurifyConfig(output_dir=str(folder), seed=seed, **self.grid.victim)
+            trainer = PurifyTrainer(model=start, args=args, train_dataset=train)
+            trainer.train()
+            trainer.save_model()
+            (folder / "done").touch()
+        return load_classifier(str(folder))
 
-    def measure(self, trainer: PurifyTrainer, attack: Attack):
-        return measure(trainer.model, self.test, trainer.preprocessing, attack.trigger, attack.target_label)
+    def before(self, name: str, seed: int, attack: str, model: PreTrainedModel) -> Measurement:
+        """Measure an untouched model once and remember it."""
+        file = self.folder / "before" / f"{name}-{seed if self.grid.victim else 0}-{attack}.json"
+        if file.is_file():
+            return read_measurement(json.loads(file.read_text()))
+        preprocessing = Preprocessing.from_processor(model.image_processor)
+        found = measure(model, self.test, preprocessing, self.attacks[attack].trigger, self.attacks[attack].target_label)
+        write_json(file, asdict(found))
+        return found
 
-    def cell(self, attack_name: str, seed: int, defence: str) -> None:
+    def cell(self, attack: str, seed: int, defence: str) -> None:
         """Purify one victim with one defence and write what was measured."""
-        file = self.folder / "cells" / f"{attack_name}-{seed}-{defence}.json"
+        file = self.folder / "cells" / f"{attack}-{seed}-{defence}.json"
         if file.is_file():
             return
+        model = self.victim(attack, seed)
+        before = self.before(attack, seed, attack, model)
         options = dict(self.grid.defences[defence])
         config_class, trainer_class = DEFENCES[options.pop("defence")]
-        options = self.grid.common | options
-        source = dict(self.grid.model)
-        if self.grid.victim is None:
-            model = load_classifier(source.pop("source"), **source)
-        else:
-            model = load_classifier(str(self.victim(attack_name, seed)))
-        args = config_class(output_dir=str(self.folder / "runs"), seed=seed, **options)
+        args = config_class(output_dir=str(self.folder / "runs"), seed=seed, **(self.grid.common | options))
         trainer = trainer_class(model=model, args=args, train_dataset=self.retain(seed)[0])
-        before = self.measure(trainer, self.attacks[attack_name])
         trained = trainer.train()
-        after = self.measure(trainer, self.attacks[attack_name])
+        after = measure_trainer(trainer, self.test, self.attacks[attack])
         facts = trainer.facts()
-        last = next(log for log in reversed(trainer.state.log_history) if "clean_loss" in log)
-        row = {"attack": attack_name, "seed": seed, "defence": defence} | results(before, after)
-        row |= {"seconds": trained.metrics["train_runtime"], "clean_loss": last["clean_loss"]}
+        last = next((log for log in reversed(trainer.state.log_history) if "clean_loss" in log), {})
+        row = {"attack": attack, "seed": seed, "defence": defence} | results(before, after)
+        row |= {"seconds": trained.metrics["train_runtime"], "clean_loss": last.get("clean_loss")}
         row |= {"distance": last.get("distance"), "arguments": facts["arguments"], "versions": facts["versions"]}
         write_json(file, row)
+
+    def floor(self, seed: int) -> None:
+        """Measure every trigger on the twin: what the trigger does to a model without a backdoor."""
+        if self.grid.victim is not None:
+            twin = self.victim(TWIN, seed)
+            for attack in self.attacks:
+                self.before(TWIN, seed, attack, twin)
 
     def table(self) -> str:
         """Mean over seeds per attack and defence, with the range of ASR, and the twin's floor."""
@@ -166,6 +177,12 @@ class Comparison:
                 if chosen := [row for row in cells if row["defence"] == defence]:
                     lines.append(line(attack, defence, chosen, "after"))
         return "\n".join(lines)
+
+
+def read_measurement(counts: dict) -> Measurement:
+    """The measurement that `asdict` wrote."""
+    rates = {key: Proportion(**counts[key]) for key in ("accuracy", "asr", "ra")}
+    return Measurement(**rates, seconds=counts["seconds"], forward_images=counts["forward_images"])
 
 
 def line(attack: str, name: str, rows: list[dict], when: str) -> str:
@@ -194,7 +211,7 @@ def write_json(file: Path, content: dict) -> None:
 
 def main() -> None:
     """Run the share of the grid that the command line names."""
-    (arguments,) = HfArgumentParser(GridArguments).parse_args_into_dataclasses()
+    (arguments,) = HfArgumentParser(GridArguments).parse_args_into_dataclasses(["--config", *sys.argv[1:]])
     options = yaml.safe_load(Path(arguments.config).read_text())
     if arguments.model_name_or_path:
         options["model"]["source"] = arguments.model_name_or_path
@@ -203,14 +220,17 @@ def main() -> None:
     comparison = Comparison(Grid(**options))
     grid = comparison.grid
     share, shares = map(int, arguments.shard.split("/"))
-    victims = [(name, seed) for seed in grid.seeds for name in [*grid.attacks, TWIN]]
-    mine = [v for v in victims if zlib.crc32(repr(v).encode()) % shares == share]
-    for name, seed in mine:
-        comparison.victim(name, seed)
-    if not arguments.only_victims:
-        for name, seed in (v for v in mine if v[0] != TWIN):
+
+    def mine(*key) -> bool:
+        return zlib.crc32(repr(key).encode()) % shares == share
+
+    for seed in grid.seeds:
+        for attack in grid.attacks:
             for defence in grid.defences:
-                comparison.cell(name, seed, defence)
+                if mine(attack, seed, defence):
+                    comparison.cell(attack, seed, defence)
+        if mine(TWIN, seed):
+            comparison.floor(seed)
     table = comparison.table()
     (comparison.folder / "table.md").write_text(table + "\n")
     print(table)
