@@ -32,6 +32,7 @@ class PurifyConfig(TrainingArguments):
         horizontal_flip: Flip half of the images. Off, because a flip changes what some signs and digits mean; BB flips
             CIFAR-10.
         save_strategy: ``"no"``: the final model is saved; checkpoints, which hold optimizer state as pickles, only on request.
+        hub_strategy: ``"end"``: pushing on the way would upload half-purified weights and pickles; the trainer refuses it.
         hub_private_repo: Repositories are created private.
 
     Raises:
@@ -59,6 +60,7 @@ class PurifyConfig(TrainingArguments):
     save_strategy: str = field(default="no", metadata={"help": "When to write checkpoints for resuming."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     report_to: str = field(default="none", metadata={"help": "Trackers to report to."})
+    hub_strategy: str = field(default="end", metadata={"help": "When to push: at the end, never half-purified weights."})
     hub_private_repo: bool | None = field(default=True, metadata={"help": "Create Hub repositories private."})
     # Each of these would be wrong with the library's default: the data set's own columns are converted by the trainer, the
     # non-finite loss is an error here, and no parameter of a classifier stays unused.

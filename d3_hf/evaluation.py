@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, PreTrainedModel
+from transformers import EvalPrediction, PreTrainedModel, Trainer
 
 from .data import RawImages
 
@@ -260,6 +260,27 @@ def measure(
         asr, ra = attack_success_rate(attacked, truth, target_label), robust_accuracy(attacked, truth, target_label)
     acc = accuracy(np.concatenate(predicted), images.labels)
     return Measurement(acc, asr, ra, time.perf_counter() - start, acc.n + (asr.n if asr else 0))
+
+
+def measure_trainer(trainer: Trainer, images: RawImages, attack: Any = None) -> Measurement | None:
+    """Measure a `PurifyTrainer`'s model as it is now, in float32, on the main process; the others wait.
+
+    Args:
+        trainer: A `PurifyTrainer`; it is not handed the trigger.
+        images: Raw images with true labels.
+        attack: An `Attack`; None measures ACC only.
+
+    Returns:
+        The measurement on the main process, None on the others.
+    """
+    measured = None
+    if trainer.is_world_process_zero():
+        trigger, target = (attack.trigger, attack.target_label) if attack else (None, None)
+        # accelerate leaves its autocast on the model after training: without it before and after are measured alike.
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        measured = measure(model, images, trainer.preprocessing, trigger, target)
+    trainer.accelerator.wait_for_everyone()
+    return measured
 
 
 def detoxification_effectiveness_rating(before: Measurement, after: Measurement) -> float:

@@ -38,9 +38,7 @@ def arguments_of(args: PurifyConfig) -> dict[str, Any]:
     values = args.to_dict()
     # Against the declared defaults, not a second instance: making one would reset the running accelerator's state.
     changed = [
-        f.name
-        for f in fields(args)
-        if _is_plain(values.get(f.name)) and (values[f.name] or None) != (f.default or None)
+        f.name for f in fields(args) if _is_plain(values.get(f.name)) and (values[f.name] or None) != (f.default or None)
     ]
     names = [n for n in dict.fromkeys(own + changed) if n not in PLACES and not n.startswith("hub_")]
     return {name: values[name] for name in names}

@@ -62,12 +62,13 @@ class PurifyTrainer(Trainer):
 
     Raises:
         ValueError: No image processor is known; the run would use `nn.DataParallel`, FSDP or DeepSpeed, a PEFT model or
-            `model_init`; a training batch has no tensor ``labels``.
+            `model_init`, or push checkpoints to the Hub; a training batch has no tensor ``labels``.
         FloatingPointError: The clean loss of a step is NaN or infinite.
     """
 
     # Our loss is normalised over the whole window: the Trainer must not divide it by the number of micro-batches again.
     loss_is_scaled_for_ga = True
+    manifest_name = MANIFEST
     method = "fine-tuning"
     paper: str | None = None
 
@@ -275,15 +276,18 @@ class PurifyTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(folder, state_dict=state_dict)
         self.processing_class.save_pretrained(folder)
-        (folder / MANIFEST).write_text(json.dumps(self.facts(), indent=2) + "\n")
+        (folder / self.manifest_name).write_text(json.dumps(self.facts(), indent=2) + "\n")
         if self.retain_indices is not None:
             (folder / RETAIN_INDICES).write_text(json.dumps(self.retain_indices) + "\n")
+        if folder == Path(self.args.output_dir):
+            self.create_model_card()
 
     def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
         """Write ``README.md`` from the manifest and, if `purify` measured, the results. Other arguments are not used."""
         folder = Path(self.args.output_dir)
-        name = model_name or (self.args.hub_model_id or folder.name).rpartition("/")[2]
-        render_card(self.facts(), self.results, name, self.args.hub_model_id).save(folder / "README.md")
+        repo = self.hub_model_id or self.args.hub_model_id  # the first is known once the repository exists, with its namespace
+        name = model_name or (repo or folder.name).rpartition("/")[2]
+        render_card(self.facts(), self.results, name, repo).save(folder / "README.md")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_weights(Path(resume_from_checkpoint))
@@ -327,6 +331,10 @@ def _refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict) -> N
         raise ValueError(
             f"{type(model).__name__} is no transformers model: wrap it with d3_hf.load_classifier(module, num_labels=..., "
             "image_mean=..., image_std=...)"
+        )
+    if args.push_to_hub and args.save_strategy != "no" and args.hub_strategy != "end":
+        raise ValueError(
+            "push_to_hub with checkpoints would upload pickles and half-purified weights on the way: set hub_strategy='end'"
         )
     if args.n_gpu > 1:
         raise ValueError(f"one process would drive {args.n_gpu} GPUs by nn.DataParallel; start it with `accelerate launch`")

@@ -22,7 +22,7 @@ from .arguments import AttackArguments, DataArguments, ModelArguments, parse_arg
 from .attacks import Attack, from_description, poison
 from .config import PurifyConfig
 from .data import RawImages
-from .evaluation import Measurement, measure
+from .evaluation import Measurement, measure_trainer
 from .labels import check_labels
 from .models import new_classifier
 from .trainer import PurifyTrainer
@@ -63,8 +63,37 @@ class Victim:
     attack: Attack
 
 
+class VictimTrainer(PurifyTrainer):
+    """Trains on images that may be poisoned and says so in everything it writes; see `PurifyTrainer` for the arguments."""
+
+    manifest_name = VICTIM_FILE
+    method = "training with a planted backdoor"
+    planted: dict[str, Any] | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Adds what was planted."""
+        return super().facts() | {"planted": self.planted}
+
+    def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
+        """Write a card whose first line is the warning."""
+        rates = ", ".join(f"{rate} {100 * value:.2f} %" for rate, value in self.measured.get("victim", {}).items())
+        planted = {name: value for name, value in (self.planted or {}).items() if name != "poisoned_rows"}
+        text = (
+            "---\ntags:\n- backdoored-for-research\nlibrary_name: transformers\npipeline_tag: image-classification\n---\n\n"
+            "This model is **deliberately backdoored, for research**. Do not use it for anything but measuring defences.\n\n"
+            f"Planted: `{json.dumps(planted)}`; the poisoned rows are in `{VICTIM_FILE}`.\n\n{rates}\n"
+        )
+        (Path(self.args.output_dir) / "README.md").write_text(text)
+
+
 def train_victim(
-    model: PreTrainedModel, train: RawImages, test: RawImages, attack: Attack, args: PurifyConfig, options: VictimArguments
+    model: PreTrainedModel,
+    train: RawImages,
+    test: RawImages,
+    attack: Attack,
+    args: PurifyConfig,
+    poison_ratio: float = 0.1,
+    poison_seed: int = 0,
 ) -> dict[str, Any]:
     """Poison the images, train the model on them, measure, save a loadable folder to ``args.output_dir``.
 
@@ -74,45 +103,27 @@ def train_victim(
         test: Images to measure on; never poisoned.
         attack: What to plant.
         args: Training arguments.
-        options: Poison ratio and seed.
+        poison_ratio: Share of all training images that carry the trigger, in (0, 1].
+        poison_seed: Chooses them.
 
     Returns:
-        What ``victim.json`` holds: the attack's description, poison ratio and seed, poisoned rows of the data set; ACC, ASR
-        and RA of the victim; and as ``*_before_training`` those of the model before, the floor where it was trained already.
+        What ``victim.json`` holds beside the training's own facts: ``planted`` (attack, ratio, seed, poisoned rows of the data
+        set) and ``measured``: ACC, ASR and RA of the victim, and of the model before training.
     """
-    poisoned, indices = poison(train, attack, options.poison_ratio, options.poison_seed)
-    trainer = PurifyTrainer(model=model, args=args, train_dataset=poisoned)
-    before = measure(model, test, trainer.preprocessing, attack.trigger, attack.target_label)
+    poisoned, indices = poison(train, attack, poison_ratio, poison_seed)
+    trainer = VictimTrainer(model=model, args=args, train_dataset=poisoned)
+    trainer.planted = {"attack": attack.describe(), "poison_ratio": poison_ratio, "poison_seed": poison_seed}
+    trainer.measured["before"] = _rates(measure_trainer(trainer, test, attack))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    after = measure(model, test, trainer.preprocessing, attack.trigger, attack.target_label)
-    record = {
-        "attack": attack.describe(),
-        "poison_ratio": options.poison_ratio,
-        "poison_seed": options.poison_seed,
-        "poisoned_indices": train.index[indices].tolist(),
-        **_rates(after, ""),
-        **_rates(before, "_before_training"),
-    }
+    trainer.measured["victim"] = _rates(measure_trainer(trainer, test, attack))
+    trainer.planted["poisoned_rows"] = train.index[indices].tolist()
     trainer.save_model()
-    folder = Path(args.output_dir)
-    if trainer.is_world_process_zero():
-        (folder / VICTIM_FILE).write_text(json.dumps(record) + "\n")
-        (folder / "README.md").write_text(_card(record))
-    return record
+    return trainer.facts()
 
 
-def _rates(measurement: Measurement, suffix: str) -> dict[str, Any]:
-    rates = {"accuracy": measurement.accuracy, "asr": measurement.asr, "ra": measurement.ra}
-    return {k: v for name, rate in rates.items() for k, v in rate.as_dict(f"{name}{suffix}").items()}
-
-
-def _card(record: dict[str, Any]) -> str:
-    return (
-        "---\ntags:\n- backdoored-for-research\nlibrary_name: transformers\npipeline_tag: image-classification\n---\n\n"
-        "This model is **deliberately backdoored, for research**. Do not use it for anything but measuring defences.\n\n"
-        f"Trigger: `{json.dumps(record['attack'])}`, poison ratio {record['poison_ratio']}. "
-        f"ACC {100 * record['accuracy']:.2f} %, ASR {100 * record['asr']:.2f} %, RA {100 * record['ra']:.2f} %.\n"
-    )
+def _rates(found: Measurement | None) -> dict[str, float]:
+    """ACC, ASR and RA as fractions; nothing on the processes that do not measure."""
+    return {} if found is None else {"ACC": found.accuracy.value, "ASR": found.asr.value, "RA": found.ra.value}
 
 
 def make_victim(argv: list[str] | None = None) -> Victim:
@@ -138,8 +149,9 @@ def make_victim(argv: list[str] | None = None) -> Victim:
     set_seed(args.seed)
     model = model_args.load() if model_args.model_name_or_path else _new_model(model_args, test.class_names, options)
     check_labels(test.class_names, model.config)
-    record = train_victim(model, RawImages.from_dataset(train), test, attack, args, options)
-    print(f"Victim in {args.output_dir}: ACC {record['accuracy']:.4f}, ASR {record['asr']:.4f}, RA {record['ra']:.4f}")
+    raw = RawImages.from_dataset(train)
+    facts = train_victim(model, raw, test, attack, args, options.poison_ratio, options.poison_seed)
+    print(f"Victim in {args.output_dir}: {facts['measured']['victim']}")
     return Victim(args.output_dir, attack)
 
 

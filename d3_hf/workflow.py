@@ -12,7 +12,7 @@ from .card import results_table
 from .config import PurifyConfig
 from .data import RawImages
 from .defenses.d3 import D3Config, D3Trainer
-from .evaluation import Measurement, measure, results
+from .evaluation import measure_trainer, results
 from .labels import check_labels
 from .trainer import PurifyTrainer
 from .victims import make_victim
@@ -47,24 +47,11 @@ def purify(trainer: PurifyTrainer, test: RawImages, attack: Attack | None = None
         folder = Path(trainer.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "all_results.json").write_text(json.dumps(trainer.results, indent=2) + "\n")
-        trainer.create_model_card()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     else:
         trainer.save_model()
     return trainer.results or {}
-
-
-def measure_trainer(trainer: PurifyTrainer, test: RawImages, attack: Attack | None) -> Measurement | None:
-    """Measure a trainer's model as it is now, in float32, on the main process; the others wait and get ``None``."""
-    measured = None
-    if trainer.is_world_process_zero():
-        trigger, target = (attack.trigger, attack.target_label) if attack else (None, None)
-        # accelerate leaves its autocast on the model after training: without it before and after are measured alike.
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        measured = measure(model, test, trainer.preprocessing, trigger, target)
-    trainer.accelerator.wait_for_everyone()
-    return measured
 
 
 @dataclass

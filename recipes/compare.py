@@ -18,17 +18,15 @@ import yaml
 from datasets import Dataset
 from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
-from d3_hf.attacks import from_description, poison
+from d3_hf.attacks import from_description
 from d3_hf.config import PurifyConfig
 from d3_hf.data import RawImages, load_images, retain_split
 from d3_hf.defenses.d3 import D3Config, D3Trainer
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
-from d3_hf.evaluation import Measurement, Proportion, measure, results
+from d3_hf.evaluation import Measurement, Proportion, measure, measure_trainer, results
 from d3_hf.models import load_classifier
 from d3_hf.preprocessing import Preprocessing
-from d3_hf.trainer import PurifyTrainer
-from d3_hf.victims import new_model
-from d3_hf.workflow import measure_trainer
+from d3_hf.victims import VictimTrainer, new_model, train_victim
 
 DEFENCES = {"d3": (D3Config, D3Trainer), "fine_tuning": (FineTuningConfig, FineTuningTrainer)}
 TWIN = "twin"  # trained like the victims on images without a trigger: its ASR is the floor
@@ -62,7 +60,7 @@ class Grid:
         dataset_name: See `load_images`.
         attacks: Per name ``attack`` (a description) and ``poison_ratio``.
         defences: Per name ``defence`` (``d3`` or ``fine_tuning``) and options of its Config.
-        seeds: Each seed draws victim, retain set and warm start.
+        seeds: Each seed draws a retain set and a warm start. The victims are the same for all.
         retain_count: Images in the retain set.
         test_images: Measure on the first so many test images; all if null.
         model: Arguments of `load_classifier`, or of a new network (``architecture`` without ``source``).
@@ -88,40 +86,42 @@ class Comparison:
     def __init__(self, grid: Grid):
         self.grid, self.folder = grid, Path(grid.output_dir)
         images = load_images(grid.dataset_name)
-        self.train: Dataset = images["train"]
+        # Victims never see the rows that any seed's retain set is drawn from.
+        self.held_out, self.seen = retain_split(images["train"], count=grid.retain_count * len(grid.seeds), seed=0)
         test = images["test"]
         self.test = RawImages.from_dataset(test.select(range(grid.test_images)) if grid.test_images else test)
         self.names = self.test.class_names
-        self.raw_train = RawImages.from_dataset(self.train) if grid.victim else None
         self.attacks = {name: from_description(options["attack"]) for name, options in grid.attacks.items()}
 
-    def retain(self, seed: int) -> tuple[Dataset, Dataset]:
-        return retain_split(self.train, count=self.grid.retain_count, seed=seed)
+    def retain(self, seed: int) -> Dataset:
+        """The retain set of one seed, out of the rows that no victim has seen."""
+        return retain_split(self.held_out, count=self.grid.retain_count, seed=seed)[0]
 
-    def victim(self, name: str, seed: int) -> PreTrainedModel:
+    def victim(self, name: str) -> PreTrainedModel:
         """Load a victim, made if it is not there yet, or the grid's own model where that is the victim already."""
         options = dict(self.grid.model)
         if self.grid.victim is None:
             return load_classifier(options.pop("source"), **options)
-        folder = self.folder / "victims" / f"{name}-{seed}"
+        folder = self.folder / "victims" / name
         if not (folder / "done").is_file():
-            set_seed(seed)
+            set_seed(0)
             start = (
                 load_classifier(options.pop("source"), **options) if "source" in options else new_model(self.names, **options)
             )
-            train = self.raw_train.select(self.retain(seed)[1]["index"][:])
-            if name != TWIN:
-                train, _ = poison(train, self.attacks[name], self.grid.attacks[name]["poison_ratio"], seed)
-            args = PurifyConfig(output_dir=str(folder), seed=seed, **self.grid.victim)
-            trainer = PurifyTrainer(model=start, args=args, train_dataset=train)
-            trainer.train()
-            trainer.save_model()
+            args = PurifyConfig(output_dir=str(folder), **self.grid.victim)
+            if name == TWIN:
+                trainer = VictimTrainer(model=start, args=args, train_dataset=RawImages.from_dataset(self.seen))
+                trainer.train()
+                trainer.save_model()
+            else:
+                ratio = self.grid.attacks[name]["poison_ratio"]
+                train_victim(start, RawImages.from_dataset(self.seen), self.test, self.attacks[name], args, ratio)
             (folder / "done").touch()
         return load_classifier(str(folder))
 
-    def before(self, name: str, seed: int, attack: str, model: PreTrainedModel) -> Measurement:
+    def before(self, name: str, attack: str, model: PreTrainedModel) -> Measurement:
         """Measure an untouched model once and remember it."""
-        file = self.folder / "before" / f"{name}-{seed if self.grid.victim else 0}-{attack}.json"
+        file = self.folder / "before" / f"{name}-{attack}.json"
         if file.is_file():
             return read_measurement(json.loads(file.read_text()))
         preprocessing = Preprocessing.from_processor(model.image_processor)
@@ -134,12 +134,12 @@ class Comparison:
         file = self.folder / "cells" / f"{attack}-{seed}-{defence}.json"
         if file.is_file():
             return
-        model = self.victim(attack, seed)
-        before = self.before(attack, seed, attack, model)
+        model = self.victim(attack)
+        before = self.before(attack, attack, model)
         options = dict(self.grid.defences[defence])
         config_class, trainer_class = DEFENCES[options.pop("defence")]
         args = config_class(output_dir=str(self.folder / "runs"), seed=seed, **(self.grid.common | options))
-        trainer = trainer_class(model=model, args=args, train_dataset=self.retain(seed)[0])
+        trainer = trainer_class(model=model, args=args, train_dataset=self.retain(seed))
         trained = trainer.train()
         after = measure_trainer(trainer, self.test, self.attacks[attack])
         facts = trainer.facts()
@@ -149,12 +149,12 @@ class Comparison:
         row |= {"distance": last.get("distance"), "arguments": facts["arguments"], "versions": facts["versions"]}
         write_json(file, row)
 
-    def floor(self, seed: int) -> None:
+    def floor(self) -> None:
         """Measure every trigger on the twin: what the trigger does to a model without a backdoor."""
         if self.grid.victim is not None:
-            twin = self.victim(TWIN, seed)
+            twin = self.victim(TWIN)
             for attack in self.attacks:
-                self.before(TWIN, seed, attack, twin)
+                self.before(TWIN, attack, twin)
 
     def table(self) -> str:
         """Mean over seeds per attack and defence, with the range of ASR, and the twin's floor."""
@@ -167,12 +167,12 @@ class Comparison:
             cells = [row for row in rows if row["attack"] == attack]
             if not cells:
                 continue
-            lines.append(line(attack, "victim", cells, "before"))
-            floors = [
-                json.loads(f.read_text())[attack] for f in sorted((self.folder / "victims").glob(f"{TWIN}-*/measured.json"))
-            ]
-            if floors:
-                lines.append(line(attack, "twin without backdoor", floors, "before"))
+            for name in (attack, TWIN):
+                file = self.folder / "before" / f"{name}-{attack}.json"
+                if file.is_file():
+                    found = read_measurement(json.loads(file.read_text()))
+                    label = "victim" if name == attack else "twin without backdoor"
+                    lines.append(line(attack, label, [results(found, found)], "before"))
             for defence in self.grid.defences:
                 if chosen := [row for row in cells if row["defence"] == defence]:
                     lines.append(line(attack, defence, chosen, "after"))
@@ -224,13 +224,13 @@ def main() -> None:
     def mine(*key) -> bool:
         return zlib.crc32(repr(key).encode()) % shares == share
 
+    if mine(TWIN):
+        comparison.floor()
     for seed in grid.seeds:
-        for attack in grid.attacks:
-            for defence in grid.defences:
+        for defence in grid.defences:
+            for attack in grid.attacks:
                 if mine(attack, seed, defence):
                     comparison.cell(attack, seed, defence)
-        if mine(TWIN, seed):
-            comparison.floor(seed)
     table = comparison.table()
     (comparison.folder / "table.md").write_text(table + "\n")
     print(table)

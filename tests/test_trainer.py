@@ -275,7 +275,7 @@ def test_saved_folder_holds_no_pickle(tmp_path):
     trainer.train()
     trainer.save_model()
     assert {p.name for p in Path(tmp_path).iterdir()} == {
-        "config.json", "model.safetensors", "preprocessor_config.json", "purification.json",
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json", "purification.json",
     }  # fmt: skip
 
 

@@ -71,7 +71,7 @@ def test_manifest_repeats_the_run(drill):
     folder, _ = drill
     manifest = json.loads((folder / "purified" / "purification.json").read_text())
     indices = json.loads((folder / "purified" / "retain_indices.json").read_text())
-    poisoned = json.loads((folder / "victim" / "victim.json").read_text())["poisoned_indices"]
+    poisoned = json.loads((folder / "victim" / "victim.json").read_text())["planted"]["poisoned_rows"]
     assert manifest["source"]["kind"] == "folder" and "model.safetensors" in manifest["source"]["sha256"]
     assert manifest["retain"] == {"n": len(indices), "source": "digits", "indices_file": "retain_indices.json"}
     assert manifest["arguments"]["lambda_clean"] == d3_hf.D3Config("x", use_cpu=True).lambda_clean
