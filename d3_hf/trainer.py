@@ -23,6 +23,7 @@ from .card import render_card
 from .config import PurifyConfig
 from .data import Augmentation, RawImages, TrainingImages
 from .evaluation import compute_metrics as accuracy_metrics
+from .labels import check_labels
 from .preprocessing import Preprocessing
 
 MANIFEST = "purification.json"
@@ -61,8 +62,9 @@ class PurifyTrainer(Trainer):
         kwargs: Further arguments of `Trainer`.
 
     Raises:
-        ValueError: No image processor is known; the run would use `nn.DataParallel`, FSDP or DeepSpeed, a PEFT model or
-            `model_init`, or push checkpoints to the Hub; a training batch has no tensor ``labels``.
+        ValueError: The images' labels are not the model's; no image processor is known; the run would use `nn.DataParallel`,
+            FSDP or DeepSpeed, a PEFT model or `model_init`, or push checkpoints to the Hub; a training batch has no tensor
+            ``labels``.
         FloatingPointError: The clean loss of a step is NaN or infinite.
     """
 
@@ -99,8 +101,8 @@ class PurifyTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=self._images(train_dataset, augmentation),
-            eval_dataset=self._images(eval_dataset, None),
+            train_dataset=self._images(train_dataset, model, augmentation),
+            eval_dataset=self._images(eval_dataset, model, None),
             processing_class=processing_class,
             compute_loss_func=self.clean_loss,
             **kwargs,
@@ -305,12 +307,12 @@ class PurifyTrainer(Trainer):
             state = fresh.state_dict()
         self.model.load_state_dict(state, strict=True)
 
-    def _images(self, dataset: Any, augmentation: Augmentation | None) -> Any:
-        if isinstance(dataset, datasets.Dataset):
-            return TrainingImages.from_raw(RawImages.from_dataset(dataset), self.preprocessing, augmentation)
-        if isinstance(dataset, RawImages):
-            return TrainingImages.from_raw(dataset, self.preprocessing, augmentation)
-        return dataset
+    def _images(self, dataset: Any, model: PreTrainedModel, augmentation: Augmentation | None) -> Any:
+        raw = RawImages.from_dataset(dataset) if isinstance(dataset, datasets.Dataset) else dataset
+        if not isinstance(raw, RawImages):
+            return dataset
+        check_labels(raw.class_names, model.config)
+        return TrainingImages.from_raw(raw, self.preprocessing, augmentation)
 
 
 def _collate(batch: Any) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tiny import tiny_resnet, tiny_samples, tiny_timm_vit, tiny_vit
 
 from d3_hf import geometry
+from d3_hf.data import load_images, retain_split
 from d3_hf.defenses.d3 import D3Config, D3Trainer
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
 
@@ -260,6 +261,35 @@ def test_resume_equals_the_uninterrupted_run(tmp_path, make):
     for (name, got), want in zip(resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
         assert torch.equal(got, want), name
     assert resumed.relative_distances() == whole.relative_distances()
+
+
+def ten_classes(names=None):
+    model = tiny_vit()
+    model.classifier = torch.nn.Linear(8, 10)
+    model.config.id2label = dict(enumerate(names or [f"LABEL_{i}" for i in range(10)]))
+    return model
+
+
+def test_resume_in_the_middle_of_an_epoch_draws_the_same_crops(tmp_path):
+    retain, _ = retain_split(load_images("digits")["train"], count=40)
+    options = dict(max_steps=9, save_strategy="steps", save_steps=7, epsilon=0.0)  # four batches of ten an epoch
+    runs = []
+    for name, checkpoint in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-7"))):
+        torch.manual_seed(0)
+        args = config(tmp_path / name, per_device_train_batch_size=10, **options)
+        trainer = D3Trainer(ten_classes(), args, retain)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        runs.append(trainer)
+    for (name, got), want in zip(runs[1].model.state_dict().items(), runs[0].model.state_dict().values(), strict=True):
+        assert torch.equal(got, want), name
+    assert runs[0].train_dataset._draws()[0].tolist() == runs[1].train_dataset._draws()[0].tolist()
+    assert int(runs[0].train_dataset._epoch) == 2
+
+
+def test_labels_that_are_not_the_models_are_refused(tmp_path):
+    digits = load_images("digits")["train"].select(range(20))
+    with pytest.raises(ValueError, match="classes"):
+        D3Trainer(tiny_vit(), config(tmp_path), digits)
 
 
 def test_resuming_with_another_reference_is_refused(tmp_path):
