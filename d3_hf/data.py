@@ -157,9 +157,14 @@ class RawImages:
             dataset: Columns ``image`` and ``label``; ``index`` is taken over where there is one.
 
         Raises:
-            ValueError: There are no rows, a label is missing, or a picture cannot be decoded (the error names the
-                row).
+            ValueError: The columns are not there, there are no rows, a label is missing, or a picture cannot be decoded
+                (the error names the row).
         """
+        if missing := {"image", "label"} - set(dataset.column_names):
+            raise ValueError(
+                f"the data set has no column {' or '.join(sorted(missing))}, only {', '.join(dataset.column_names)}: "
+                "load_images(dataset) finds pictures and labels by their types and names them so"
+            )
         labels = torch.from_numpy(labels_of(dataset))
         batches = dataset.select_columns("image").with_format("arrow").iter(1000)
         pictures = (picture for batch in batches for picture in batch["image"].to_pylist())

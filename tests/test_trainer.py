@@ -286,6 +286,13 @@ def test_resume_in_the_middle_of_an_epoch_draws_the_same_crops(tmp_path):
     assert int(runs[0].train_dataset._epoch) == 2
 
 
+def test_other_column_names_point_to_load_images(tmp_path):
+    digits = load_images("digits")["train"].select(range(20)).rename_column("image", "img")
+    with pytest.raises(ValueError, match=r"no column image, only img, label: load_images\(dataset\)"):
+        D3Trainer(ten_classes(), config(tmp_path), digits)
+    assert len(load_images(digits)["train"]) == 20
+
+
 def test_labels_that_are_not_the_models_are_refused(tmp_path):
     digits = load_images("digits")["train"].select(range(20))
     with pytest.raises(ValueError, match="classes"):
