@@ -24,6 +24,7 @@ def config(folder, **options):
         disable_tqdm=True,
         use_cpu=True,
         epsilon=0.5,
+        learning_rate=0.01,
     )
     return D3Config(**(defaults | options))
 
@@ -319,7 +320,7 @@ def test_saved_folder_holds_no_pickle(tmp_path):
 def test_fine_tuning_controls(tmp_path):
     def run(**options):
         model = tiny_vit()
-        args = FineTuningConfig(str(tmp_path), max_steps=2, disable_tqdm=True, use_cpu=True, **options)
+        args = FineTuningConfig(str(tmp_path), max_steps=2, learning_rate=0.01, disable_tqdm=True, use_cpu=True, **options)
         trainer = FineTuningTrainer(model, args, tiny_samples())
         trainer.train()
         return trainer, model.classifier.weight.detach()
