@@ -12,15 +12,15 @@ BATCH_NORM_POLICIES = ("train", "eval", "frozen")
 class PurifyConfig(TrainingArguments):
     """Arguments shared by all defences: `TrainingArguments` with the schedule of the D3 study.
 
-    Only what differs from `TrainingArguments` is listed. (BB) marks BackdoorBench's common defence settings, (code) those of the
-    D3 authors' ``defense/d3.py``, (here) what served best in model_cards/proof.md.
+    Only what differs from `TrainingArguments` is listed. (BB) marks BackdoorBench's common defence settings, (code) those of
+    the D3 authors' ``defense/d3.py``, (here) what served best in model_cards/proof.md.
 
     Args:
         output_dir: Where the purified model and its evidence go.
         learning_rate: 0.1 (here): with 0.01 (BB, code) a trigger that no longer yields the target still destroys the
             prediction. For CNNs; a ViT wants less, see model_cards/vit.md.
         num_train_epochs: 15 passes over the retain set (here); 100 (BB, code).
-        per_device_train_batch_size: 128 (here); 256 (BB, code). 15 passes over 2,500 images are then 300 steps, in the code 1,000.
+        per_device_train_batch_size: 128 (here); 256 (BB, code). 15 passes over 2,500 images are 300 steps, the code's 1,000.
         optim: SGD (BB).
         optim_args: Momentum 0.9 (BB).
         lr_scheduler_type: Cosine to zero, stepped per update; the code steps it once per epoch.

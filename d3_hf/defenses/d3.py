@@ -27,8 +27,8 @@ class D3Config(PurifyConfig):
     """Arguments of D3: `PurifyConfig` and the symbols of the objective ``-d(theta_s, theta_init_s) + lambda * hinge``.
 
     Args:
-        lambda_clean: lambda > 0, weight of the clean loss against the distance (unit: weight norm per nat). Paper 10 (as readers
-            of it note), code 0.5. 4 here: with the shared schedule 10 left more of the backdoor and 2 cost more ACC
+        lambda_clean: lambda > 0, weight of the clean loss against the distance (unit: weight norm per nat). Paper 10 (as
+            readers of it note), code 0.5. 4 here: with the shared schedule 10 left more of the backdoor and 2 cost more ACC
             (model_cards/proof.md).
         epsilon: epsilon >= 0, clean loss in nats that costs nothing. 0.1 in paper and code.
         hinge: ``"sample"``: mean over images of max(0, CE_i - epsilon) (code). ``"batch"``: max(0, mean CE - epsilon), the mean
