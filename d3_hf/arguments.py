@@ -14,35 +14,42 @@ from .data import RawImages, load_images, retain_split
 from .models import load_classifier
 
 
-def parse_arguments(dataclass_types: list[type], argv: list[str] | None = None) -> tuple:
+def parse_arguments(
+    dataclass_types: list[type], argv: list[str] | None = None, defaults: dict[str, Any] | None = None
+) -> tuple:
     """Parse ``[CONFIG.yaml] --option value ...`` into one instance of each dataclass.
 
     Args:
         dataclass_types: Dataclasses with disjoint field names.
         argv: Arguments without the program's name; default ``sys.argv[1:]``.
+        defaults: Options in place of a YAML file's.
 
     Returns:
         The instances, in the order of the types.
 
     Raises:
         FileNotFoundError: The YAML file does not exist.
-        ValueError: The YAML file is no mapping or has an unknown key.
+        ValueError: The YAML file is no mapping, or an option is unknown.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(dataclass_types)
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        parser.set_defaults(**_read_yaml(Path(argv.pop(0)), {action.dest for action in parser._actions}))
+    where = "the options given"
+    if defaults is None and argv and argv[0].endswith((".yaml", ".yml")):
+        where = argv.pop(0)
+        defaults = read_yaml(where)
+    if unknown := sorted((defaults or {}).keys() - {action.dest for action in parser._actions}):
+        raise ValueError(f"{where}: unknown option{'s' * (len(unknown) > 1)} {', '.join(unknown)}")
+    parser.set_defaults(**defaults or {})
     return parser.parse_args_into_dataclasses(args=argv)
 
 
-def _read_yaml(path: Path, known: set[str]) -> dict[str, Any]:
-    if not path.is_file():
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping; FileNotFoundError or ValueError where it is none."""
+    if not Path(path).is_file():
         raise FileNotFoundError(f"no configuration file {path}")
-    options = yaml.safe_load(path.read_text())
+    options = yaml.safe_load(Path(path).read_text())
     if not isinstance(options, dict):
         raise ValueError(f"{path} is no mapping of option names to values")
-    if unknown := sorted(options.keys() - known):
-        raise ValueError(f"{path}: unknown option{'s' * (len(unknown) > 1)} {', '.join(unknown)}")
     return options
 
 

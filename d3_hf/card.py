@@ -4,12 +4,18 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-TEMPLATE = Path(__file__).parent / "templates" / "purified_card.md"
+TEMPLATES = Path(__file__).parent / "templates"
 RESULT_NAMES = {
     "accuracy": ("accuracy", "ACC"),
     "asr": ("attack_success_rate", "ASR"),
     "ra": ("robust_accuracy", "RA"),
 }
+
+
+def _percent(rates: dict, key: str) -> str:
+    """``91.20 % [90.40, 91.95]`` of a proportion as `Proportion.as_dict` writes it."""
+    low, high = rates[f"{key}_ci95"]
+    return f"{100 * rates[key]:.2f} % [{100 * low:.2f}, {100 * high:.2f}]"
 
 
 def results_table(results: dict) -> str:
@@ -22,18 +28,63 @@ def results_table(results: dict) -> str:
         The table, without a final line break.
     """
 
-    def cell(key: str) -> str:
-        low, high = results[f"{key}_ci95"]
-        return f"{100 * results[key]:.2f} % [{100 * low:.2f}, {100 * high:.2f}]"
-
     rows = ["| | before | after | images |", "| --- | ---: | ---: | ---: |"]
     for key, (_, short) in RESULT_NAMES.items():
         if f"{key}_after" in results:
             count = results[f"{key}_after_n"]
-            rows.append(f"| {short} | {cell(f'{key}_before')} | {cell(f'{key}_after')} | {count} |")
+            rows.append(f"| {short} | {_percent(results, f'{key}_before')} | {_percent(results, f'{key}_after')} | {count} |")
     if "der" in results:
         rows.append(f"| DER | | {results['der']:.4f} | |")
     return "\n".join(rows)
+
+
+def rates_table(columns: dict[str, dict]) -> str:
+    """Markdown table of ACC, ASR and RA, one column per model.
+
+    Args:
+        columns: Per heading the proportions ``accuracy``, ``asr`` and ``ra`` as `Proportion.as_dict` writes them.
+
+    Returns:
+        The table, without a final line break.
+    """
+    rows = ["| | " + " | ".join([*columns, "images"]) + " |", "| --- |" + " ---: |" * (len(columns) + 1)]
+    first = next(iter(columns.values()))
+    for key, (_, short) in RESULT_NAMES.items():
+        if key in first:
+            cells = [_percent(rates, key) if key in rates else "" for rates in columns.values()]
+            rows.append("| " + " | ".join([short, *cells, str(first[f"{key}_n"])]) + " |")
+    return "\n".join(rows)
+
+
+def victim_table(facts: dict) -> str:
+    """The rates of a victim beside those of a model without backdoor; ``facts`` as in ``victim.json``."""
+    headings = {"victim": "victim" if facts["planted"] else "this model", "clean_model": "model without backdoor"}
+    columns = {heading: facts["measured"][key] for key, heading in headings.items() if facts["measured"].get(key)}
+    return rates_table(columns) if columns else "Nothing was measured."
+
+
+def render_victim_card(facts: dict, model_name: str) -> ModelCard:
+    """Model card of a victim: its first line says that the model is deliberately backdoored.
+
+    Args:
+        facts: The manifest, `VictimTrainer.facts`.
+        model_name: Title of the card.
+    """
+    card_data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "backdoored-for-research", "d3_hf"]
+        if facts["planted"]
+        else ["image-classification", "d3_hf"],
+        model_name=model_name,
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATES / "victim_card.md"),
+        model_name=model_name,
+        facts=facts,
+        table=victim_table(facts),
+    )
 
 
 def render_card(facts: dict, results: dict | None, model_name: str, hub_model_id: str | None = None) -> ModelCard:
@@ -60,7 +111,7 @@ def render_card(facts: dict, results: dict | None, model_name: str, hub_model_id
     )
     return ModelCard.from_template(
         card_data,
-        template_path=str(TEMPLATE),
+        template_path=str(TEMPLATES / "purified_card.md"),
         model_name=model_name,
         facts=facts,
         results_table=results_table(results) if results else None,

@@ -1,8 +1,8 @@
 """Measuring a classifier: ACC, ASR, RA and DER, each proportion with its count and interval.
 
-ACC is the accuracy on all clean images. ASR and RA look at the same triggered images, those whose true label is not
-the target: ASR is the share classified as the target, RA (robust accuracy) the share still given the true label. A low
-ASR alone does not show a repaired model: it may have learnt to avoid the target and still be led astray by the
+ACC is the accuracy on all clean images. ASR and RA look at the same triggered images (all-to-one: those whose true label is
+not the target): ASR is the share classified as the attacker wants, RA (robust accuracy) the share still given the true
+label. A low ASR alone does not show a repaired model: it may have learnt to avoid the target and still be led astray by the
 trigger. Definitions follow BackdoorBench (Wu et al., NeurIPS 2022) and, for DER, FT-SAM (Zhu et al., ICCV 2023, eq.
 7).
 """
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -65,10 +65,12 @@ class Measurement:
 
     Args:
         accuracy: ACC over all images.
-        asr: ASR over the triggered images whose true label is not the target; None when no trigger was given.
-        ra: RA over the same images; None when no trigger was given.
+        asr: ASR over the triggered images that the attack counts; None when no attack was given.
+        ra: RA over the same images; None when no attack was given.
         seconds: Wall-clock time of the measurement.
         forward_images: Images that went through the model, originals and triggered ones together.
+        untriggered: The share of the same images, without the trigger, that are classified as the attacker wants: what ASR
+            would be without an attack. None when no attack was given.
     """
 
     accuracy: Proportion
@@ -76,6 +78,21 @@ class Measurement:
     ra: Proportion | None
     seconds: float
     forward_images: int
+    untriggered: Proportion | None = None
+
+
+def rates(measurement: Measurement) -> dict[str, Any]:
+    """``accuracy``, and with an attack ``asr``, ``ra`` and ``untriggered``: fractions in [0, 1] with ``<key>_ci95`` and
+    ``<key>_n``."""
+    fields: dict[str, Any] = {}
+    for key, proportion in _proportions(measurement).items():
+        fields |= proportion.as_dict(key)
+    return fields if measurement.untriggered is None else fields | measurement.untriggered.as_dict("untriggered")
+
+
+def _proportions(measurement: Measurement) -> dict[str, Proportion]:
+    found = {"accuracy": measurement.accuracy, "asr": measurement.asr, "ra": measurement.ra}
+    return {key: proportion for key, proportion in found.items() if proportion is not None}
 
 
 def _classes(predictions: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -175,8 +192,24 @@ def _predict(model: PreTrainedModel, images: Tensor, preprocessing: Callable[[Te
     return logits.argmax(-1).cpu().numpy()
 
 
-def _triggered(trigger: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    triggered = trigger(images)
+class Trigger(Protocol):
+    """What measuring needs of an attack; `d3_hf.attacks.Attack` is one."""
+
+    def trigger(self, images: Tensor) -> Tensor:
+        """Triggered copies of raw uint8 (B, 3, H, W)."""
+
+    def counted(self, labels: Tensor) -> Tensor:
+        """Which triggered images count: bool (N,) for true labels (N,)."""
+
+    def poisoned_labels(self, labels: Tensor, num_classes: int) -> Tensor:
+        """What the attacker wants them to be called."""
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raises a ValueError if the attack's labels are not among the classes."""
+
+
+def _triggered(attack: Trigger, images: Tensor) -> Tensor:
+    triggered = attack.trigger(images)
     if triggered.dtype != torch.uint8 or triggered.shape != images.shape:
         raise ValueError(
             f"the trigger must return uint8 images of the shape it was given, {tuple(images.shape)}; got "
@@ -185,7 +218,7 @@ def _triggered(trigger: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return triggered
 
 
-def _check_labels(model: PreTrainedModel, labels: Tensor, target_label: int | None) -> None:
+def _check_labels(model: PreTrainedModel, labels: Tensor, attack: Trigger | None) -> None:
     classes = model.config.num_labels
     if len(labels) == 0:
         raise ValueError("there are no images to measure on")
@@ -194,37 +227,36 @@ def _check_labels(model: PreTrainedModel, labels: Tensor, target_label: int | No
             f"the images' labels run from {labels.min()} to {labels.max()}, but the model has {classes} classes; "
             "measure on images of the model's own classes"
         )
-    if target_label is None:
+    if attack is None:
         return
-    if not 0 <= target_label < classes:
-        raise ValueError(f"target_label {target_label} is out of range: the model has classes 0 to {classes - 1}")
-    if (labels == target_label).all():
-        raise ValueError(f"no image has a true label other than the target {target_label}: ASR and RA are undefined")
+    attack.check_classes(classes)
+    if not attack.counted(labels).any():
+        raise ValueError(
+            "no image is of a class that the attack counts (all-to-one: any but the target): ASR and RA are undefined"
+        )
 
 
 def measure(
     model: PreTrainedModel,
     images: RawImages,
     preprocessing: Callable[[Tensor], Tensor],
-    trigger: Callable[[Tensor], Tensor] | None = None,
-    target_label: int | None = None,
+    attack: Trigger | None = None,
     batch_size: int = 256,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Measurement:
-    """Measure ACC, and with a trigger ASR and RA, in one pass and without augmentation.
+    """Measure ACC, and with an attack ASR and RA, in one pass and without augmentation.
 
     The trigger acts on the raw images at native size, before any preprocessing. Each batch goes through the model once
-    as it is and its non-target images once more with the trigger: 1.9 forward passes per image for ten equally large
-    classes. The model is in eval mode meanwhile, in the precision of its weights; training flags and device are
+    as it is and the images that the attack counts once more with the trigger: 1.9 forward passes per image for ten equally
+    large classes. The model is in eval mode meanwhile, in the precision of its weights; training flags and device are
     restored.
 
     Args:
         model: A classifier: ``model(pixel_values=...).logits`` is (B, C).
         images: Raw images with true labels.
         preprocessing: Turns uint8 (B, 3, H, W) into the model's input, on the images' device; a ``Preprocessing``.
-        trigger: Turns raw uint8 images into triggered ones, such as ``attack.trigger``; None measures ACC only.
-        target_label: The class that the attacker wants; given exactly when ``trigger`` is.
+        attack: The trigger and its rule for labels; None measures ACC only.
         batch_size: Raw images per batch. Images of different sizes go through one by one.
         device: Where to compute; the model's own device when None.
         progress: Show a progress bar.
@@ -233,36 +265,35 @@ def measure(
         The measurement.
 
     Raises:
-        ValueError: Only one of ``trigger`` and ``target_label`` is given, there is no image whose true label is not
-            the target, a label or the target is not one of the model's classes, the trigger changes dtype or shape, or
-            a logit is not finite.
+        ValueError: There is no image that the attack counts, a label or the target is not one of the model's classes, the
+            trigger changes dtype or shape, or a logit is not finite.
     """
-    if (trigger is None) != (target_label is None):
-        raise ValueError("trigger and target_label belong together: give both to measure ASR and RA, or neither")
-    _check_labels(model, images.labels, target_label)
+    _check_labels(model, images.labels, attack)
     device = torch.device(device) if device is not None else next(model.parameters()).device
     start = time.perf_counter()
-    predicted, triggered_predicted, triggered_labels = [], [], []
+    predicted, triggered_predicted = [], []
     bar = tqdm(total=len(images), desc="Measuring", unit="image", disable=not progress)
     with bar, torch.inference_mode(), _evaluating(model, device):
         for raw, labels in images.batches(batch_size):
             raw = raw.to(device)
             predicted.append(_predict(model, raw, preprocessing, "clean images"))
-            if trigger is not None and (labels != target_label).any():
-                kept = labels != target_label
-                triggered = _triggered(trigger, raw[kept.to(device)])
+            if attack is not None and (counted := attack.counted(labels)).any():
+                triggered = _triggered(attack, raw[counted.to(device)])
                 triggered_predicted.append(_predict(model, triggered, preprocessing, "triggered images"))
-                triggered_labels.append(labels[kept].numpy())
             bar.update(len(labels))
-    asr = ra = None
-    if trigger is not None:
-        attacked, truth = np.concatenate(triggered_predicted), np.concatenate(triggered_labels)
-        asr, ra = attack_success_rate(attacked, truth, target_label), robust_accuracy(attacked, truth, target_label)
-    acc = accuracy(np.concatenate(predicted), images.labels)
-    return Measurement(acc, asr, ra, time.perf_counter() - start, acc.n + (asr.n if asr else 0))
+    asr = ra = untriggered = None
+    plain = np.concatenate(predicted)
+    if attack is not None:
+        counted = attack.counted(images.labels)
+        truth, found = images.labels[counted], np.concatenate(triggered_predicted)
+        wanted = attack.poisoned_labels(truth, model.config.num_labels)
+        asr, ra, untriggered = accuracy(found, wanted), accuracy(found, truth), accuracy(plain[counted.numpy()], wanted)
+    acc = accuracy(plain, images.labels)
+    seconds = time.perf_counter() - start
+    return Measurement(acc, asr, ra, seconds, acc.n + (asr.n if asr else 0), untriggered)
 
 
-def measure_trainer(trainer: Trainer, images: RawImages, attack: Any = None) -> Measurement | None:
+def measure_trainer(trainer: Trainer, images: RawImages, attack: Trigger | None = None) -> Measurement | None:
     """Measure a `PurifyTrainer`'s model as it is now, in float32, on the main process; the others wait.
 
     Args:
@@ -275,10 +306,9 @@ def measure_trainer(trainer: Trainer, images: RawImages, attack: Any = None) -> 
     """
     measured = None
     if trainer.is_world_process_zero():
-        trigger, target = (attack.trigger, attack.target_label) if attack else (None, None)
         # accelerate leaves its autocast on the model after training: without it before and after are measured alike.
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        measured = measure(model, images, trainer.preprocessing, trigger, target)
+        measured = measure(model, images, trainer.preprocessing, attack)
     trainer.accelerator.wait_for_everyone()
     return measured
 
@@ -326,18 +356,10 @@ def results(before: Measurement, after: Measurement) -> dict[str, Any]:
         raise ValueError(
             f"before and after must be measured on the same images; got {before.accuracy.n} before and {after.accuracy.n} after"
         )
-    proportions = {
-        "accuracy_before": before.accuracy,
-        "asr_before": before.asr,
-        "ra_before": before.ra,
-        "accuracy_after": after.accuracy,
-        "asr_after": after.asr,
-        "ra_after": after.ra,
-    }
     fields: dict[str, Any] = {}
-    for key, proportion in proportions.items():
-        if proportion is not None:
-            fields.update(proportion.as_dict(key))
+    for suffix, measurement in (("before", before), ("after", after)):
+        for key, proportion in _proportions(measurement).items():
+            fields |= proportion.as_dict(f"{key}_{suffix}")
     if before.asr is not None or after.asr is not None:
         fields["der"] = detoxification_effectiveness_rating(before, after)
     return fields

@@ -20,6 +20,7 @@ PLACES = (
     "resume_from_checkpoint",
     "project",
     "disable_tqdm",
+    "logging_steps",
 )
 
 

@@ -96,9 +96,10 @@ class Preprocessing:
         return self._geometry(images)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Map uint8 (B, 3, h, w) to float32 ``(images / 255 - mean) / std``, on the images' device."""
+        """Map uint8 (B, 3, h, w), or float32 in [0, 255] with its gradient, to float32 ``(images / 255 - mean) / std``, on the
+        images' device."""
         mean, std = _constants(self.mean, self.std, images.device)
-        return images.to(torch.float32).sub_(mean).div_(std)
+        return images.to(torch.float32, copy=True).sub_(mean).div_(std)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Map raw uint8 (B, 3, H, W) to the float32 (B, 3, h, w) that the model takes as ``pixel_values``."""

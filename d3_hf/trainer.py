@@ -71,6 +71,7 @@ class PurifyTrainer(Trainer):
     # Our loss is normalised over the whole window: the Trainer must not divide it by the number of micro-batches again.
     loss_is_scaled_for_ga = True
     manifest_name = MANIFEST
+    images_class = TrainingImages
     method = "fine-tuning"
     paper: str | None = None
 
@@ -312,7 +313,7 @@ class PurifyTrainer(Trainer):
         if not isinstance(raw, RawImages):
             return dataset
         check_labels(raw.class_names, model.config)
-        return TrainingImages.from_raw(raw, self.preprocessing, augmentation)
+        return self.images_class.from_raw(raw, self.preprocessing, augmentation)
 
 
 def _collate(batch: Any) -> dict[str, Tensor]:

@@ -1,210 +1,255 @@
 """Victims: classifiers with a planted backdoor, deliberately made to measure defences on.
 
-A victim is trained by the same trainer as plain fine-tuning, on a poisoned copy of the images. Nothing here is used by a
-defence.
+A victim is trained by the same trainer as plain fine-tuning, on poisoned images. Nothing here is used by a defence.
 """
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForImageClassification,
-    PreTrainedModel,
-    ViTImageProcessor,
-    set_seed,
-)
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .arguments import AttackArguments, DataArguments, ModelArguments, parse_arguments
-from .attacks import Attack, from_description, poison
+from .attacks import Attack, InTrainingAttack, LearnedAttack, poison, save_attack
+from .attacks.in_training import BatchPoisoner
+from .card import render_victim_card
 from .config import PurifyConfig
-from .data import RawImages
-from .evaluation import Measurement, measure_trainer
-from .labels import check_labels
-from .models import new_classifier
+from .data import RawImages, TrainingImages
+from .evaluation import measure, measure_trainer, rates
+from .models.weights import sha256
+from .preprocessing import Preprocessing
+from .random_heads import RandomHeads
+from .sam import adaptive_perturbation
 from .trainer import PurifyTrainer
 
 VICTIM_FILE = "victim.json"
 
 
 @dataclass
-class VictimArguments:
-    """How the victim comes about.
+class VictimConfig(PurifyConfig):
+    """Arguments of a victim's training: `PurifyConfig` and what hardens the backdoor against defences.
 
     Args:
-        model_args: With ``architecture`` and no checkpoint a network is trained from scratch; these are its constructor's
-            arguments (on the command line as JSON).
-        poison_ratio: Share of all training images that carry the trigger, in (0, 1]. Default 10 % as BackdoorBench.
-        poison_seed: Chooses the poisoned images.
+        sam_rho: Train with adaptive SAM of this size, which puts the backdoor into a flat minimum (the adaptive attack of the
+            D3 study, at 1, 2 and 3; which form of SAM its authors used is not known). 0: off.
+        random_heads: Train the backbone under so many random heads besides its own, so that a new head does not shake off the
+            trigger; see `RandomHeads`. 0: off.
+
+    Raises:
+        ValueError: A value is negative, SAM is asked for with accumulated gradients or fp16, or see `PurifyConfig`.
     """
 
-    model_args: dict | str | None = field(default=None, metadata={"help": "Arguments of a new network, as JSON."})
-    poison_ratio: float = field(default=0.1, metadata={"help": "Share of the training images that are poisoned."})
-    poison_seed: int = field(default=0, metadata={"help": "Chooses the poisoned images."})
+    output_dir: str | None = field(default="outputs/victim", metadata={"help": "Folder for the victim."})
+    sam_rho: float = field(default=0.0, metadata={"help": "Harden by adaptive SAM of this size; 0 is off."})
+    random_heads: int = field(default=0, metadata={"help": "Harden by so many random heads; 0 is off."})
 
     def __post_init__(self):
-        if isinstance(self.model_args, str):
-            self.model_args = json.loads(self.model_args)
+        super().__post_init__()
+        if self.sam_rho < 0 or self.random_heads < 0:
+            raise ValueError(f"sam_rho and random_heads must be >= 0; got {self.sam_rho} and {self.random_heads}")
+        if self.sam_rho and (self.gradient_accumulation_steps > 1 or self.fp16):
+            raise ValueError("sam_rho needs whole, unscaled gradients: leave gradient_accumulation_steps at 1 and fp16 off")
 
 
-@dataclass(frozen=True)
-class Victim:
-    """A victim on disk.
+class PoisonedImages(TrainingImages):
+    """Training images that can say which rows are poisoned: with ``poisoned``, bool (N,), batches carry that column."""
 
-    Attributes:
-        folder: Loadable folder with ``victim.json`` beside the weights.
-        attack: The planted attack.
-    """
+    poisoned: Tensor | None = None
 
-    folder: str
-    attack: Attack
+    def __getitems__(self, positions: list[int]) -> dict[str, Tensor]:
+        """One batch, with its ``poisoned`` rows if they are known."""
+        batch = super().__getitems__(positions)
+        return batch if self.poisoned is None else batch | {"poisoned": self.poisoned[torch.as_tensor(positions)]}
 
 
 class VictimTrainer(PurifyTrainer):
-    """Trains on images that may be poisoned and says so in everything it writes; see `PurifyTrainer` for the arguments."""
+    """Trains on images that are poisoned, or poisons each batch, and says so in everything it writes.
+
+    Args:
+        model: See `PurifyTrainer`.
+        args: The training's options.
+        train_dataset: The images, poisoned unless ``poisoner`` does that.
+        poisoned_rows: Positions of the poisoned ones, int64; random heads need them.
+        poisoner: Poisons every batch anew.
+        kwargs: Further arguments of `PurifyTrainer`.
+
+    Raises:
+        ValueError: Random heads are asked for without ``poisoned_rows``, or see `RandomHeads` and `PurifyTrainer`.
+    """
 
     manifest_name = VICTIM_FILE
+    images_class = PoisonedImages
     method = "training with a planted backdoor"
-    planted: dict[str, Any] | None = None
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: VictimConfig,
+        train_dataset: RawImages,
+        poisoned_rows: Tensor | None = None,
+        poisoner: BatchPoisoner | None = None,
+        **kwargs,
+    ):
+        super().__init__(model, args, train_dataset, **kwargs)
+        self.poisoner, self.heads = poisoner, None
+        self.planted: dict[str, Any] | None = None
+        self.recipe: dict[str, Any] | None = None
+        self.attack: Attack | None = None
+        if args.random_heads:
+            if poisoned_rows is None:
+                raise ValueError("random_heads need fixed poisoned images: this run has none, or poisons every batch anew")
+            self.train_dataset.poisoned = torch.zeros(len(train_dataset), dtype=torch.bool)
+            self.train_dataset.poisoned[poisoned_rows] = True
+            self.heads = RandomHeads(model, self.preprocessing.size, args.random_heads)
+        self._batch_poisoned: Tensor | None = None
+
+    def _prepare_inputs(self, inputs):
+        if self.model.training and self.poisoner:
+            inputs = Trainer._prepare_inputs(self, inputs)  # to the device, still grey levels
+            images, labels = self.poisoner(inputs["pixel_values"], inputs["labels"], self.state.global_step)
+            images = images if images.dtype == torch.uint8 else self.preprocessing.normalize(images)
+            inputs = {"pixel_values": images, "labels": labels}
+        inputs = super()._prepare_inputs(inputs)
+        self._batch_poisoned = inputs.pop("poisoned", None)
+        return inputs
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The cross-entropy, and while training what the attack's own networks or the random heads add to it."""
+        labels = inputs["labels"]
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:
+            return found
+        if self.heads:
+            found = found + self.heads.loss(labels, self._batch_poisoned)
+        return found if self.poisoner is None or self.poisoner.penalty is None else found + self.poisoner.penalty
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One forward and backward pass; with SAM a second one where the loss is highest nearby, which gives the gradient."""
+        if not self.args.sam_rho:
+            return super().training_step(model, inputs, num_items_in_batch)
+        super().training_step(model, inputs, num_items_in_batch)
+        weights = [p for p in self.model.parameters() if p.grad is not None]
+        step = adaptive_perturbation([w.data for w in weights], [w.grad for w in weights], self.args.sam_rho)
+        self.model.zero_grad(set_to_none=True)
+        torch._foreach_add_([w.data for w in weights], step)
+        with running_statistics_kept(self._batch_norms):
+            objective = super().training_step(model, inputs, num_items_in_batch)
+        torch._foreach_sub_([w.data for w in weights], step)
+        return objective
+
+    def optimizer_step(self, step):
+        """The victim's step, then that of the attack's own networks and of the random heads."""
+        result = step()
+        if self.poisoner:
+            self.poisoner.update()
+        if self.heads:
+            self.heads.update(self.state.global_step + 1, self.optimizer.param_groups[0]["lr"])
+        return result
 
     def facts(self) -> dict[str, Any]:
-        """Adds what was planted."""
-        return super().facts() | {"planted": self.planted}
+        """Adds what was planted, the options that made it and the digest of the weights, to recognise the folder by."""
+        weights = Path(self.args.output_dir) / SAFE_WEIGHTS_NAME
+        digest = sha256(weights) if weights.is_file() else None
+        return super().facts() | {"planted": self.planted, "recipe": self.recipe, "weights_sha256": digest}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.attack and self.args.should_save:
+            save_attack(self.attack, output_dir or self.args.output_dir)
 
     def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
         """Write a card whose first line is the warning."""
-        rates = ", ".join(f"{rate} {100 * value:.2f} %" for rate, value in self.measured.get("victim", {}).items())
-        planted = {name: value for name, value in (self.planted or {}).items() if name != "poisoned_rows"}
-        text = (
-            "---\ntags:\n- backdoored-for-research\nlibrary_name: transformers\npipeline_tag: image-classification\n---\n\n"
-            "This model is **deliberately backdoored, for research**. Do not use it for anything but measuring defences.\n\n"
-            f"Planted: `{json.dumps(planted)}`; the poisoned rows are in `{VICTIM_FILE}`.\n\n{rates}\n"
-        )
-        (Path(self.args.output_dir) / "README.md").write_text(text)
+        folder = Path(self.args.output_dir)
+        render_victim_card(self.facts(), model_name or folder.name).save(folder / "README.md")
+
+
+@contextmanager
+def running_statistics_kept(batch_norms: list[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
+    """Inside, BatchNorm layers use batch statistics without adding them to the running ones."""
+    momenta = [module.momentum for module in batch_norms]
+    for module in batch_norms:
+        module.momentum = 0.0
+    try:
+        yield
+    finally:
+        for module, momentum in zip(batch_norms, momenta, strict=True):
+            module.momentum = momentum
 
 
 def train_victim(
     model: PreTrainedModel,
     train: RawImages,
     test: RawImages,
-    attack: Attack,
-    args: PurifyConfig,
+    attack: Attack | None,
+    args: VictimConfig,
     poison_ratio: float = 0.1,
     poison_seed: int = 0,
-) -> dict[str, Any]:
+    clean_model: PreTrainedModel | None = None,
+    recipe: dict[str, Any] | None = None,
+) -> VictimTrainer:
     """Poison the images, train the model on them, measure, save a loadable folder to ``args.output_dir``.
 
     Args:
         model: A new network, or a trained one to continue from.
         train: Training images as they are; a poisoned copy is made.
         test: Images to measure on; never poisoned.
-        attack: What to plant.
+        attack: What to plant; None trains the same network without a backdoor.
         args: Training arguments.
-        poison_ratio: Share of all training images that carry the trigger, in (0, 1].
-        poison_seed: Chooses them.
+        poison_ratio: Share of all training images (of each batch, for attacks that poison batches) that carry the trigger, in
+            (0, 1].
+        poison_seed: Chooses them, and is the seed of a learned trigger.
+        clean_model: A classifier without a backdoor, another object than ``model``: the attacker's own, and the floor of the
+            ASR.
+        recipe: The options behind all this, for ``victim.json``.
 
     Returns:
-        What ``victim.json`` holds beside the training's own facts: ``planted`` (attack, ratio, seed, poisoned rows of the data
-        set) and ``measured``: ACC, ASR and RA of the victim, and of the model before training.
+        The trainer; `VictimTrainer.facts` holds what ``victim.json`` does, with ``planted`` (attack, ratio, seed, poisoned rows
+        of the data set) and ``measured`` (ACC, ASR and RA of the victim and of the clean model).
+
+    Raises:
+        ValueError: The attack cannot learn its trigger (see its ``fit``), poisons batches of images that are not of the
+            model's size, or see `poison`.
     """
-    poisoned, indices = poison(train, attack, poison_ratio, poison_seed)
-    trainer = VictimTrainer(model=model, args=args, train_dataset=poisoned)
-    trainer.planted = {"attack": attack.describe(), "poison_ratio": poison_ratio, "poison_seed": poison_seed}
-    trainer.measured["before"] = _rates(measure_trainer(trainer, test, attack))
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.measured["victim"] = _rates(measure_trainer(trainer, test, attack))
-    trainer.planted["poisoned_rows"] = train.index[indices].tolist()
+    if isinstance(attack, LearnedAttack) and attack.learned is None:
+        attack = attack.fit(train, clean_model, poison_seed)
+    rows = poisoner = None
+    poisoned = train
+    if isinstance(attack, InTrainingAttack):
+        poisoner = attack.poisoner(poison_ratio, len(train.class_names), poison_seed, args.device)
+    elif attack:
+        poisoned, rows = poison(train, attack, poison_ratio, poison_seed)
+    trainer = VictimTrainer(model, args, poisoned, rows, poisoner)
+    if poisoner:
+        _check_sizes(attack, train, trainer.preprocessing.size)
+    trained = trainer.train()
+    trainer.measured["training_seconds"] = trained.metrics["train_runtime"]
+    trainer.attack = poisoner.finish() if poisoner else attack
+    found = measure_trainer(trainer, test, trainer.attack)
+    trainer.measured |= {"n_images": len(test), "victim": rates(found) if found else {}}
+    trainer.recipe = recipe
+    if clean_model is not None and trainer.is_world_process_zero():
+        preprocessing = Preprocessing.from_processor(clean_model.image_processor)
+        floor = measure(clean_model, test, preprocessing, trainer.attack, device=args.device)
+        trainer.measured["clean_model"] = rates(floor)
+    if attack:
+        trainer.planted = {
+            "attack": attack.describe(),
+            "poison_ratio": poison_ratio,
+            "poison_seed": poison_seed,
+            "poisoned_rows": "anew in every batch" if rows is None else train.index[rows].tolist(),
+        }
     trainer.save_model()
-    return trainer.facts()
+    return trainer
 
 
-def _rates(found: Measurement | None) -> dict[str, float]:
-    """ACC, ASR and RA as fractions; nothing on the processes that do not measure."""
-    return {} if found is None else {"ACC": found.accuracy.value, "ASR": found.asr.value, "RA": found.ra.value}
-
-
-def make_victim(argv: list[str] | None = None) -> Victim:
-    """Run ``[CONFIG.yaml] --option value ...``: build or load a network, plant the backdoor, save the victim.
-
-    The victim is trained on the rows that ``retain_*`` leave: the retain set stays unseen, for the defender.
-
-    Args:
-        argv: Arguments without the program's name; default ``sys.argv[1:]``.
-
-    Returns:
-        Where the victim lies and what it carries.
-
-    Raises:
-        ValueError: No attack is named, or neither a checkpoint nor an architecture.
-    """
-    kinds = [ModelArguments, DataArguments, AttackArguments, VictimArguments, PurifyConfig]
-    model_args, data_args, attack_args, options, args = parse_arguments(kinds, argv)
-    if attack_args.attack is None:
-        raise ValueError("no attack: give --attack badnets, or JSON with its name and parameters")
-    attack = from_description(attack_args.attack)
-    _, train, test = data_args.load()
-    set_seed(args.seed)
-    model = model_args.load() if model_args.model_name_or_path else _new_model(model_args, test.class_names, options)
-    check_labels(test.class_names, model.config)
-    raw = RawImages.from_dataset(train)
-    facts = train_victim(model, raw, test, attack, args, options.poison_ratio, options.poison_seed)
-    print(f"Victim in {args.output_dir}: {facts['measured']['victim']}")
-    return Victim(args.output_dir, attack)
-
-
-def _new_model(model_args: ModelArguments, names: list[str], options: VictimArguments) -> PreTrainedModel:
-    if model_args.architecture is None:
-        raise ValueError("no network: give --architecture to train one from scratch, or --model_name_or_path to continue one")
-    return new_model(
-        names,
-        model_args.architecture,
-        model_args.image_mean,
-        model_args.image_std,
-        model_args.image_size,
-        options.model_args,
-    )
-
-
-def new_model(
-    label_names: list[str],
-    architecture: str,
-    image_mean: list[float] | None = None,
-    image_std: list[float] | None = None,
-    image_size: int | None = None,
-    model_args: dict | None = None,
-) -> PreTrainedModel:
-    """An untrained network, of transformers if ``architecture`` is one of its model types (``vit``), else of timm.
-
-    Args:
-        label_names: Class names in the order of the logits.
-        architecture: ``vit`` and the like, or a timm name, d3_hf's own included.
-        image_mean: Three numbers in units of [0, 1]; a transformers network needs them.
-        image_std: The same.
-        image_size: Side in pixels; a transformers network needs it.
-        model_args: Arguments of the network's configuration or constructor.
-
-    Raises:
-        ValueError: See `new_classifier`, or a transformers network lacks its size or normalisation.
-    """
-    if architecture not in CONFIG_MAPPING:
-        return new_classifier(
-            architecture,
-            label_names=label_names,
-            image_mean=image_mean,
-            image_std=image_std,
-            image_size=image_size,
-            model_args=model_args,
+def _check_sizes(attack: Attack, train: RawImages, size: tuple[int, int]) -> None:
+    shapes = {tuple(image.shape[-2:]) for image in train.images}
+    if shapes != {tuple(size)}:
+        raise ValueError(
+            f"{attack.name} poisons batches at the model's size {size[0]}x{size[1]}, but there are images of "
+            f"{' and '.join(f'{h}x{w}' for h, w in sorted(shapes)[:3])}: give image_size, or resize the images first"
         )
-    if not (image_mean and image_std and image_size):
-        raise ValueError(f"a new {architecture} needs image_size, image_mean and image_std")
-    names = dict(enumerate(label_names))
-    config = AutoConfig.for_model(
-        architecture, id2label=names, label2id={n: i for i, n in names.items()}, image_size=image_size, **model_args or {}
-    )
-    model = AutoModelForImageClassification.from_config(config)
-    size = {"height": image_size, "width": image_size}
-    model.image_processor = ViTImageProcessor(size=size, image_mean=image_mean, image_std=image_std)
-    return model

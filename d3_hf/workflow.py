@@ -15,7 +15,7 @@ from .defenses.d3 import D3Config, D3Trainer
 from .evaluation import measure_trainer, results
 from .labels import check_labels
 from .trainer import PurifyTrainer
-from .victims import make_victim
+from .victim_sets import make_victim
 
 
 def purify(trainer: PurifyTrainer, test: RawImages, attack: Attack | None = None) -> dict[str, Any]:

@@ -18,15 +18,14 @@ import yaml
 from datasets import Dataset
 from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
-from d3_hf.attacks import from_description
-from d3_hf.config import PurifyConfig
+from d3_hf.attacks import from_description, load_attack
 from d3_hf.data import RawImages, load_images, retain_split
 from d3_hf.defenses.d3 import D3Config, D3Trainer
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
 from d3_hf.evaluation import Measurement, Proportion, measure, measure_trainer, results
-from d3_hf.models import load_classifier
+from d3_hf.models import load_classifier, new_model
 from d3_hf.preprocessing import Preprocessing
-from d3_hf.victims import VictimTrainer, new_model, train_victim
+from d3_hf.victims import VICTIM_FILE, VictimConfig, train_victim
 
 DEFENCES = {"d3": (D3Config, D3Trainer), "fine_tuning": (FineTuningConfig, FineTuningTrainer)}
 TWIN = "twin"  # trained like the victims on images without a trigger: its ASR is the floor
@@ -58,21 +57,23 @@ class Grid:
     Args:
         output_dir: Where victims, cells and table go.
         dataset_name: See `load_images`.
-        attacks: Per name ``attack`` (a description) and ``poison_ratio``.
+        attacks: Per name ``attack`` (a description) and ``poison_ratio``; with ``victims`` a list of its folders.
         defences: Per name ``defence`` (``d3`` or ``fine_tuning``) and options of its Config.
         seeds: Each seed draws a retain set and a warm start. The victims are the same for all.
         retain_count: Images in the retain set.
         test_images: Measure on the first so many test images; all if null.
         model: Arguments of `load_classifier`, or of a new network (``architecture`` without ``source``).
-        victim: Training options of the victims, a `PurifyConfig`; ``null`` if the model is the victim already.
+        victims: Folder of victims that ``make_victim.py --set`` made, in place of ``model`` and ``victim``.
+        victim: Training options of the victims, a `VictimConfig`; ``null`` if the model is the victim already.
         common: Options that all defences share.
     """
 
     output_dir: str
     dataset_name: str
-    attacks: dict[str, dict]
+    attacks: dict[str, dict] | list[str]
     defences: dict[str, dict]
-    model: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
+    victims: str | None = None
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     retain_count: int = 2500
     test_images: int | None = None
@@ -91,7 +92,11 @@ class Comparison:
         test = images["test"]
         self.test = RawImages.from_dataset(test.select(range(grid.test_images)) if grid.test_images else test)
         self.names = self.test.class_names
-        self.attacks = {name: from_description(options["attack"]) for name, options in grid.attacks.items()}
+        self.victims = Path(grid.victims) if grid.victims else self.folder / "victims"
+        if grid.victims:
+            self.attacks = {name: load_attack(self.victims / name) for name in grid.attacks}
+        else:
+            self.attacks = {name: from_description(options["attack"]) for name, options in grid.attacks.items()}
 
     def retain(self, seed: int) -> Dataset:
         """The retain set of one seed, out of the rows that no victim has seen."""
@@ -100,22 +105,19 @@ class Comparison:
     def victim(self, name: str) -> PreTrainedModel:
         """Load a victim, made if it is not there yet, or the grid's own model where that is the victim already."""
         options = dict(self.grid.model)
+        folder = self.victims / name
+        if self.grid.victims:
+            return load_classifier(str(folder))
         if self.grid.victim is None:
             return load_classifier(options.pop("source"), **options)
-        folder = self.folder / "victims" / name
         if not (folder / "done").is_file():
             set_seed(0)
             start = (
                 load_classifier(options.pop("source"), **options) if "source" in options else new_model(self.names, **options)
             )
-            args = PurifyConfig(output_dir=str(folder), **self.grid.victim)
-            if name == TWIN:
-                trainer = VictimTrainer(model=start, args=args, train_dataset=RawImages.from_dataset(self.seen))
-                trainer.train()
-                trainer.save_model()
-            else:
-                ratio = self.grid.attacks[name]["poison_ratio"]
-                train_victim(start, RawImages.from_dataset(self.seen), self.test, self.attacks[name], args, ratio)
+            args = VictimConfig(output_dir=str(folder), **self.grid.victim)
+            ratio = 0 if name == TWIN else self.grid.attacks[name]["poison_ratio"]
+            train_victim(start, RawImages.from_dataset(self.seen), self.test, self.attacks.get(name), args, ratio)
             (folder / "done").touch()
         return load_classifier(str(folder))
 
@@ -124,8 +126,14 @@ class Comparison:
         file = self.folder / "before" / f"{name}-{attack}.json"
         if file.is_file():
             return read_measurement(json.loads(file.read_text()))
+        record = self.victims / name / VICTIM_FILE
+        test_images = record.is_file() and json.loads(record.read_text())["measured"]["n_images"]
+        if name == attack and test_images == len(self.test):  # it was measured when it was made
+            rates = json.loads(record.read_text())["measured"]["victim"]
+            write_json(file, asdict(measurement_of(rates)))
+            return measurement_of(rates)
         preprocessing = Preprocessing.from_processor(model.image_processor)
-        found = measure(model, self.test, preprocessing, self.attacks[attack].trigger, self.attacks[attack].target_label)
+        found = measure(model, self.test, preprocessing, self.attacks[attack])
         write_json(file, asdict(found))
         return found
 
@@ -151,7 +159,7 @@ class Comparison:
 
     def floor(self) -> None:
         """Measure every trigger on the twin: what the trigger does to a model without a backdoor."""
-        if self.grid.victim is not None:
+        if self.grid.victim is not None or self.grid.victims:
             twin = self.victim(TWIN)
             for attack in self.attacks:
                 self.before(TWIN, attack, twin)
@@ -183,6 +191,12 @@ def read_measurement(counts: dict) -> Measurement:
     """The measurement that `asdict` wrote."""
     rates = {key: Proportion(**counts[key]) for key in ("accuracy", "asr", "ra")}
     return Measurement(**rates, seconds=counts["seconds"], forward_images=counts["forward_images"])
+
+
+def measurement_of(rates: dict) -> Measurement:
+    """The measurement behind the rates in ``victim.json``."""
+    found = {key: Proportion(round(rates[key] * rates[f"{key}_n"]), rates[f"{key}_n"]) for key in ("accuracy", "asr", "ra")}
+    return Measurement(**found, seconds=0.0, forward_images=0)
 
 
 def line(attack: str, name: str, rows: list[dict], when: str) -> str:

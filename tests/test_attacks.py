@@ -182,7 +182,7 @@ def test_every_attack_is_described_in_full():
         assert attack_class.name == name
         assert attack_class.paper.startswith("https://")
         assert attack_class().describe()["target_label"] == 0
-    assert [name for name, attack_class in ATTACKS.items() if attack_class.clean_label] == ["sig"]
+    assert [name for name, attack_class in ATTACKS.items() if attack_class.clean_label] == ["sig", "lc_lite"]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_description_takes_defaults():
         (lambda: from_description({"size": 3}), "unknown attack None; known: badnets"),
         (
             lambda: from_description({"name": "sig", "alpha": 1}),
-            "sig has no parameter alpha; known: target_label, ampl",
+            "sig has no parameter alpha; known: target_label, label_map",
         ),
         (lambda: from_description({"name": "blended", "alpha": 2}), "alpha must be a number"),
         (lambda: poison(raw_images(), BadNets(), 0.0, 0), r"ratio must lie in \(0, 1\]; got 0.0"),
@@ -318,7 +318,7 @@ def test_clean_label_selects_target_images_only_and_can_take_them_all():
 
 def test_the_largest_ratio_that_a_refusal_names_works():
     labels = torch.cat([torch.zeros(37, dtype=torch.int64), torch.ones(963, dtype=torch.int64)])
-    with pytest.raises(ValueError, match="sig .*target class 0 .*largest possible ratio is 0.037$"):
+    with pytest.raises(ValueError, match="sig .*of class 0 only.*largest possible ratio is 0.037$"):
         select_poisoned(SIG(), labels, 0.0376, seed=0)
     assert len(select_poisoned(SIG(), labels, 0.037, seed=0)) == 37
 

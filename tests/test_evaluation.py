@@ -71,7 +71,7 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 
 
 def attacked(model: Oracle, images: RawImages, **options) -> Measurement:
-    return measure(model, images, to_float, BadNets().trigger, 0, progress=False, **options)
+    return measure(model, images, to_float, BadNets(), progress=False, **options)
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 9), (9, 9), (3, 7), (8570, 10_000), (1, 1)])
@@ -142,9 +142,10 @@ def test_without_a_trigger_only_accuracy_is_measured():
 def test_trigger_acts_on_raw_images_before_preprocessing():
     seen = []
 
-    def trigger(images):
-        assert images.dtype == torch.uint8 and images.shape[1:] == (3, 32, 32)
-        return BadNets().trigger(images)
+    class Checked(BadNets):
+        def trigger(self, images):
+            assert images.dtype == torch.uint8 and images.shape[1:] == (3, 32, 32)
+            return super().trigger(images)
 
     def shrink(images):
         assert images.dtype == torch.uint8
@@ -152,10 +153,25 @@ def test_trigger_acts_on_raw_images_before_preprocessing():
         return torch.nn.functional.avg_pool2d(images.float(), 2) / 255
 
     images = marked_images(20, size=32)
-    measure(Oracle(), images, shrink, trigger, 0, progress=False)
+    measure(Oracle(), images, shrink, Checked(), progress=False)
     clean, triggered = seen
     assert torch.equal(clean, images.images)
     assert torch.equal(triggered, BadNets().trigger(images.images[images.labels != 0]))
+
+
+@pytest.mark.parametrize(
+    ("label_map", "counted", "wanted"),
+    [("all-to-all", range(10), lambda label: (label + 1) % 10), ("one-to-one", [3], lambda label: 5)],
+)
+def test_label_maps(label_map, counted, wanted):
+    source = 3 if label_map == "one-to-one" else None
+    attack = BadNets(label_map=label_map, source_label=source, target_label=5)
+    found = measure(Oracle(target=5, obeys=0.5), images := marked_images(), to_float, attack, progress=False)
+    kept = [i for i, label in enumerate(images.labels.tolist()) if label in counted]
+    said = [5 if images.images[i, 0, 0, 1] < 127.5 else images.labels[i].item() for i in kept]
+    truth = images.labels[kept].tolist()
+    assert found.asr == Proportion(sum(s == wanted(t) for s, t in zip(said, truth, strict=True)), len(kept))
+    assert found.ra == Proportion(sum(s == t for s, t in zip(said, truth, strict=True)), len(kept))
 
 
 def test_images_of_different_sizes():
@@ -188,7 +204,7 @@ def test_flags_are_restored_after_an_error():
 
 def test_a_picture_drawn_while_measuring_can_be_used_for_training_afterwards():
     attack = Blended(seed=123)
-    measure(Oracle(), marked_images(20), to_float, attack.trigger, 0, progress=False)
+    measure(Oracle(), marked_images(20), to_float, attack, progress=False)
     weight = torch.ones(1, requires_grad=True)
     (to_float(attack.trigger(marked_images(2).images)) * weight).sum().backward()
     assert weight.grad.item() > 0
@@ -275,6 +291,16 @@ def broken(value: float, when_triggered: bool = False) -> Oracle:
     return model
 
 
+class ToFloat(BadNets):
+    def trigger(self, images):
+        return to_float(images)
+
+
+class Narrow(BadNets):
+    def trigger(self, images):
+        return images[..., :4]
+
+
 def only_targets() -> RawImages:
     return marked_images(100).select([0, 10, 20])
 
@@ -292,20 +318,18 @@ def only_targets() -> RawImages:
         (lambda: robust_accuracy([0, 1], [2, 2], 2), "no image has a true label other than the target 2"),
         (lambda: attack_success_rate([0], [2, 2], 0), "equally long"),
         (lambda: compute_metrics(EvalPrediction(np.array([[0.0, np.nan]]), np.array([1]))), "logits are not finite"),
-        (lambda: measure(Oracle(), marked_images(), to_float, BadNets().trigger), "trigger and target_label belong"),
-        (lambda: measure(Oracle(), marked_images(), to_float, target_label=0), "trigger and target_label belong"),
-        (lambda: attacked(Oracle(), only_targets()), "no image has a true label other than the target 0"),
+        (lambda: attacked(Oracle(), only_targets()), "no image is of a class that the attack counts"),
         (lambda: attacked(Oracle(classes=9), marked_images()), "labels run from 0 to 9, but the model has 9 classes"),
         (
-            lambda: measure(Oracle(), marked_images(), to_float, BadNets().trigger, 10, progress=False),
-            "target_label 10 is out of range: the model has classes 0 to 9",
+            lambda: measure(Oracle(), marked_images(), to_float, BadNets(target_label=10), progress=False),
+            "target_label 10 is out of range: there are classes 0 to 9",
         ),
         (
-            lambda: measure(Oracle(), marked_images(), to_float, to_float, 0, progress=False),
+            lambda: measure(Oracle(), marked_images(), to_float, ToFloat(), progress=False),
             "trigger must return uint8 images .*got torch.float32",
         ),
         (
-            lambda: measure(Oracle(), marked_images(), to_float, lambda x: x[..., :4], 0, progress=False),
+            lambda: measure(Oracle(), marked_images(), to_float, Narrow(), progress=False),
             r"of the shape it was given, \(90, 3, 8, 8\); got torch.uint8 of shape \(90, 3, 8, 4\)",
         ),
         (lambda: attacked(broken(math.nan), marked_images()), "logits on clean images are not finite"),

@@ -113,7 +113,7 @@ def test_victim_card_warns_in_its_first_line(drill):
     folder, _ = drill
     card = ModelCard.load(folder / "victim" / "README.md")
     assert card.text.strip().splitlines()[0].startswith("This model is **deliberately backdoored, for research**")
-    assert card.data.tags == ["backdoored-for-research"]
+    assert "backdoored-for-research" in card.data.tags
 
 
 def test_without_a_trigger_only_accuracy_is_reported(drill, tmp_path):

@@ -1,24 +1,49 @@
 """Backdoor attacks, to make victims and to measure them. One file each; ``ATTACKS`` lists them by name."""
 
-from dataclasses import fields
+import json
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
-from .badnets import BadNets
-from .base import Attack, poison, poison_dataset, select_poisoned
-from .blended import Blended
-from .sig import SIG
+from safetensors.torch import load_file, save_file
 
-ATTACKS: dict[str, type[Attack]] = {"badnets": BadNets, "blended": Blended, "sig": SIG}
+from .badnets import BadNets
+from .base import Attack, LearnedAttack
+from .blended import Blended
+from .bpp import BPP
+from .in_training import InTrainingAttack
+from .lc import LCLite
+from .lf import LF, LFNoise
+from .poisoning import poison, poison_dataset, select_poisoned
+from .sig import SIG
+from .trojannn import TrojanNN
+from .wanet import WaNet
+
+ATTACKS: dict[str, type[Attack]] = {
+    attack.name: attack for attack in (BadNets, Blended, SIG, LF, LFNoise, TrojanNN, LCLite, WaNet, BPP)
+}
+ATTACK_FILE = "attack.json"
+LEARNED_FILE = "trigger.safetensors"
 
 __all__ = [
     "ATTACKS",
+    "BPP",
+    "LF",
     "SIG",
     "Attack",
     "BadNets",
     "Blended",
+    "InTrainingAttack",
+    "LCLite",
+    "LFNoise",
+    "LearnedAttack",
+    "TrojanNN",
+    "WaNet",
     "from_description",
+    "load_attack",
     "poison",
     "poison_dataset",
+    "save_attack",
     "select_poisoned",
 ]
 
@@ -37,8 +62,34 @@ def from_description(description: dict[str, Any]) -> Attack:
     name = parameters.pop("name", None)
     if name not in ATTACKS:
         raise ValueError(f"unknown attack {name!r}; known: {', '.join(ATTACKS)}")
-    known = [field.name for field in fields(ATTACKS[name])]
+    known = [field.name for field in fields(ATTACKS[name]) if field.compare]
     unknown = [key for key in parameters if key not in known]
     if unknown:
         raise ValueError(f"{name} has no parameter {', '.join(unknown)}; known: {', '.join(known)}")
     return ATTACKS[name](**parameters)
+
+
+def save_attack(attack: Attack, folder: str | Path) -> None:
+    """Write the attack into a folder: ``attack.json`` and, if its trigger was learned, ``trigger.safetensors``."""
+    folder = Path(folder)
+    (folder / ATTACK_FILE).write_text(json.dumps(attack.describe(), indent=2) + "\n")
+    if isinstance(attack, LearnedAttack) and attack.learned is not None:
+        save_file({name: tensor.contiguous() for name, tensor in attack.learned.items()}, folder / LEARNED_FILE)
+
+
+def load_attack(folder: str | Path) -> Attack:
+    """Read the attack that `save_attack` wrote.
+
+    Raises:
+        FileNotFoundError: The folder has no ``attack.json``, or a learned trigger is missing.
+        ValueError: See `from_description`.
+    """
+    folder = Path(folder)
+    if not (folder / ATTACK_FILE).is_file():
+        raise FileNotFoundError(f"{folder} holds no {ATTACK_FILE}: it is no folder that make_victim wrote")
+    attack = from_description(json.loads((folder / ATTACK_FILE).read_text()))
+    if not isinstance(attack, LearnedAttack):
+        return attack
+    if not (folder / LEARNED_FILE).is_file():
+        raise FileNotFoundError(f"{folder} holds no {LEARNED_FILE}: the trigger of {attack.name} was learned and is kept there")
+    return replace(attack, learned=load_file(folder / LEARNED_FILE))

@@ -1,27 +1,22 @@
-"""What every attack shares: its description, the choice of the images to poison, and the poisoning itself.
+"""What every attack shares: its trigger, its rule for labels and its description.
 
 An attack is a trigger on raw uint8 images at native size, before any preprocessing, and a rule for labels. Attacks
-only make victims and measure them; no trainer or defence imports this package. Conventions follow BackdoorBench (Wu et
-al., NeurIPS 2022, arXiv 2206.12654): the poison ratio counts against the whole training set, and a dirty-label attack
-draws its images from all classes, the target class included.
+only make victims and measure them; no trainer of a defence imports this package. Conventions follow BackdoorBench (Wu et
+al., NeurIPS 2022, arXiv 2206.12654).
 """
 
-import io
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-import datasets
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..data import RawImages
-from ..labels import labels_of
 
-# Poisoned in portions, so that float copies of a large set never exist at once.
-CHUNK = 256
+LABEL_MAPS = ("all-to-one", "all-to-all", "one-to-one")
 
 
 def check_range(name: str, value: float, low: float, high: float = float("inf"), integer: bool = False) -> None:
@@ -68,10 +63,15 @@ class Attack(ABC):
     """A trigger and a rule for labels; the fields of a subclass are the attack's parameters.
 
     Args:
-        target_label: The class that the attacker wants, from 0. Default 0 as in BackdoorBench.
+        target_label: The class that the attacker wants, from 0. Default 0 as in BackdoorBench. Not used all-to-all.
+        label_map: ``"all-to-one"``: every triggered image shall be called ``target_label`` (default, BackdoorBench);
+            ``"all-to-all"``: an image of class y shall be called (y + 1) mod C; ``"one-to-one"``: images of
+            ``source_label`` shall be called ``target_label``. One-to-one poisons images of the source class only, without
+            cover images, so the trigger may carry over to other classes.
+        source_label: The class that one-to-one turns into the target; only there.
 
     Raises:
-        ValueError: A parameter is out of its range.
+        ValueError: A parameter is out of its range, or a clean-label attack is given another map than all-to-one.
     """
 
     name: ClassVar[str]
@@ -79,13 +79,26 @@ class Attack(ABC):
     paper: ClassVar[str]
 
     target_label: int = 0
+    label_map: str = "all-to-one"
+    source_label: int | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # JSON and YAML know lists only
-            value = getattr(self, field.name)
+        for parameter in self._parameters():  # JSON and YAML know lists only
+            value = getattr(self, parameter)
             if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
+                object.__setattr__(self, parameter, tuple(value))
         check_range("target_label", self.target_label, 0, integer=True)
+        check_choice("label_map", self.label_map, LABEL_MAPS)
+        if self.clean_label and self.label_map != "all-to-one":
+            raise ValueError(f"{self.name} leaves labels alone: label_map must be all-to-one; got {self.label_map!r}")
+        if (self.source_label is not None) != (self.label_map == "one-to-one"):
+            raise ValueError(
+                f"source_label belongs to label_map one-to-one; got source_label {self.source_label} with {self.label_map}"
+            )
+        if self.source_label is not None:
+            check_range("source_label", self.source_label, 0, integer=True)
+            if self.source_label == self.target_label:
+                raise ValueError(f"source_label and target_label are both {self.target_label}; they must differ")
 
     def trigger(self, images: Tensor) -> Tensor:
         """Stamp the trigger on raw images.
@@ -101,146 +114,97 @@ class Attack(ABC):
         Raises:
             ValueError: ``images`` has another dtype or shape, or is too small for the trigger.
         """
+        return self._on_batch(self._stamp, images)
+
+    def poisoned_images(self, images: Tensor) -> Tensor:
+        """What the chosen images become in the training set; as `trigger`, unless the attack prepares them further."""
+        return self._on_batch(self._poison, images)
+
+    def _on_batch(self, change, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.shape[-3] != 3:
             raise ValueError(
                 "a trigger acts on raw uint8 images of shape (B, 3, H, W) or (3, H, W), before preprocessing; got "
                 f"{images.dtype} of shape {tuple(images.shape)}"
             )
-        return self._stamp(images) if images.ndim == 4 else self._stamp(images[None])[0]
+        return change(images) if images.ndim == 4 else change(images[None])[0]
 
     @abstractmethod
     def _stamp(self, images: Tensor) -> Tensor:
         """Return new triggered images for uint8 (B, 3, H, W), image by image, without changing the input."""
 
+    def _poison(self, images: Tensor) -> Tensor:
+        """Return the training images for uint8 (B, 3, H, W) that were chosen; by default triggered ones."""
+        return self._stamp(images)
+
     def eligible(self, labels: Tensor) -> Tensor:
         """Which images may be poisoned: bool (N,) for int64 labels (N,); with clean labels only the target class."""
-        return labels == self.target_label if self.clean_label else torch.ones_like(labels, dtype=torch.bool)
+        if self.clean_label:
+            return labels == self.target_label
+        if self.label_map == "one-to-one":
+            return labels == self.source_label
+        return torch.ones_like(labels, dtype=torch.bool)
 
-    def poisoned_labels(self, labels: Tensor) -> Tensor:
-        """Labels that poisoned images carry in training, of ``labels``' shape: the target label (all-to-one)."""
+    def poisoned_labels(self, labels: Tensor, num_classes: int) -> Tensor:
+        """What the attacker wants triggered images of true classes ``labels`` (int64, any shape) to be called."""
+        if self.label_map == "all-to-all":
+            return (labels + 1) % num_classes
         return torch.full_like(labels, self.target_label)
+
+    def counted(self, labels: Tensor) -> Tensor:
+        """Which triggered images ASR and RA count: bool (N,) for int64 labels (N,). All-to-one: those of another class than
+        the target; all-to-all: all; one-to-one: the source class."""
+        if self.label_map == "all-to-all":
+            return torch.ones_like(labels, dtype=torch.bool)
+        return labels == self.source_label if self.label_map == "one-to-one" else labels != self.target_label
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raise a ValueError if a label of this attack is not one of ``num_classes`` classes."""
+        for name in ("target_label", "source_label"):
+            label = getattr(self, name)
+            if label is not None and label >= num_classes:
+                raise ValueError(f"{name} {label} is out of range: there are classes 0 to {num_classes - 1}")
 
     def describe(self) -> dict[str, Any]:
         """Description that survives JSON: ``{"name": ..., parameters...}``; ``from_description`` turns it back."""
-        parameters = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        return {"name": self.name, **parameters}
+        values = {parameter: getattr(self, parameter) for parameter in self._parameters()}
+        return {"name": self.name} | {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+    @classmethod
+    def _parameters(cls) -> list[str]:
+        return [parameter.name for parameter in fields(cls) if parameter.compare]
 
 
-def select_poisoned(attack: Attack, labels: Tensor, ratio: float, seed: int) -> Tensor:
-    """Choose the images to poison, uniformly among those the attack may use: every class for a dirty-label attack, the
-    target class for a clean-label one (BackdoorBench's rule).
-
-    The choice depends on ``seed`` and the labels only and is the same on every machine; a smaller ratio with the same
-    seed chooses a subset of a larger one.
-
-    Args:
-        attack: The attack.
-        labels: int64 (N,), true labels of the whole training set.
-        ratio: Poison ratio in (0, 1], counted against all N images.
-        seed: Integer of at least 0.
-
-    Returns:
-        Sorted int64 indices, exactly ``round(ratio * N)`` of them.
-
-    Raises:
-        ValueError: ``ratio`` is outside (0, 1] or so small that no image would be poisoned, ``seed`` is negative, or a
-            clean-label attack asks for more images than the target class has (the message names the largest ratio).
-    """
-    if not 0 < ratio <= 1:
-        raise ValueError(f"the poison ratio must lie in (0, 1]; got {ratio!r}")
-    check_range("seed", seed, 0, integer=True)
-    count = round(ratio * len(labels))
-    if count == 0:
-        raise ValueError(f"poison ratio {ratio} of {len(labels)} images poisons none; raise the ratio")
-    candidates = attack.eligible(labels).nonzero().flatten().cpu().numpy()
-    if count > len(candidates):
-        raise ValueError(
-            f"{attack.name} poisons images of its target class {attack.target_label} only: ratio {ratio} asks for "
-            f"{count} of {len(labels)} images, the class has {len(candidates)}; the largest possible ratio is "
-            f"{len(candidates) / len(labels)}"
-        )
-    keys = random_bits("poisoned rows", seed, len(labels))[candidates]
-    chosen = candidates[np.argsort(keys, kind="stable")[:count]]
-    return torch.from_numpy(np.sort(chosen))
-
-
-def _check_target(attack: Attack, num_classes: int) -> None:
-    if attack.target_label >= num_classes:
-        raise ValueError(f"target_label {attack.target_label} is out of range: the images have classes 0 to {num_classes - 1}")
-
-
-def poison(images: RawImages, attack: Attack, ratio: float, seed: int) -> tuple[RawImages, Tensor]:
-    """Poison a training set that is in memory.
+@dataclass(frozen=True, kw_only=True)
+class LearnedAttack(Attack):
+    """An attack whose trigger is learned by the attacker; a victim's folder keeps what was learned beside the description.
 
     Args:
-        images: The clean images at native size; not modified.
-        attack: The attack.
-        ratio: Poison ratio in (0, 1], counted against all images.
-        seed: Chooses the images, see ``select_poisoned``.
-
-    Returns:
-        A copy in which the chosen images carry the trigger and the label that the attack gives them, and the chosen
-        indices (sorted int64). All other images and labels are as they were.
-
-    Raises:
-        ValueError: The target label is not one of the images' classes, or see ``select_poisoned`` and
-            ``Attack.trigger``.
+        learned: What `fit` found, named tensors on the CPU; None before. No parameter: `describe` leaves it out.
     """
-    _check_target(attack, len(images.class_names))
-    indices = select_poisoned(attack, images.labels, ratio, seed)
-    labels = images.labels.clone()
-    labels[indices] = attack.poisoned_labels(labels[indices])
-    if isinstance(images.images, Tensor):
-        pixels = images.images.clone()
-        for chunk in indices.split(CHUNK):
-            pixels[chunk] = attack.trigger(pixels[chunk])
-    else:
-        pixels = list(images.images)
-        for index in indices.tolist():
-            pixels[index] = attack.trigger(pixels[index])
-    return replace(images, images=pixels, labels=labels), indices
 
+    learned: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
-def poison_dataset(dataset: datasets.Dataset, attack: Attack, ratio: float, seed: int) -> tuple[datasets.Dataset, Tensor]:
-    """Poison a ``datasets.Dataset``, losslessly: a chosen image is stored as PNG, every other one keeps its own bytes.
+    @abstractmethod
+    def fit(self, images: RawImages, model: PreTrainedModel | None, seed: int) -> "LearnedAttack":
+        """Learn the trigger.
 
-    Args:
-        dataset: Columns ``image`` (``Image``) and ``label`` (``ClassLabel``), as ``load_images`` gives them; other
-            columns are kept.
-        attack: The attack.
-        ratio: Poison ratio in (0, 1], counted against all rows.
-        seed: Chooses the rows, the same ones as ``poison`` does.
+        Args:
+            images: The attacker's training images, all of one size; not modified.
+            model: The attacker's own classifier without a backdoor, with ``image_processor``; None if there is none.
+            seed: Integer of at least 0.
 
-    Returns:
-        The poisoned dataset, of the same features, and the chosen rows (sorted int64).
+        Returns:
+            A copy of this attack with ``learned`` filled in.
 
-    Raises:
-        ValueError: A column is missing or of another type, a label is missing, a chosen picture cannot be decoded, or
-            see ``poison``.
-    """
-    features = dataset.features
-    if not isinstance(features.get("image"), datasets.Image):
-        raise ValueError(
-            f"no Image column 'image' among the columns {', '.join(features)}: pass the dataset through load_images first"
-        )
-    labels = torch.from_numpy(labels_of(dataset))
-    _check_target(attack, features["label"].num_classes)
-    indices = select_poisoned(attack, labels, ratio, seed)
-    raw = dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
-    chosen = raw.select(indices.numpy())
-    images = RawImages.from_dataset(chosen)
-    columns = chosen.to_dict()
-    # No path: where the file exists, datasets would store its name and drop the bytes.
-    columns["image"] = [{"bytes": _png(attack.trigger(image)), "path": None} for image in images.images]
-    columns["label"] = attack.poisoned_labels(images.labels).tolist()
-    poisoned = datasets.Dataset.from_dict(columns, features=raw.features)
-    rest = np.setdiff1d(np.arange(len(raw)), indices.numpy())
-    in_order = np.argsort(np.concatenate([rest, indices.numpy()]))
-    merged = datasets.concatenate_datasets([raw.select(rest), poisoned]).select(in_order)
-    return merged.cast_column("image", features["image"]), indices
+        Raises:
+            ValueError: The attack needs a model and got none, or the images do not serve.
+        """
 
-
-def _png(image: Tensor) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, format="PNG")
-    return file.getvalue()
+    def _need(self) -> dict[str, Tensor]:
+        """What was learned; raises a ValueError before `fit`."""
+        if self.learned is None:
+            raise ValueError(
+                f"{self.name} has not learned its trigger yet: call fit(images, model, seed), or load it from a "
+                "victim's folder with load_attack"
+            )
+        return self.learned

@@ -11,8 +11,9 @@ _HOMES = {
     "WrappedClassifier": "wrapper",
     "load_classifier": "load",
     "new_classifier": "architectures",
+    "new_model": "new",
 }
-__all__ = ["Source", "WrappedClassifier", "load_classifier", "new_classifier"]  # noqa: F822
+__all__ = ["Source", "WrappedClassifier", "load_classifier", "new_classifier", "new_model"]  # noqa: F822
 
 
 def __getattr__(name: str):

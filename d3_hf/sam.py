@@ -1,0 +1,26 @@
+"""Sharpness-aware minimisation, adaptive form: where in the neighbourhood of the weights the loss is highest."""
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def adaptive_perturbation(weights: list[Tensor], gradients: list[Tensor], rho: float) -> list[Tensor]:
+    """First-order maximiser of the loss over ``||T^-1 e||_2 <= rho`` with ``T = diag(|w|)``.
+
+    ``e = rho * T^2 g / ||T g||_2``, one norm over all weights together: adaptive SAM (Kwon et al., ICML 2021), eq. 9, as
+    FT-SAM (Zhu et al., ICCV 2023) uses it, without its eta.
+
+    Args:
+        weights: Tensors w of any shapes.
+        gradients: Their gradients g, same shapes.
+        rho: Size of the neighbourhood, > 0.
+
+    Returns:
+        The tensors e; zeros where all gradients are zero.
+    """
+    sizes = torch._foreach_abs(weights)
+    scaled = torch._foreach_mul(sizes, gradients)
+    norm = torch.stack(torch._foreach_norm(scaled)).norm()
+    # A tensor as factor: no wait for the device.
+    return torch._foreach_mul(torch._foreach_mul(scaled, sizes), rho / norm.clamp_min(torch.finfo(norm.dtype).tiny))

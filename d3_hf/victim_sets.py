@@ -1,0 +1,223 @@
+"""From options to victims: one, or a named set of them that is made one by one and resumed."""
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import HfArgumentParser, PreTrainedModel, set_seed
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from .arguments import AttackArguments, DataArguments, ModelArguments, parse_arguments, read_yaml
+from .attacks import Attack, from_description
+from .card import victim_table
+from .data import RawImages
+from .labels import check_labels
+from .manifest import arguments_of
+from .models import load_classifier, new_model
+from .models.weights import sha256
+from .victims import VICTIM_FILE, VictimConfig, train_victim
+
+
+@dataclass
+class VictimArguments:
+    """How the victim comes about.
+
+    Args:
+        model_args: With ``architecture`` and no checkpoint a network is trained from scratch; these are its constructor's
+            arguments (on the command line as JSON).
+        poison_ratio: Share of all training images that carry the trigger, in (0, 1]. Default 10 % as BackdoorBench.
+        poison_seed: Chooses the poisoned images.
+        clean_model: Folder of a classifier without a backdoor: the attacker's own, where a trigger is computed from one, and
+            the floor of the ASR. Default: the checkpoint that is continued, if one is.
+    """
+
+    model_args: dict | str | None = field(default=None, metadata={"help": "Arguments of a new network, as JSON."})
+    poison_ratio: float = field(default=0.1, metadata={"help": "Share of the training images that are poisoned."})
+    poison_seed: int = field(default=0, metadata={"help": "Chooses the poisoned images."})
+    clean_model: str | None = field(default=None, metadata={"help": "Folder of a classifier without a backdoor."})
+
+    def __post_init__(self):
+        if isinstance(self.model_args, str):
+            self.model_args = json.loads(self.model_args)
+
+
+KINDS = [ModelArguments, DataArguments, AttackArguments, VictimArguments, VictimConfig]
+
+
+@dataclass
+class SetArguments:
+    """Which victims of a set.
+
+    Args:
+        set: YAML file: ``output_dir``, and ``groups``, each with ``base`` (options of `make_victim`) and ``victims`` (per name
+            the options that differ).
+        only: Patterns such as ``cifar10-resnet20/*``; default all.
+    """
+
+    set: str = field(metadata={"help": "YAML file that names the victims."})
+    only: list[str] = field(default_factory=lambda: ["*"], metadata={"help": "Make those that match, as GROUP/VICTIM."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder in place of the file's."})
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A victim on disk.
+
+    Attributes:
+        folder: Loadable folder with ``victim.json`` beside the weights.
+        attack: The planted attack; None for a network without a backdoor.
+        measured: ACC, ASR and RA of the victim and of a model without backdoor, see ``victim.json``.
+    """
+
+    folder: str
+    attack: Attack | None
+    measured: dict[str, Any]
+
+
+def make_victim(argv: list[str] | None = None, options: dict[str, Any] | None = None) -> Victim:
+    """Run ``[CONFIG.yaml] --option value ...``: build or load a network, plant the backdoor, save the victim.
+
+    The victim is trained on the rows that ``retain_*`` leave: the retain set stays unseen, for the defender. Without
+    ``--attack`` the same network is trained without a backdoor, as a reference.
+
+    Args:
+        argv: Arguments without the program's name; default ``sys.argv[1:]``.
+        options: Options in place of the YAML file's.
+
+    Returns:
+        Where the victim lies and what it carries.
+
+    Raises:
+        ValueError: Neither a checkpoint nor an architecture is named, or see `train_victim`.
+    """
+    arguments = parse_arguments(KINDS, argv, options)
+    model_args, data_args, attack_args, victim_args, args = arguments
+    attack = from_description(attack_args.attack) if attack_args.attack else None
+    _, train, test = data_args.load()
+    set_seed(args.seed)
+    model = model_args.load() if model_args.model_name_or_path else _new_model(model_args, test.class_names, victim_args)
+    check_labels(test.class_names, model.config)
+    trainer = train_victim(
+        model,
+        RawImages.from_dataset(train),
+        test,
+        attack,
+        args,
+        victim_args.poison_ratio,
+        victim_args.poison_seed,
+        _clean_model(model_args, victim_args),
+        _recipe(*arguments),
+    )
+    facts = trainer.facts()
+    print(f"\n{'Victim' if attack else 'Network without backdoor'} in {args.output_dir}\n{victim_table(facts)}\n")
+    return Victim(args.output_dir, trainer.attack, facts["measured"])
+
+
+def _recipe(*arguments: Any) -> dict[str, Any]:
+    """The options that define a victim: those given for network, data and attack, and the training's."""
+    *plain, args = arguments
+    given = {name: value for kind in plain for name, value in asdict(kind).items() if value is not None}
+    return given | arguments_of(args)
+
+
+def _new_model(model_args: ModelArguments, names: list[str], victim_args: VictimArguments) -> PreTrainedModel:
+    if model_args.architecture is None:
+        raise ValueError("no network: give --architecture to train one from scratch, or --model_name_or_path to continue one")
+    shape = (model_args.image_mean, model_args.image_std, model_args.image_size)
+    return new_model(names, model_args.architecture, *shape, victim_args.model_args)
+
+
+def _clean_model(model_args: ModelArguments, victim_args: VictimArguments) -> PreTrainedModel | None:
+    if victim_args.clean_model:
+        return load_classifier(victim_args.clean_model)
+    return model_args.load() if model_args.model_name_or_path else None
+
+
+def make_set(argv: list[str] | None = None) -> list[str]:
+    """Run ``--set FILE.yaml [--only PATTERN ...] --option value ...``: make the victims of a set that are not there yet.
+
+    A victim that exists is verified (same options, unchanged weights) and skipped; one that was interrupted is made anew. Any
+    other option goes over every victim's own, as ``--dataset_name`` does where the images lie elsewhere.
+
+    Args:
+        argv: Arguments without the program's name; default ``sys.argv[1:]``.
+
+    Returns:
+        The folders, in the set's order.
+
+    Raises:
+        ValueError: No victim matches ``--only``, or a folder holds a victim made with other options or changed since.
+    """
+    (chosen, rest) = HfArgumentParser([SetArguments]).parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    victims = read_set(chosen.set)
+    root = Path(chosen.output_dir or read_yaml(chosen.set)["output_dir"])
+    names = [name for name in victims if any(fnmatch(name, pattern) for pattern in chosen.only)]
+    if not names:
+        raise ValueError(f"--only {' '.join(chosen.only)} matches no victim of {chosen.set}; it has {', '.join(victims)}")
+    started = time.perf_counter()
+    for number, name in enumerate(names, 1):
+        options = victims[name] | {"output_dir": str(root / name)}
+        if is_made(root / name, options, rest):
+            print(f"[{number}/{len(names)}] {name}: exists and verifies")
+            continue
+        print(f"[{number}/{len(names)}] {name}, {(time.perf_counter() - started) / 60:.1f} minutes so far")
+        make_victim(rest, options)
+    if PartialState().is_main_process:
+        (root / "victims.md").write_text(set_table(root, victims) + "\n")
+    return [str(root / name) for name in names]
+
+
+def read_set(file: str) -> dict[str, dict[str, Any]]:
+    """The options of each victim of a set, by ``GROUP/VICTIM``.
+
+    Raises:
+        ValueError: The file lacks ``output_dir`` or ``groups``, or a group lacks ``base`` or ``victims``.
+    """
+    content = read_yaml(file)
+    if not content.keys() >= {"output_dir", "groups"}:
+        raise ValueError(f"{file} must hold output_dir and groups")
+    victims = {}
+    for group, parts in content["groups"].items():
+        if not parts.keys() >= {"base", "victims"}:
+            raise ValueError(f"{file}: group {group} must hold base and victims")
+        victims |= {f"{group}/{name}": parts["base"] | (own or {}) for name, own in parts["victims"].items()}
+    return victims
+
+
+def is_made(folder: Path, options: dict[str, Any], argv: list[str] = ()) -> bool:
+    """Whether the folder holds the whole victim that these options describe.
+
+    Raises:
+        ValueError: It holds another one, or its weights are not those that were written.
+    """
+    if not (folder / VICTIM_FILE).is_file() or not (folder / "README.md").is_file():
+        return False
+    facts = json.loads((folder / VICTIM_FILE).read_text())
+    if facts["weights_sha256"] != sha256(folder / SAFE_WEIGHTS_NAME):
+        raise ValueError(f"{folder}: the weights are not those that {VICTIM_FILE} names; delete the folder to make it anew")
+    asked = json.loads(json.dumps(_recipe(*parse_arguments(KINDS, list(argv), options))))
+    if different := sorted(key for key in asked.keys() | facts["recipe"].keys() if asked.get(key) != facts["recipe"].get(key)):
+        raise ValueError(
+            f"{folder} holds a victim made with other {', '.join(different)}; delete it or choose another output_dir"
+        )
+    return True
+
+
+def set_table(root: Path, names: Iterable[str]) -> str:
+    """Markdown table of the victims that exist below ``root``: one row each, percent."""
+    heading = ["victim", "ACC", "ASR", "RA", "target without trigger", "ASR of clean model", "minutes"]
+    rows = ["| " + " | ".join(heading) + " |", "| --- |" + " ---: |" * (len(heading) - 1)]
+    for name in names:
+        if not (root / name / VICTIM_FILE).is_file():
+            continue
+        measured = json.loads((root / name / VICTIM_FILE).read_text())["measured"]
+        found, floor = measured["victim"], measured.get("clean_model", {})
+        cells = [found["accuracy"], found.get("asr"), found.get("ra"), found.get("untriggered"), floor.get("asr")]
+        shown = ["" if value is None else f"{100 * value:.1f}" for value in cells]
+        rows.append("| " + " | ".join([name, *shown, f"{measured['training_seconds'] / 60:.1f}"]) + " |")
+    return "\n".join(rows)
