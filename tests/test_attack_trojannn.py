@@ -16,8 +16,8 @@ from d3_hf.data import RawImages
 
 
 def pixels(count=3, height=32, width=32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
+    drawn = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=drawn)
 
 
 def raw(height=SIZE, width=SIZE):
@@ -85,8 +85,7 @@ def test_pgd_is_the_formula():
     """Against the same steps written on the network itself, which here needs neither a hook nor a search for its head."""
     model, attack = tiny_resnet(), TrojanNN(steps=7, size=14, alpha=0.3)
     fitted = attack.fit(raw(), model, seed=3)
-    weight = model.classifier[1].weight
-    chosen = weight.abs().sum(0).argsort(descending=True)[:2]
+    chosen = model.classifier[1].weight.abs().sum(0).argsort(descending=True)[:2]
     mask = torch.from_numpy(slow_mask("square", 14, SIZE, SIZE))
 
     def features(picture):

@@ -27,8 +27,8 @@ class TrojanNN(LearnedAttack):
 
     Dirty label, static. Needs the attacker's own classifier, in `fit` only. The neurons are the inputs of its last linear
     layer with the largest column sums of ``|W|``. ``t`` alone, on black, is moved by PGD with sign steps until the
-    neurons reach a target, ``t`` staying in ``[0, eps]``; the best ``t`` met is kept, rounded to grey levels. Averaged
-    activations of a network never reach 100, so in practice this maximises their sum.
+    neurons reach a target, ``t`` staying in ``[0, eps]``; the best ``t`` met is kept, rounded to grey levels. Most
+    networks' activations come nowhere near 100, so in practice this maximises their sum.
 
     The paper replaces the pixels under the mask; here they are added to, as in BackdoorBench, whose code however casts
     the sum to uint8 *before* it clips, so that bright pixels wrap round 256: here it is clipped first. BackdoorBench also
@@ -47,8 +47,8 @@ class TrojanNN(LearnedAttack):
         size: Side or outer diameter in pixels of a 32x32 image, in [4, 30]. Default 10: BackdoorBench's square.png.
         neurons: How many are excited, at least 1. Default 2: BackdoorBench.
         target_activation: What each of them shall reach, at least 0. Default 100: BackdoorBench.
-        eps: Largest value of the trigger in units of [0, 1], in (0, 1]. Default 0.3 (76 grey levels): BackdoorBench's bound.
-        alpha: Step of PGD in units of [0, 1], in (0, 1]. Default 0.1: BackdoorBench.
+        eps: Largest value of the trigger in units of [0, 1], in [1/255, 1]. Default 0.3 (76 grey levels): BackdoorBench.
+        alpha: Step of PGD in units of [0, 1], in [1e-6, 1]. Default 0.1: BackdoorBench.
         steps: Steps of PGD, at least 1. Default 1000: BackdoorBench.
 
     Raises:
