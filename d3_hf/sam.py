@@ -1,7 +1,10 @@
 """Sharpness-aware minimisation, adaptive form: where in the neighbourhood of the weights the loss is highest."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -24,3 +27,27 @@ def adaptive_perturbation(weights: list[Tensor], gradients: list[Tensor], rho: f
     norm = torch.stack(torch._foreach_norm(scaled)).norm()
     # A tensor as factor: no wait for the device.
     return torch._foreach_mul(torch._foreach_mul(scaled, sizes), rho / norm.clamp_min(torch.finfo(norm.dtype).tiny))
+
+
+@contextmanager
+def perturbed(weights: list[Tensor], step: list[Tensor]) -> Iterator[None]:
+    """Inside, the weights are ``w + e``; afterwards they are ``w`` again, bit for bit (``(w + e) - e`` would not be)."""
+    saved = [weight.clone() for weight in weights]
+    torch._foreach_add_(weights, step)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(weights, saved)
+
+
+@contextmanager
+def running_statistics_kept(batch_norms: list[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
+    """Inside, BatchNorm layers in training mode use batch statistics and leave the running ones and their counter alone."""
+    tracked = [module.track_running_stats for module in batch_norms]
+    for module in batch_norms:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module, flag in zip(batch_norms, tracked, strict=True):
+            module.track_running_stats = flag

@@ -3,14 +3,12 @@
 A victim is trained by the same trainer as plain fine-tuning, on poisoned images. Nothing here is used by a defence.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -23,7 +21,7 @@ from .evaluation import measure, measure_trainer, rates
 from .models.weights import sha256
 from .preprocessing import Preprocessing
 from .random_heads import RandomHeads
-from .sam import adaptive_perturbation
+from .sam import adaptive_perturbation, perturbed, running_statistics_kept
 from .trainer import PurifyTrainer
 
 VICTIM_FILE = "victim.json"
@@ -132,13 +130,14 @@ class VictimTrainer(PurifyTrainer):
         if not self.args.sam_rho:
             return super().training_step(model, inputs, num_items_in_batch)
         super().training_step(model, inputs, num_items_in_batch)
-        weights = [p for p in self.model.parameters() if p.grad is not None]
-        step = adaptive_perturbation([w.data for w in weights], [w.grad for w in weights], self.args.sam_rho)
+        moved = [p for p in self.model.parameters() if p.grad is not None]
+        weights = [p.detach() for p in moved]
+        step = adaptive_perturbation(weights, [p.grad for p in moved], self.args.sam_rho)
         self.model.zero_grad(set_to_none=True)
-        torch._foreach_add_([w.data for w in weights], step)
-        with running_statistics_kept(self._batch_norms):
+        sums = self._sums.clone()
+        with perturbed(weights, step), running_statistics_kept(self._batch_norms):
             objective = super().training_step(model, inputs, num_items_in_batch)
-        torch._foreach_sub_([w.data for w in weights], step)
+        self._sums = sums  # the log counts every image once, at the weights themselves
         return objective
 
     def optimizer_step(self, step):
@@ -165,19 +164,6 @@ class VictimTrainer(PurifyTrainer):
         """Write a card whose first line is the warning."""
         folder = Path(self.args.output_dir)
         render_victim_card(self.facts(), model_name or folder.name).save(folder / "README.md")
-
-
-@contextmanager
-def running_statistics_kept(batch_norms: list[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
-    """Inside, BatchNorm layers use batch statistics without adding them to the running ones."""
-    momenta = [module.momentum for module in batch_norms]
-    for module in batch_norms:
-        module.momentum = 0.0
-    try:
-        yield
-    finally:
-        for module, momentum in zip(batch_norms, momenta, strict=True):
-            module.momentum = momentum
 
 
 def train_victim(

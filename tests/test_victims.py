@@ -31,6 +31,8 @@ VICTIMS = {
     # Digits are recognised by their shape even when hardened, so the corners gain little; one class cannot supply more.
     "lc_lite": ({"target_label": 8, "eps": 2, "alpha": 1, "steps": 2}, 0.094, 10, 6),
     "wanet": ({"strength": 4, "cross_ratio": 0.5}, 0.2, 60, 6),
+    "input_aware": ({"mask_steps": 60}, 0.1, 60, 6),
+    "ssba_lite": ({"steps": 60, "bound": 24}, 0.1, 60, 6),
     "bpp": ({"levels": 3}, 0.2, 80, 6),
 }
 

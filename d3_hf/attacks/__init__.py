@@ -12,15 +12,17 @@ from .base import Attack, LearnedAttack
 from .blended import Blended
 from .bpp import BPP
 from .in_training import InTrainingAttack
+from .input_aware import InputAware
 from .lc import LCLite
 from .lf import LF, LFNoise
 from .poisoning import poison, poison_dataset, select_poisoned
 from .sig import SIG
+from .ssba import SSBALite
 from .trojannn import TrojanNN
 from .wanet import WaNet
 
 ATTACKS: dict[str, type[Attack]] = {
-    attack.name: attack for attack in (BadNets, Blended, SIG, LF, LFNoise, TrojanNN, LCLite, WaNet, BPP)
+    attack.name: attack for attack in (BadNets, Blended, SIG, LF, LFNoise, TrojanNN, LCLite, WaNet, BPP, InputAware, SSBALite)
 }
 ATTACK_FILE = "attack.json"
 LEARNED_FILE = "trigger.safetensors"
@@ -34,9 +36,11 @@ __all__ = [
     "BadNets",
     "Blended",
     "InTrainingAttack",
+    "InputAware",
     "LCLite",
     "LFNoise",
     "LearnedAttack",
+    "SSBALite",
     "TrojanNN",
     "WaNet",
     "from_description",

