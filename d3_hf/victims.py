@@ -198,13 +198,15 @@ def train_victim(
 
     Raises:
         ValueError: The attack cannot learn its trigger (see its ``fit``), poisons batches of images that are not of the
-            model's size, or see `poison`.
+            model's size, trains its own networks where that is not possible (several processes, fp16, SAM), or see `poison`.
     """
     if isinstance(attack, LearnedAttack) and attack.learned is None:
         attack = attack.fit(train, clean_model, poison_seed)
     rows = poisoner = None
     poisoned = train
     if isinstance(attack, InTrainingAttack):
+        if isinstance(attack, LearnedAttack) and (args.world_size > 1 or args.fp16 or args.sam_rho):
+            raise ValueError(f"{attack.name} trains its own networks with the victim: one process, no fp16, no sam_rho")
         poisoner = attack.poisoner(poison_ratio, len(train.class_names), poison_seed, args.device)
     elif attack:
         poisoned, rows = poison(train, attack, poison_ratio, poison_seed)

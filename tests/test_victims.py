@@ -266,3 +266,9 @@ def test_bad_options(make, message, tmp_path):
 def test_random_heads_need_fixed_poisoned_images(digits, tmp_path):
     with pytest.raises(ValueError, match="random_heads need fixed poisoned images"):
         VictimTrainer(small_resnet(), config(tmp_path, 1, random_heads=2), digits[0])
+
+
+def test_an_attack_with_networks_of_its_own_refuses_sam(digits, tmp_path):
+    attack = from_description({"name": "input_aware", "mask_steps": 1})
+    with pytest.raises(ValueError, match="trains its own networks with the victim"):
+        train_victim(small_resnet(), *digits, attack, config(tmp_path, 1, sam_rho=1))
