@@ -9,7 +9,7 @@ from typing import Any
 
 USAGE = """usage: d3-hf COMMAND ...
 
-  purify [CONFIG.yaml] --option value ...       purify a checkpoint with D3
+  purify [CONFIG.yaml] --option value ...       purify a checkpoint with D3; --defence NAME uses another method
   measure FOLDER [--dataset_name ...]           measure a victim again, from its folder alone
   make-victim [CONFIG.yaml] --option value ...  plant a backdoor, for research; --set FILE.yaml makes a set
 
@@ -75,10 +75,16 @@ def measure_victim(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def purify(argv: list[str]) -> Any:
-    """Run the recipe of D3."""
+    """Run the recipe of D3, or of the method that ``--defence`` names."""
+    from .defenses import defence
     from .workflow import main
 
-    return main(argv)
+    name = "d3"
+    if "--defence" in argv:
+        place = argv.index("--defence")
+        name = argv[place + 1] if place + 1 < len(argv) else ""
+        argv = argv[:place] + argv[place + 2 :]
+    return main(argv, *defence(name))
 
 
 def plant(argv: list[str]) -> Any:

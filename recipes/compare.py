@@ -20,14 +20,12 @@ from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
 from d3_hf.attacks import from_description, load_attack
 from d3_hf.data import RawImages, load_images, retain_split
-from d3_hf.defenses.d3 import D3Config, D3Trainer
-from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
+from d3_hf.defenses import defence as load_defence
 from d3_hf.evaluation import Measurement, Proportion, measure, measure_trainer, results
 from d3_hf.models import load_classifier, new_model
 from d3_hf.preprocessing import Preprocessing
 from d3_hf.victims import VICTIM_FILE, VictimConfig, train_victim
 
-DEFENCES = {"d3": (D3Config, D3Trainer), "fine_tuning": (FineTuningConfig, FineTuningTrainer)}
 TWIN = "twin"  # trained like the victims on images without a trigger: its ASR is the floor
 
 
@@ -58,7 +56,7 @@ class Grid:
         output_dir: Where victims, cells and table go.
         dataset_name: See `load_images`.
         attacks: Per name ``attack`` (a description) and ``poison_ratio``; with ``victims`` a list of its folders.
-        defences: Per name ``defence`` (``d3`` or ``fine_tuning``) and options of its Config.
+        defences: Per name ``defence`` (a name of `d3_hf.defenses.DEFENCES`) and options of its Config.
         seeds: Each seed draws a retain set and a warm start. The victims are the same for all.
         retain_count: Images in the retain set.
         test_images: Measure on the first so many test images; all if null.
@@ -145,7 +143,7 @@ class Comparison:
         model = self.victim(attack)
         before = self.before(attack, attack, model)
         options = dict(self.grid.defences[defence])
-        config_class, trainer_class = DEFENCES[options.pop("defence")]
+        config_class, trainer_class = load_defence(options.pop("defence"))
         args = config_class(output_dir=str(self.folder / "runs"), seed=seed, **(self.grid.common | options))
         trainer = trainer_class(model=model, args=args, train_dataset=self.retain(seed))
         trained = trainer.train()
