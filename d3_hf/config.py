@@ -18,7 +18,7 @@ class PurifyConfig(TrainingArguments):
     Args:
         output_dir: Where the purified model and its evidence go.
         learning_rate: 0.1 (here): with 0.01 (BB, code) a trigger that no longer yields the target still destroys the
-            prediction. Measured on CNNs; for ViTs it is open.
+            prediction. Measured on CNNs, and used as it is on a ViT (model_cards/vit.md).
         num_train_epochs: 15 passes over the retain set (here); 100 (BB, code).
         per_device_train_batch_size: 128 (here); 256 (BB, code). 15 passes over 2,500 images are 300 steps, the code's 1,000.
         optim: SGD (BB).

@@ -1,4 +1,6 @@
-"""Draw one sheet per victim of a set: images as they are, triggered, and the difference times ten.
+"""Draw one sheet per attack: images as they are, triggered, and the difference times ten.
+
+Attacks that learn their trigger are drawn from the victims that carry it.
 
     python recipes/trigger_sheets.py --victims outputs/victims/cifar10-resnet20 --dataset_name uoft-cs/cifar10 \
         --output_dir model_cards/pictures
@@ -13,7 +15,7 @@ from torchvision.io import write_png
 from torchvision.utils import make_grid
 from transformers import HfArgumentParser
 
-from d3_hf.attacks import Attack, load_attack
+from d3_hf.attacks import ATTACKS, Attack, LearnedAttack, load_attack
 from d3_hf.data import RawImages, load_images
 
 COLUMNS, ENLARGED = 8, 4
@@ -52,14 +54,16 @@ def sheet(attack: Attack, images: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Draw the sheets of all victims that carry an attack."""
+    """Draw the sheets of the victims, and of every other attack that has nothing to learn."""
     (options,) = HfArgumentParser(SheetArguments).parse_args_into_dataclasses()
     images = RawImages.from_dataset(load_images(options.dataset_name)["test"].select(range(COLUMNS))).images
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    for file in sorted(Path(options.victims).glob("*/attack.json")):
-        write_png(sheet(load_attack(file.parent), images), str(output / f"{file.parent.name}.png"))
-        print(output / f"{file.parent.name}.png")
+    attacks = {name: kind() for name, kind in ATTACKS.items() if not issubclass(kind, LearnedAttack)}
+    attacks |= {file.parent.name: load_attack(file.parent) for file in Path(options.victims).glob("*/attack.json")}
+    for name, attack in sorted(attacks.items()):
+        write_png(sheet(attack, images), str(output / f"{name}.png"))
+        print(output / f"{name}.png")
 
 
 if __name__ == "__main__":
