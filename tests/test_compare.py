@@ -68,3 +68,23 @@ def test_no_victim_has_seen_a_retain_set(comparison):
 def test_table_has_victim_floor_and_defences(comparison):
     lines = comparison.table().splitlines()[2:]
     assert [line.split(" | ")[1] for line in lines] == ["victim", "twin without backdoor", "D3", "FT-init"]
+
+
+def test_a_grid_over_victims_that_exist(compare, comparison, tmp_path):
+    grid = compare.Grid(
+        output_dir=str(tmp_path),
+        dataset_name="digits",
+        victims=str(comparison.folder / "victims"),
+        attacks=["badnets"],
+        defences={"FT": {"defence": "fine_tuning"}},
+        seeds=[0, 1],
+        retain_count=30,
+        test_images=40,
+        common=FAST,
+    )
+    found = compare.Comparison(grid)
+    assert found.attacks == comparison.attacks
+    found.cell("badnets", 0, "FT")
+    row = json.loads((tmp_path / "cells" / "badnets-0-FT.json").read_text())
+    first = json.loads((comparison.folder / "cells" / "badnets-0-D3.json").read_text())
+    assert row["asr_before"] == first["asr_before"] and row["accuracy_after_n"] == 40
