@@ -288,6 +288,11 @@ class TrainingImages(torch.utils.data.Dataset):
         return self._table[1]
 
 
+def without_augmentation(images: torch.utils.data.Dataset) -> torch.utils.data.Dataset:
+    """The same images as they are: of `TrainingImages` without their augmentation; any other data set is returned itself."""
+    return TrainingImages(images.images, images.labels) if isinstance(images, TrainingImages) else images
+
+
 def _decode(picture: dict[str, bytes | str | None] | None) -> Tensor:
     if picture is None:
         raise ValueError("the row holds no picture")

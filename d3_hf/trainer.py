@@ -25,6 +25,7 @@ from .data import Augmentation, RawImages, TrainingImages
 from .evaluation import compute_metrics as accuracy_metrics
 from .labels import check_labels
 from .preprocessing import Preprocessing
+from .sam import adaptive_perturbation, perturbed, running_statistics_kept
 
 MANIFEST = "purification.json"
 RETAIN_INDICES = "retain_indices.json"
@@ -216,6 +217,20 @@ class PurifyTrainer(Trainer):
             )
         objective = self.finish_gradient(self._window_loss).detach()
         self._window_loss = torch.zeros_like(share)
+        return objective
+
+    def sharpness_aware_step(self, model, inputs, num_items_in_batch, rho: float) -> Tensor:
+        """`training_step` of adaptive SAM: a pass at the weights says where the loss is highest within ``rho``, a pass there
+        gives the gradient. BatchNorm keeps the first pass's statistics; needs whole, unscaled gradients."""
+        PurifyTrainer.training_step(self, model, inputs, num_items_in_batch)
+        moved = [p for p in self.model.parameters() if p.grad is not None]
+        weights = [p.detach() for p in moved]
+        step = adaptive_perturbation(weights, [p.grad for p in moved], rho)
+        self.model.zero_grad(set_to_none=True)
+        sums = self._sums.clone()
+        with perturbed(weights, step), running_statistics_kept(self._batch_norms):
+            objective = PurifyTrainer.training_step(self, model, inputs, num_items_in_batch)
+        self._sums = sums  # the log counts every image once, at the weights themselves
         return objective
 
     def _prepare_inputs(self, inputs):

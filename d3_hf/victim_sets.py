@@ -113,9 +113,9 @@ def make_victim(argv: list[str] | None = None, options: dict[str, Any] | None = 
         _clean_model(model_args, victim_args),
         _recipe(*arguments),
     )
-    facts = trainer.facts()
-    print(f"\n{'Victim' if attack else 'Network without backdoor'} in {args.output_dir}\n{victim_table(facts)}\n")
-    return Victim(args.output_dir, trainer.attack, facts["measured"])
+    table = victim_table({"planted": trainer.planted, "measured": trainer.measured})
+    print(f"\n{'Victim' if attack else 'Network without backdoor'} in {args.output_dir}\n{table}\n")
+    return Victim(args.output_dir, trainer.attack, trainer.measured)
 
 
 def _recipe(*arguments: Any) -> dict[str, Any]:

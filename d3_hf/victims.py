@@ -21,7 +21,6 @@ from .evaluation import measure, measure_trainer, rates
 from .models.weights import sha256
 from .preprocessing import Preprocessing
 from .random_heads import RandomHeads
-from .sam import adaptive_perturbation, perturbed, running_statistics_kept
 from .trainer import PurifyTrainer
 
 VICTIM_FILE = "victim.json"
@@ -126,19 +125,10 @@ class VictimTrainer(PurifyTrainer):
         return found if self.poisoner is None or self.poisoner.penalty is None else found + self.poisoner.penalty
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """One forward and backward pass; with SAM a second one where the loss is highest nearby, which gives the gradient."""
+        """As the base class, or by adaptive SAM."""
         if not self.args.sam_rho:
             return super().training_step(model, inputs, num_items_in_batch)
-        super().training_step(model, inputs, num_items_in_batch)
-        moved = [p for p in self.model.parameters() if p.grad is not None]
-        weights = [p.detach() for p in moved]
-        step = adaptive_perturbation(weights, [p.grad for p in moved], self.args.sam_rho)
-        self.model.zero_grad(set_to_none=True)
-        sums = self._sums.clone()
-        with perturbed(weights, step), running_statistics_kept(self._batch_norms):
-            objective = super().training_step(model, inputs, num_items_in_batch)
-        self._sums = sums  # the log counts every image once, at the weights themselves
-        return objective
+        return self.sharpness_aware_step(model, inputs, num_items_in_batch, self.args.sam_rho)
 
     def optimizer_step(self, step):
         """The victim's step, then that of the attack's own networks and of the random heads."""
@@ -156,9 +146,11 @@ class VictimTrainer(PurifyTrainer):
         return super().facts() | {"planted": self.planted, "recipe": self.recipe, "weights_sha256": digest}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
         if self.attack and self.args.should_save:
-            save_attack(self.attack, output_dir or self.args.output_dir)
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_attack(self.attack, folder)
+        super()._save(output_dir, state_dict)  # ends with the card, by which a whole victim is known
 
     def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
         """Write a card whose first line is the warning."""
@@ -200,13 +192,14 @@ def train_victim(
         ValueError: The attack cannot learn its trigger (see its ``fit``), poisons batches of images that are not of the
             model's size, trains its own networks where that is not possible (several processes, fp16, SAM), or see `poison`.
     """
+    own_networks = isinstance(attack, LearnedAttack) and isinstance(attack, InTrainingAttack)
+    if own_networks and (args.world_size > 1 or args.fp16 or args.sam_rho):
+        raise ValueError(f"{attack.name} trains its own networks with the victim: one process, no fp16, no sam_rho")
     if isinstance(attack, LearnedAttack) and attack.learned is None:
         attack = attack.fit(train, clean_model, poison_seed)
     rows = poisoner = None
     poisoned = train
     if isinstance(attack, InTrainingAttack):
-        if isinstance(attack, LearnedAttack) and (args.world_size > 1 or args.fp16 or args.sam_rho):
-            raise ValueError(f"{attack.name} trains its own networks with the victim: one process, no fp16, no sam_rho")
         poisoner = attack.poisoner(poison_ratio, len(train.class_names), poison_seed, args.device)
     elif attack:
         poisoned, rows = poison(train, attack, poison_ratio, poison_seed)

@@ -125,13 +125,12 @@ class Comparison:
         if file.is_file():
             return read_measurement(json.loads(file.read_text()))
         record = self.victims / name / VICTIM_FILE
-        test_images = record.is_file() and json.loads(record.read_text())["measured"]["n_images"]
-        if name == attack and test_images == len(self.test):  # it was measured when it was made
-            rates = json.loads(record.read_text())["measured"]["victim"]
-            write_json(file, asdict(measurement_of(rates)))
-            return measurement_of(rates)
-        preprocessing = Preprocessing.from_processor(model.image_processor)
-        found = measure(model, self.test, preprocessing, self.attacks[attack])
+        measured = json.loads(record.read_text())["measured"] if name == attack and record.is_file() else {}
+        if measured.get("n_images") == len(self.test):  # it was measured when it was made
+            found = measurement_of(measured["victim"])
+        else:
+            preprocessing = Preprocessing.from_processor(model.image_processor)
+            found = measure(model, self.test, preprocessing, self.attacks[attack])
         write_json(file, asdict(found))
         return found
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Attack, check_choice, check_range
+from .base import Attack, check_choice, check_range, whole_scale
 
 PATTERNS = ("solid", "checker", "nad_grid")
 POSITIONS = ("bottom-right", "bottom-left", "top-right", "top-left")
@@ -86,8 +86,7 @@ class BadNets(Attack):
 
     def _stamp(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        # Half rounds up: Python's round would shrink the patch at 2.5.
-        scale = max(1, (2 * min(height, width) + self.image_size) // (2 * self.image_size))
+        scale = whole_scale(height, width, self.image_size)
         side = self.size * scale
         top, left = (margin * scale for margin in self._margins())
         if top + side > height or left + side > width:

@@ -58,6 +58,19 @@ def random_bits(purpose: str, seed: int, count: int) -> np.ndarray:
     return np.random.PCG64([*purpose.encode(), seed]).random_raw(count)
 
 
+def random_uniform(purpose: str, seed: int, count: int) -> np.ndarray:
+    """Draw ``count`` float64 from [0, 1) that are the same on every machine; see `random_bits`."""
+    return (random_bits(purpose, seed, count) >> 11) * 2.0**-53
+
+
+def whole_scale(height: int, width: int, image_size: int) -> int:
+    """By how much a trigger drawn for ``image_size`` pixels is enlarged on an image of (height, width): at least 1.
+
+    Half rounds up: Python's round would shrink a patch at 2.5.
+    """
+    return max(1, (2 * min(height, width) + image_size) // (2 * image_size))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attack(ABC):
     """A trigger and a rule for labels; the fields of a subclass are the attack's parameters.

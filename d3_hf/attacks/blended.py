@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Attack, check_choice, check_range, random_bits
+from .base import Attack, check_choice, check_range, random_bits, random_uniform
 
 PATTERNS = ("cartoon", "noise")
 ELLIPSES = 8
@@ -70,7 +70,7 @@ def cartoon(seed: int, height: int, width: int) -> Tensor:
     Float64 sums and products only, no function whose last bit depends on the machine. Shared by the callers; do not
     modify.
     """
-    draws = (random_bits("cartoon", seed, 3 + 7 * ELLIPSES) >> 11) * 2.0**-53  # uniform in [0, 1)
+    draws = random_uniform("cartoon", seed, 3 + 7 * ELLIPSES)
     y = ((np.arange(height) + 0.5) / height)[:, None]
     x = ((np.arange(width) + 0.5) / width)[None, :]
     picture = np.broadcast_to(draws[:3, None, None], (3, height, width))

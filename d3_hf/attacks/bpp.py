@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import check_range
-from .in_training import BatchPoisoner, InTrainingAttack
+from .in_training import BatchPoisoner, InTrainingAttack, TriggerPoisoner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class BPP(InTrainingAttack):
         return BPPPoisoner(self, ratio, self.cross_ratio, num_classes, seed)
 
 
-class BPPPoisoner(BatchPoisoner):
+class BPPPoisoner(TriggerPoisoner):
     """Negatives: images plus the residual of another image of the batch."""
 
     def cross(self, crossed: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,6 @@
 """Attacks that poison every batch anew while the victim trains, in place of a fixed set of poisoned images."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from .base import Attack, check_range
 
 
-class BatchPoisoner:
+class BatchPoisoner(ABC):
     """Poisons the batches of one training run; the attack makes it, the victim's trainer calls it.
 
     Every batch is shuffled, so its first images are the poisoned ones, ``ratio * B`` of them, and the next
@@ -60,20 +60,28 @@ class BatchPoisoner:
         first, second, rest = images[:poisoned], images[poisoned : poisoned + crossed], images[poisoned + crossed :]
         return self.mix(first, second, rest, generator), new_labels
 
+    @abstractmethod
     def mix(self, poisoned: Tensor, crossed: Tensor, rest: Tensor, generator: torch.Generator) -> Tensor:
         """Change the three parts of a batch and join them in this order; the draws come from ``generator`` (CPU)."""
-        return torch.cat([self.attack.trigger(poisoned), self.cross(crossed, torch.cat([poisoned, rest]), generator), rest])
 
-    @abstractmethod
-    def cross(self, crossed: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the cross images uint8 for ``crossed`` uint8 (n, 3, H, W); ``others`` are the rest of the batch."""
-
-    def update(self) -> None:
+    def update(self) -> None:  # noqa: B027 - a hook, not a duty
         """Called after the victim's own update: train the attack's networks, if it has any."""
 
     def finish(self) -> Attack:
         """The attack to measure with and to keep: with what was learned meanwhile."""
         return self.attack
+
+
+class TriggerPoisoner(BatchPoisoner):
+    """Poisons by the attack's own trigger, which does not change while the victim trains; see `BatchPoisoner`."""
+
+    def mix(self, poisoned: Tensor, crossed: Tensor, rest: Tensor, generator: torch.Generator) -> Tensor:
+        """Trigger the poisoned images and make the cross images."""
+        return torch.cat([self.attack.trigger(poisoned), self.cross(crossed, torch.cat([poisoned, rest]), generator), rest])
+
+    @abstractmethod
+    def cross(self, crossed: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the cross images uint8 for ``crossed`` uint8 (n, 3, H, W); ``others`` are the rest of the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)

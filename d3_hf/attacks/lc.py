@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..data import RawImages
 from ..labels import check_labels
-from .base import LearnedAttack, check_range
+from .base import LearnedAttack, check_range, whole_scale
 from .differentiable import pixels_to_logits
 
 # The pattern of the authors' published code in the right-hand corners; 1 is brightened, -1 darkened. The left-hand
@@ -100,7 +100,7 @@ class LCLite(LearnedAttack):
 
     def _stamp(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        scale = max(1, (2 * min(height, width) + IMAGE_SIZE) // (2 * IMAGE_SIZE))  # half rounds up
+        scale = whole_scale(height, width, IMAGE_SIZE)
         side = len(GRID) * scale
         if 2 * side > min(height, width):
             raise ValueError(f"{self.name}: four corners of {side}x{side} pixels do not fit an image of {height}x{width}")

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data import RawImages
-from .base import Attack, LearnedAttack, check_range, random_bits
+from .base import Attack, LearnedAttack, check_range, random_bits, random_uniform
 from .differentiable import pixels_to_logits
 
 SIDE = 32  # sigma is given in pixels of an image of this side; LFNoise draws its pattern at this size
@@ -241,7 +241,7 @@ def stretch(pattern: Tensor) -> Tensor:
 @lru_cache(maxsize=16)
 def smooth_noise(seed: int, sigma: float, amplitude: float) -> Tensor:
     """LFNoise's pattern, uint8 (3, 32, 32). Shared by the callers; do not modify."""
-    draws = (random_bits("lf noise", seed, 3 * SIDE * SIDE) >> 11) * 2.0**-53 - 0.5  # uniform in [-0.5, 0.5)
+    draws = random_uniform("lf noise", seed, 3 * SIDE * SIDE) - 0.5
     rows, columns = smoothing(sigma, SIDE, SIDE)
     return to_levels(stretch(rows @ torch.from_numpy(draws).reshape(3, SIDE, SIDE) @ columns) * (amplitude * 255))
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..data import RawImages
 from ..preprocessing import Preprocessing
 from ..selection import find_head
-from .base import LearnedAttack, check_choice, check_range, random_bits
+from .base import LearnedAttack, check_choice, check_range, random_uniform
 from .differentiable import pixels_to_logits
 
 MASKS = ("square", "ring")
@@ -117,7 +117,7 @@ class TrojanNN(LearnedAttack):
             raise ValueError(
                 f"{self.name}: no pixel of an image of {size[0]}x{size[1]} lies inside a {self.mask} of {self.size}"
             )
-        noise = (random_bits(self.name, seed, 3 * allowed.numel()) >> 11) * 2.0**-53  # uniform in [0, 1)
+        noise = random_uniform(self.name, seed, 3 * allowed.numel())
         start = self.eps * torch.from_numpy(noise).float().view(1, 3, *size) * allowed
         seen = {}
         hook = head.register_forward_pre_hook(lambda module, inputs: seen.update(head=inputs[0]))

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import check_range, random_bits
-from .in_training import BatchPoisoner, InTrainingAttack
+from .base import check_range, random_uniform
+from .in_training import BatchPoisoner, InTrainingAttack, TriggerPoisoner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class WaNet(InTrainingAttack):
         return WaNetPoisoner(self, ratio, self.cross_ratio, num_classes, seed)
 
 
-class WaNetPoisoner(BatchPoisoner):
+class WaNetPoisoner(TriggerPoisoner):
     """Cross images: the warp plus noise of up to half a pixel, drawn for each image and pixel."""
 
     def cross(self, crossed: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
@@ -88,7 +88,7 @@ class WaNetPoisoner(BatchPoisoner):
 
 @lru_cache(maxsize=16)
 def _grid(seed: int, grid_size: int, strength: float, height: int, width: int) -> Tensor:
-    draws = (random_bits("wanet", seed, 2 * grid_size * grid_size) >> 11) * 2.0**-53  # uniform in [0, 1)
+    draws = random_uniform("wanet", seed, 2 * grid_size * grid_size)
     control = torch.from_numpy(2 * draws - 1).reshape(1, 2, grid_size, grid_size)
     # In float64, so that its last bits, which depend on the machine, vanish in float32.
     field = F.interpolate(control / control.abs().mean(), (height, width), mode="bicubic", align_corners=True)

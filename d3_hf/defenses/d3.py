@@ -4,15 +4,13 @@ Wei, Liu, Zha: "Backdoor Mitigation by Distance-Driven Detoxification", ICCV 202
 authors' released ``defense/d3.py`` differ; each option below says which of the two it follows.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .. import geometry
+from .. import geometry, reference
 from ..config import PurifyConfig
 from ..selection import select_weights
 from ..trainer import MANIFEST, PurifyTrainer
@@ -200,16 +198,13 @@ class D3Trainer(PurifyTrainer):
 
     def reference_fingerprint(self) -> str:
         """SHA-256 over the bytes of the reference weights, in order."""
-        digest = hashlib.sha256()
-        for reference in self.references:
-            digest.update(reference.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return reference.fingerprint(self.references)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        recorded = json.loads((Path(resume_from_checkpoint) / MANIFEST).read_text())
-        if recorded["reference_sha256"] != self.reference_fingerprint():
-            raise ValueError(
-                f"{resume_from_checkpoint} belongs to a run with other initial weights or another selection: resume with the "
-                "suspicious model and the target_modules that the run began with"
-            )
+        reference.check_fingerprint(
+            Path(resume_from_checkpoint) / MANIFEST,
+            self.reference_fingerprint(),
+            origin="with other initial weights or another selection",
+            needed="the suspicious model and the target_modules that the run began with",
+        )
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -18,8 +18,6 @@ is the FST to compare with; the authors' alpha is not normalised, its pull grows
 FST on D3's schedule too: ``FSTConfig(**D3_SCHEDULE)``, or those three options in YAML.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import geometry
+from .. import geometry, reference
 from ..config import PurifyConfig
 from ..selection import select_weights
 from ..trainer import MANIFEST, PurifyTrainer
@@ -154,13 +152,8 @@ class FSTTrainer(PurifyTrainer):
 
     def reference_fingerprint(self) -> str:
         """SHA-256 over the bytes of ``w_ori``."""
-        return hashlib.sha256(self.reference.cpu().contiguous().numpy().tobytes()).hexdigest()
+        return reference.fingerprint([self.reference])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        recorded = json.loads((Path(resume_from_checkpoint) / MANIFEST).read_text())
-        if recorded["reference_sha256"] != self.reference_fingerprint():
-            raise ValueError(
-                f"{resume_from_checkpoint} belongs to a run from another model: resume with the suspicious model that the run "
-                "began with"
-            )
+        reference.check_fingerprint(Path(resume_from_checkpoint) / MANIFEST, self.reference_fingerprint())
         super()._load_from_checkpoint(resume_from_checkpoint, model)

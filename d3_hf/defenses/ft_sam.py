@@ -18,11 +18,10 @@ run, stepped per update. Its gradient decomposition (off there too) and the eta 
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from .. import reference
 from ..config import PurifyConfig
-from ..sam import adaptive_perturbation, perturbed, running_statistics_kept
 from ..trainer import PurifyTrainer
 
 
@@ -69,7 +68,7 @@ class FTSAMTrainer(PurifyTrainer):
 
     def __init__(self, model, args: FTSAMConfig, *arguments, **kwargs):
         super().__init__(model, args, *arguments, **kwargs)
-        self._start = {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters() if p.requires_grad}
+        self._start = reference.remembered(model)
 
     def clean_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The cross-entropy, while training against the smoothed label: ``(1 - s) CE + s mean_c(-log p_c)``."""
@@ -82,19 +81,8 @@ class FTSAMTrainer(PurifyTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """A pass at the weights, which says where the loss is highest nearby, and a pass there, which gives the gradient."""
-        super().training_step(model, inputs, num_items_in_batch)
-        moved = [p for p in self.model.parameters() if p.grad is not None]
-        weights = [p.detach() for p in moved]
-        step = adaptive_perturbation(weights, [p.grad for p in moved], self.args.rho)
-        self.model.zero_grad(set_to_none=True)
-        sums = self._sums.clone()
-        with perturbed(weights, step), running_statistics_kept(self._batch_norms):
-            objective = super().training_step(model, inputs, num_items_in_batch)
-        self._sums = sums  # the log counts every image once, at the weights themselves
-        return objective
+        return self.sharpness_aware_step(model, inputs, num_items_in_batch, self.args.rho)
 
     def end_purification(self) -> None:
         """Raise if no weight changed."""
-        parameters = dict(self.model.named_parameters())
-        if all(torch.equal(parameters[name].cpu(), start) for name, start in self._start.items()):
-            raise RuntimeError("no weight changed: the model is not purified. Check learning_rate and num_train_epochs")
+        reference.check_changed(self.model, self._start)

@@ -42,9 +42,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from .. import reference
 from ..config import PurifyConfig
-from ..data import TrainingImages
-from ..trainer import PurifyTrainer
+from ..data import without_augmentation
+from .amsgrad import AMSGradTrainer
 
 PERTURBATION = "perturbation.safetensors"
 ATTENTIONS = (None, "eager", "sdpa")  # None: the model has no choice of attention
@@ -175,7 +176,7 @@ class _Rounds(TrainerCallback):
         self.trainer.begin_round(int(state.epoch or 0))
 
 
-class IBAUTrainer(PurifyTrainer):
+class IBAUTrainer(AMSGradTrainer):
     """Trainer of i-BAU; see `PurifyTrainer` for the arguments and `IBAUConfig` for the objective.
 
     With several processes delta and q are common to all. The log's ``loss`` and ``clean_loss`` are H: a share of its images
@@ -194,16 +195,10 @@ class IBAUTrainer(PurifyTrainer):
         if (attention := model.config._attn_implementation) not in ATTENTIONS:
             raise ValueError(f"{attention} has no second derivative: load the model with attn_implementation='sdpa' or 'eager'")
         self._std = torch.tensor(self.preprocessing.std, device=args.device).view(1, 3, 1, 1)
-        self._start = [p.detach().to("cpu", copy=True) for p in model.parameters()]
+        self._start = reference.remembered(model)
         self.delta = torch.zeros((1, 3, *self.preprocessing.size), device=args.device, requires_grad=True)
         self.round = -1
         self.add_callback(_Rounds(self))
-
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args, model=None):
-        """Adam gets the AMSGrad maximum, which the Trainer has no option for."""
-        kind, options = PurifyTrainer.get_optimizer_cls_and_kwargs(args, model)
-        return kind, options | {"amsgrad": True} if kind is torch.optim.AdamW else options
 
     def _mean(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "mean")
@@ -234,9 +229,7 @@ class IBAUTrainer(PurifyTrainer):
             delta (1, 3, h, w) in pixels of [0, 1], and the share of predictions that it changed in the last pass, each
             counted before the batch's own step.
         """
-        images = self.train_dataset
-        if isinstance(images, TrainingImages):
-            images = TrainingImages(images.images, images.labels)
+        images = without_augmentation(self.train_dataset)
         loader = DataLoader(
             images, self.args.train_batch_size, collate_fn=self.data_collator, generator=torch.Generator()
         )  # a generator of its own: without one the loader draws from the global one
@@ -300,8 +293,7 @@ class IBAUTrainer(PurifyTrainer):
 
     def end_purification(self) -> None:
         """Raise if no weight changed."""
-        if all(torch.equal(p.cpu(), start) for p, start in zip(self.model.parameters(), self._start, strict=True)):
-            raise RuntimeError("no weight changed: the model is not purified. Check learning_rate and num_train_epochs")
+        reference.check_changed(self.model, self._start)
 
     def step_statistics(self) -> dict[str, float]:
         """``perturbation``: the L2 norm of delta in pixels of [0, 1]."""

@@ -9,6 +9,7 @@ authors fix 0.2 and BackdoorBench saves RNP at 0.7.
 import itertools
 import math
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +74,7 @@ class MaskConfig(StagedConfig):
         super().__post_init__()
 
 
-class MaskPruningTrainer(StagedTrainer):
+class MaskPruningTrainer(StagedTrainer, ABC):
     """Learns masks and prunes; a defence says how by `prepare` and `mask_loss`.
 
     Raises:
@@ -89,9 +90,9 @@ class MaskPruningTrainer(StagedTrainer):
     def prepare(self) -> None:
         """Called before the search."""
 
+    @abstractmethod
     def mask_loss(self, masks: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
         """The scalar that the masks minimise on one batch; ``masks`` are (C,) per layer and require gradients."""
-        raise NotImplementedError
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None) -> TrainOutput:
         """Learn the masks, choose the threshold, prune. Callbacks are not called, since no weight is trained.

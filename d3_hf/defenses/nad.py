@@ -23,8 +23,6 @@ on 1e-4); whatever the features' size, the mean over positions makes the same be
 """
 
 import copy
-import hashlib
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from .. import reference
 from ..config import PurifyConfig
 from ..trainer import MANIFEST, PurifyTrainer
 
@@ -256,8 +255,8 @@ class NADTrainer(PurifyTrainer):
             )
         self.stages = found[-len(args.attention_weights) :]
         self.teacher: nn.Module | None = None
-        self._start = [p.detach().to("cpu", copy=True) for p in model.parameters()]
-        self.reference_sha256 = _fingerprint(model)
+        self._start = reference.remembered(model)
+        self.reference_sha256 = reference.fingerprint(model.state_dict().values())
 
     def train(self, *args, **kwargs):
         """Make the teacher, then train the student; arguments and result are those of `Trainer.train`."""
@@ -306,8 +305,7 @@ class NADTrainer(PurifyTrainer):
 
     def end_purification(self) -> None:
         """Raise if no weight changed."""
-        if all(torch.equal(p.cpu(), start) for p, start in zip(self.model.parameters(), self._start, strict=True)):
-            raise RuntimeError("no weight changed: the model is not purified. Check learning_rate and num_train_epochs")
+        reference.check_changed(self.model, self._start)
 
     def facts(self) -> dict[str, Any]:
         """Adds the stages that are compared and the suspicious model's fingerprint."""
@@ -315,17 +313,9 @@ class NADTrainer(PurifyTrainer):
         return super().facts() | {"attention_stages": stages, "reference_sha256": self.reference_sha256}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        recorded_sha256 = json.loads((Path(resume_from_checkpoint) / MANIFEST).read_text())["reference_sha256"]
-        if recorded_sha256 != self.reference_sha256:
-            raise ValueError(
-                f"{resume_from_checkpoint} belongs to a run from another model: resume with the suspicious model that the run "
-                "began with, from which the teacher is made again"
-            )
+        reference.check_fingerprint(
+            Path(resume_from_checkpoint) / MANIFEST,
+            self.reference_sha256,
+            needed="the suspicious model that the run began with, from which the teacher is made again",
+        )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-
-def _fingerprint(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -44,8 +44,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from .. import reference
 from ..config import PurifyConfig
-from ..data import TrainingImages
+from ..data import without_augmentation
 from ..trainer import PurifyTrainer
 
 logger = logging.getLogger(__name__)
@@ -229,7 +230,7 @@ class NeuralCleanseTrainer(PurifyTrainer):
             raise ValueError(f"Neural Cleanse compares classes: of {model.config.num_labels} norms none can be anomalous")
         if self.train_dataset is not None and len(self.train_dataset) < FEWEST_IMAGES:
             raise ValueError(f"Neural Cleanse needs {FEWEST_IMAGES} images to fit and to check a trigger on")
-        self._start = [p.detach().to("cpu", copy=True) for p in model.parameters()]
+        self._start = reference.remembered(model)
         self.findings: Findings | None = None
 
     # Stages 1 and 2 ----------------------------------------------------------------------------------------------------
@@ -272,9 +273,7 @@ class NeuralCleanseTrainer(PurifyTrainer):
 
     def _split(self) -> tuple[list[dict], list[dict]]:
         """The retain images without augmentation as batches: 80 % to fit triggers to, 20 % to measure their success on."""
-        images = self.train_dataset
-        if isinstance(images, TrainingImages):
-            images = TrainingImages(images.images, images.labels)
+        images = without_augmentation(self.train_dataset)
         rows = np.random.default_rng(self.args.seed).permutation(len(images)).tolist()
         validation = max(1, round(VALIDATION_SHARE * len(images)))
         return tuple(
@@ -316,8 +315,7 @@ class NeuralCleanseTrainer(PurifyTrainer):
 
     def end_purification(self) -> None:
         """Raise if no weight changed."""
-        if all(torch.equal(p.cpu(), start) for p, start in zip(self.model.parameters(), self._start, strict=True)):
-            raise RuntimeError("no weight changed: the model is not purified. Check learning_rate and num_train_epochs")
+        reference.check_changed(self.model, self._start)
 
     # What the manifest says, what the checkpoint holds -----------------------------------------------------------------
 

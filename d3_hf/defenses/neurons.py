@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..config import PurifyConfig
-from ..data import TrainingImages
+from ..data import TrainingImages, without_augmentation
 from ..selection import find_head
 from ..trainer import PurifyTrainer
 
@@ -69,6 +69,16 @@ def check_drop(drop: float) -> None:
     """Raise a ValueError unless a relative loss of accuracy is in [0, 1)."""
     if not 0 <= drop < 1:
         raise ValueError(f"max_accuracy_drop must be in [0, 1), relative to the victim's accuracy; got {drop}")
+
+
+def check_unlearning(args: Any) -> None:
+    """Raise a ValueError unless the options of clean unlearning, ``unlearn_*``, are in range."""
+    if not args.unlearn_learning_rate > 0:
+        raise ValueError(f"unlearn_learning_rate must be > 0; got {args.unlearn_learning_rate}")
+    if args.unlearn_epochs < 1:
+        raise ValueError(f"unlearn_epochs must be >= 1; got {args.unlearn_epochs}")
+    if not 0 <= args.unlearn_accuracy < 1:
+        raise ValueError(f"unlearn_accuracy must be in [0, 1); got {args.unlearn_accuracy}")
 
 
 def check_functional(args: PurifyConfig) -> None:
@@ -122,9 +132,7 @@ class StagedTrainer(PurifyTrainer):
 
     def plain_batches(self, rows: list[int]) -> Iterator[dict[str, Any]]:
         """Yield the images at ``rows`` in order, not augmented, as the model takes them: pixel_values and labels."""
-        dataset = self.train_dataset
-        if isinstance(dataset, TrainingImages):
-            dataset = TrainingImages(dataset.images, dataset.labels)
+        dataset = without_augmentation(self.train_dataset)
         size = self.args.per_device_eval_batch_size
         return self._load(dataset, [rows[i : i + size] for i in range(0, len(rows), size)])
 
@@ -217,6 +225,33 @@ class StagedTrainer(PurifyTrainer):
             if not torch.isfinite(total):
                 raise FloatingPointError(f"unlearning diverged in epoch {epoch}: lower unlearn_learning_rate")
             yield right.item() / len(self.tune), tensors
+
+    def unlearned_copy(self, weight_decay: float, evaluate: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Unlearn by the configuration's ``unlearn_*`` until the accuracy is at `unlearned_level`.
+
+        Args:
+            weight_decay: Of the ascent.
+            evaluate: Judge by the accuracy on the tuning images in evaluation mode, not by that over the epoch's batches.
+
+        Returns:
+            Every parameter and buffer by name, and the epochs taken, the accuracy and the level.
+
+        Raises:
+            RuntimeError: The clean task is not unlearned within ``unlearn_epochs``.
+            FloatingPointError: See `unlearning`.
+        """
+        args, level = self.args, self.unlearned_level(self.args.unlearn_accuracy)
+        passes = self.unlearning(args.unlearn_learning_rate, weight_decay, args.unlearn_epochs)
+        for epoch, (accuracy, tensors) in enumerate(passes, 1):
+            if evaluate:
+                accuracy = self.accuracy(self.tune, tensors)
+            if accuracy <= level:
+                copy = {name: tensor.detach() for name, tensor in tensors.items()}
+                return copy, {"epochs": epoch, "accuracy": accuracy, "level": level}
+        raise RuntimeError(
+            f"{self.method} could not unlearn the clean task: accuracy {accuracy:.3f} > {level:.3f} after {epoch} epochs; "
+            "raise unlearn_epochs or unlearn_learning_rate"
+        )
 
     def _own_tensors(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters()) | dict(self.model.named_buffers())

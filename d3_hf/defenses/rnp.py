@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .masks import MaskConfig, MaskPruningTrainer, masked
+from .neurons import check_unlearning
 
 
 @dataclass
@@ -45,12 +46,7 @@ class RNPConfig(MaskConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.unlearn_learning_rate > 0:
-            raise ValueError(f"unlearn_learning_rate must be > 0; got {self.unlearn_learning_rate}")
-        if self.unlearn_epochs < 1:
-            raise ValueError(f"unlearn_epochs must be >= 1; got {self.unlearn_epochs}")
-        if not 0 <= self.unlearn_accuracy < 1:
-            raise ValueError(f"unlearn_accuracy must be in [0, 1); got {self.unlearn_accuracy}")
+        check_unlearning(self)
 
 
 class RNPTrainer(MaskPruningTrainer):
@@ -66,19 +62,7 @@ class RNPTrainer(MaskPruningTrainer):
 
     def prepare(self) -> None:
         """Unlearn the clean task on a copy of the victim."""
-        args, level = self.args, self.unlearned_level(self.args.unlearn_accuracy)
-        for epoch, (accuracy, tensors) in enumerate(self.unlearning(args.unlearn_learning_rate, 5e-4, args.unlearn_epochs), 1):
-            if accuracy <= level:
-                self._keep(tensors)
-                self.unlearned_facts = {"epochs": epoch, "accuracy": accuracy, "level": level}
-                return
-        raise RuntimeError(
-            f"RNP could not unlearn the clean task: accuracy {accuracy:.3f} > {level:.3f} after {epoch} epochs; "
-            "raise unlearn_epochs or unlearn_learning_rate"
-        )
-
-    def _keep(self, tensors: dict[str, Tensor]) -> None:
-        self.unlearned = {name: tensor.detach() for name, tensor in tensors.items()}
+        self.unlearned, self.unlearned_facts = self.unlearned_copy(weight_decay=5e-4, evaluate=False)
         self.unlearned_scales = {
             name: (self.unlearned[f"{name}.weight"], self.unlearned[f"{name}.bias"]) for name in self.scales
         }

@@ -22,8 +22,6 @@ the gradient of the very examples that are unlearned least; dropout, where a net
 """
 
 import copy
-import hashlib
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,8 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import reference
 from ..config import PurifyConfig
-from ..trainer import MANIFEST, PurifyTrainer
+from ..trainer import MANIFEST
+from .amsgrad import AMSGradTrainer
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -181,7 +181,7 @@ def shared_perturbation(
 # The trainer -----------------------------------------------------------------------------------------------------------
 
 
-class SAUTrainer(PurifyTrainer):
+class SAUTrainer(AMSGradTrainer):
     """Trainer of SAU; see `PurifyTrainer` for the arguments and `SAUConfig` for the objective.
 
     h0 is a copy of the model as it is handed over: build the trainer from the suspicious model, also when resuming from a
@@ -200,13 +200,7 @@ class SAUTrainer(PurifyTrainer):
     def __init__(self, model, args: SAUConfig, *arguments, **kwargs):
         super().__init__(model, args, *arguments, **kwargs)
         self.suspicious = copy.deepcopy(model).requires_grad_(False).eval()
-        self.reference_sha256 = _fingerprint(self.suspicious)
-
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args, model=None):
-        """Adam gets the AMSGrad maximum, which the Trainer has no option for."""
-        kind, options = PurifyTrainer.get_optimizer_cls_and_kwargs(args, model)
-        return kind, options | {"amsgrad": True} if kind is torch.optim.AdamW else options
+        self.reference_sha256 = reference.fingerprint(self.suspicious.state_dict().values())
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """While training the images and their adversarial examples go through the model as one batch."""
@@ -250,26 +244,12 @@ class SAUTrainer(PurifyTrainer):
 
     def end_purification(self) -> None:
         """Raise if no weight changed."""
-        pairs = zip(self.model.parameters(), self.suspicious.parameters(), strict=True)
-        if all(torch.equal(weight, start) for weight, start in pairs):
-            raise RuntimeError("no weight changed: the model is not purified. Check learning_rate and num_train_epochs")
+        reference.check_changed(self.model, self.suspicious.parameters())
 
     def facts(self) -> dict[str, Any]:
         """Adds the fingerprint of h0."""
         return super().facts() | {"reference_sha256": self.reference_sha256}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        recorded = json.loads((Path(resume_from_checkpoint) / MANIFEST).read_text())
-        if recorded["reference_sha256"] != self.reference_sha256:
-            raise ValueError(
-                f"{resume_from_checkpoint} belongs to a run from another model: resume with the suspicious model that the run "
-                "began with"
-            )
+        reference.check_fingerprint(Path(resume_from_checkpoint) / MANIFEST, self.reference_sha256)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-
-def _fingerprint(model: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..trainer import MANIFEST
-from .neurons import StagedConfig, StagedTrainer, check_functional, neuron_layers
+from .neurons import StagedConfig, StagedTrainer, check_functional, check_unlearning, neuron_layers
 
 SHORTCUTS = ("shortcut", "downsample")  # how networks name them; the authors' code looks for the first
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "qkv", "q", "k", "v", "kv")
@@ -128,12 +128,7 @@ class TSBDConfig(StagedConfig):
     def __post_init__(self):
         check_functional(self)
         super().__post_init__()
-        if not self.unlearn_learning_rate > 0:
-            raise ValueError(f"unlearn_learning_rate must be > 0; got {self.unlearn_learning_rate}")
-        if self.unlearn_epochs < 1:
-            raise ValueError(f"unlearn_epochs must be >= 1; got {self.unlearn_epochs}")
-        if not 0 <= self.unlearn_accuracy < 1:
-            raise ValueError(f"unlearn_accuracy must be in [0, 1); got {self.unlearn_accuracy}")
+        check_unlearning(self)
         if not self.neuron_ratios or not all(0 < n <= 1 for n in self.neuron_ratios):
             raise ValueError(f"neuron_ratios must be one or more numbers in (0, 1]; got {self.neuron_ratios}")
         if not 0 < self.weight_ratio <= 1:
@@ -181,16 +176,9 @@ class TSBDTrainer(StagedTrainer):
         Raises:
             RuntimeError: Accuracy on the tuning images did not fall to ``unlearn_accuracy``.
         """
-        args, level = self.args, self.unlearned_level(self.args.unlearn_accuracy)
-        for epoch, (_, tensors) in enumerate(self.unlearning(args.unlearn_learning_rate, 0.0, args.unlearn_epochs), 1):
-            accuracy = self.accuracy(self.tune, tensors)
-            if accuracy <= level:
-                self.reinitialised = {"unlearning": {"epochs": epoch, "accuracy": accuracy, "level": level}}
-                return [tensors[name].detach() - weight for name, weight in self.neurons.items()]
-        raise RuntimeError(
-            f"TSBD could not unlearn the clean task: accuracy {accuracy:.3f} > {level:.3f} after {epoch} epochs; "
-            "raise unlearn_epochs or unlearn_learning_rate"
-        )
+        tensors, found = self.unlearned_copy(weight_decay=0.0, evaluate=True)
+        self.reinitialised = {"unlearning": found}
+        return [tensors[name] - weight for name, weight in self.neurons.items()]
 
     def _reinitialise(self, changes: list[Tensor]) -> None:
         neurons, before = self.neurons, self.accuracy(self.validate)
