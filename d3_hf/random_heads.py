@@ -47,11 +47,12 @@ class RandomHeads(nn.Module):
             labels: int64 (B,), the labels that the victim is trained on.
             poisoned: bool (B,).
         """
+        features = self.features.float()  # bfloat16 under autocast, where this runs no more
         losses = []
         for head in self.heads:
-            logits = head(self.features)
-            withheld = F.linear(self.features, head.weight.detach(), head.bias.detach())
-            losses.append(F.cross_entropy(torch.where(poisoned[:, None], withheld, logits).float(), labels))
+            logits = head(features)
+            withheld = F.linear(features, head.weight.detach(), head.bias.detach())
+            losses.append(F.cross_entropy(torch.where(poisoned[:, None], withheld, logits), labels))
         return torch.stack(losses).mean()
 
     def update(self, step: int, learning_rate: float) -> None:

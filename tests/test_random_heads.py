@@ -36,6 +36,16 @@ def test_loss_is_the_mean_over_heads_and_poisoned_rows_do_not_teach_them(make):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+def test_features_of_autocast_are_taken():
+    model = tiny_resnet().eval()
+    heads = RandomHeads(model, (SIZE, SIZE), count=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(pixel_values=batch())
+    assert heads.features.dtype == torch.bfloat16
+    heads.loss(LABELS, POISONED).backward()
+    assert all(head.weight.grad.dtype == torch.float32 for head in heads.heads)
+
+
 def test_heads_learn_and_are_renewed_in_turn():
     model = tiny_vit().eval()
     heads = RandomHeads(model, (SIZE, SIZE), count=2, renew_every=5)
