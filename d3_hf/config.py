@@ -1,18 +1,61 @@
 """What every defence shares: `PurifyConfig`, a `transformers.TrainingArguments` with the field's defaults."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 BATCH_NORM_POLICIES = ("train", "eval", "frozen")
 
 
 @dataclass
-class PurifyConfig(TrainingArguments):
-    """Arguments shared by all defences: `TrainingArguments` with the schedule of the D3 study.
+class Additions(TrainingArguments):
+    """What can be added to a defence to raise it, and to its controls alike; all off.
 
-    Only what differs from `TrainingArguments` is listed. (BB) marks BackdoorBench's common defence settings, (code) those of
+    `PurifyConfig` inherits these options instead of declaring them: a manifest names them where they are used and nowhere else,
+    so that the record of a run without them is what it was before there were any.
+
+    Args:
+        cutout: Side in pixels, >= 0, of a square of each training image that is blanked at a random place, at the model's size;
+            0: none. 16 for CIFAR-10 (DeVries and Taylor 2017, arXiv 1708.04552). As there, the square is zero after
+            normalisation, here up to half a grey level: it is filled with the image processor's mean colour.
+        distillation: Weight >= 0 of ``T^2 KL(suspicious model || model)``, T = 2, mean over the window's images, against the
+            cross-entropy (Hinton et al. 2015, arXiv 1503.02531; its value is to be tried). The suspicious model runs in
+            evaluation mode on the same augmented images: one more forward pass, memory for two models. It is meant to restore
+            ordinary behaviour, and it pulls towards the outputs of a model that nobody trusts: only images that are sure to
+            carry no trigger may be trained on, and what a backdoor does to such images is kept with the rest.
+        average_last: Share of the updates, in [0, 1), at whose end the saved weights are the mean over the ends of its epochs
+            (Izmailov et al. 2018, arXiv 1803.05407, one snapshot per epoch, the last 25 % there; a cosine to zero leaves less
+            to average than their high constant rate). BatchNorm statistics are then re-estimated on the retain set, augmented
+            as in training, if ``batch_norm="train"``; else they stay. What is evaluated on the way is not averaged.
+
+    Raises:
+        ValueError: A value is out of range; ``average_last`` is combined with checkpoints, which would not hold the mean.
+    """
+
+    cutout: int = field(default=0, metadata={"help": "Side in pixels of a blanked square in each training image; 0: none."})
+    distillation: float = field(default=0.0, metadata={"help": "Weight of the divergence from the suspicious model's outputs."})
+    average_last: float = field(default=0.0, metadata={"help": "Share of the run, at its end, over which to average weights."})
+
+    def __post_init__(self):
+        if self.cutout < 0:
+            raise ValueError(f"cutout must be >= 0 pixels; got {self.cutout}")
+        if not 0 <= self.distillation < math.inf:
+            raise ValueError(f"distillation must be >= 0 and finite; got {self.distillation}")
+        if not 0 <= self.average_last < 1:
+            raise ValueError(f"average_last must be in [0, 1); got {self.average_last}")
+        super().__post_init__()
+        if self.average_last and self.save_strategy != SaveStrategy.NO:
+            raise ValueError("average_last with checkpoints: they would not hold the mean; leave save_strategy at 'no'")
+
+
+@dataclass
+class PurifyConfig(Additions):
+    """Arguments shared by all defences: `TrainingArguments` with the schedule of the D3 study, and `Additions`.
+
+    Only what differs from these is listed. (BB) marks BackdoorBench's common defence settings, (code) those of
     the D3 authors' ``defense/d3.py``, (here) what served best in model_cards/proof.md.
 
     Args:

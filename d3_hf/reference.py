@@ -24,19 +24,21 @@ def check_fingerprint(
     expected: str,
     origin: str = "from another model",
     needed: str = "the suspicious model that the run began with",
+    key: str = KEY,
 ) -> None:
     """Compare a checkpoint's manifest with the model at hand.
 
     Args:
-        manifest: The file, in the checkpoint's folder; its key ``reference_sha256`` is read.
+        manifest: The file, in the checkpoint's folder.
         expected: The fingerprint of the model at hand.
         origin: What sets the checkpoint apart, for the error.
         needed: What to resume with, for the error.
+        key: The manifest's entry that is read.
 
     Raises:
-        ValueError: They differ.
+        ValueError: They differ, or the manifest has no such entry.
     """
-    if json.loads(manifest.read_text())[KEY] != expected:
+    if json.loads(manifest.read_text()).get(key) != expected:
         raise ValueError(f"{manifest.parent} belongs to a run {origin}: resume with {needed}")
 
 

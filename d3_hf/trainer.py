@@ -19,9 +19,11 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, default_data
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from . import manifest
+from .averaging import WeightAverage
 from .card import render_card
 from .config import PurifyConfig
 from .data import Augmentation, RawImages, TrainingImages
+from .distillation import Teacher
 from .evaluation import compute_metrics as accuracy_metrics
 from .labels import check_labels
 from .preprocessing import Preprocessing
@@ -65,7 +67,7 @@ class PurifyTrainer(Trainer):
     Raises:
         ValueError: The images' labels are not the model's; no image processor is known; the run would use `nn.DataParallel`,
             FSDP or DeepSpeed, a PEFT model or `model_init`, or push checkpoints to the Hub; a training batch has no tensor
-            ``labels``.
+            ``labels``; one of `Additions` does not fit the defence or the images.
         FloatingPointError: The clean loss of a step is NaN or infinite.
     """
 
@@ -73,6 +75,9 @@ class PurifyTrainer(Trainer):
     loss_is_scaled_for_ga = True
     manifest_name = MANIFEST
     images_class = TrainingImages
+    # Of distillation and average_last, those that the defence's loss and steps fit: named by each defence for itself.
+    additions: tuple[str, ...] = ()
+    clean_weight: float | Tensor = 1.0  # of the cross-entropy in the objective, and so of the distillation
     method = "fine-tuning"
     paper: str | None = None
 
@@ -86,6 +91,8 @@ class PurifyTrainer(Trainer):
         **kwargs,
     ):
         _refuse_unsupported(model, args, kwargs)
+        if unfit := [n for n in ("distillation", "average_last") if getattr(args, n) and n not in self.additions]:
+            raise ValueError(f"{type(self).__name__} does not take {' and '.join(unfit)}: D3 and fine-tuning do")
         processing_class = processing_class or getattr(model, "image_processor", None)
         if processing_class is None:
             raise ValueError(
@@ -97,7 +104,8 @@ class PurifyTrainer(Trainer):
         self.measured: dict[str, Any] = {}
         self.results: dict[str, Any] | None = None
         seed = args.seed if args.data_seed is None else args.data_seed
-        augmentation = Augmentation(args.crop_padding, args.horizontal_flip, seed)
+        mean_color = tuple(min(max(round(255 * mean), 0), 255) for mean in self.preprocessing.mean)
+        augmentation = Augmentation(args.crop_padding, args.horizontal_flip, seed, args.cutout, mean_color)
         kwargs.setdefault("compute_metrics", accuracy_metrics)
         kwargs.setdefault("data_collator", _collate)
         super().__init__(
@@ -111,6 +119,15 @@ class PurifyTrainer(Trainer):
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("FSDP and DeepSpeed are not supported yet; launch with DDP (accelerate launch --multi_gpu)")
+        images = getattr(self.train_dataset, "augmentation", None)
+        if args.cutout and (images is None or images.cutout != args.cutout):
+            raise ValueError("cutout is for images that the trainer augments: pass the retain set as a datasets.Dataset")
+        self.distiller = Teacher(model) if args.distillation else None
+        self.average = WeightAverage(self) if args.average_last else None
+        if self.distiller:
+            self.log_names = (*self.log_names, "distillation_loss")
+        if self.average:
+            self.add_callback(self.average)
         self._batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         if args.batch_norm == "frozen":
             for module in self._batch_norms:
@@ -155,13 +172,18 @@ class PurifyTrainer(Trainer):
     def end_purification(self) -> None:
         """Called when training ends."""
 
+    def constrain(self) -> None:
+        """Bring weights that were replaced by their average back onto the defence's constraint set; here there is none."""
+
     def facts(self) -> dict[str, Any]:
         """The manifest: everything needed to repeat the run and all that the card says of it; JSON-able."""
         retain = {"n": len(self.train_dataset) if self.train_dataset is not None else 0, "source": self.data_source}
         if self.retain_indices is not None:
             retain["indices_file"] = RETAIN_INDICES
         preprocessing = self.preprocessing
-        return {
+        added = {Teacher.KEY: self.distiller.sha256} if self.distiller else {}
+        added |= {"averaged_epochs": self.average.snapshots} if self.average else {}
+        return added | {
             "method": self.method,
             "paper": self.paper,
             "source": manifest.source_of(self.model),
@@ -192,11 +214,19 @@ class PurifyTrainer(Trainer):
         if labels is None or num_items_in_batch is None:
             raise ValueError(f"{type(self).__name__} needs a tensor column `labels` in every training batch")
         cross_entropy = F.cross_entropy(outputs.logits.float(), labels, reduction="none")
-        self._remember(cross_entropy.detach())
-        return self.sample_loss(cross_entropy).sum() / num_items_in_batch
+        losses, further = self.sample_loss(cross_entropy), []
+        if self.distiller:
+            divergences = self.distiller.losses(outputs.logits)
+            losses = losses + self.clean_weight * self.args.distillation * divergences
+            further = [divergences.detach().sum()]
+        self._remember(cross_entropy.detach(), further)
+        return losses.sum() / num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The clean loss; BatchNorm is put in the configured mode first, since `training_step` resets it each time."""
+        if self.model.training and self.distiller:
+            with self.accelerator.autocast():
+                self.distiller.look(inputs["pixel_values"])
         if self.model.training and self.args.batch_norm != "train":
             for module in self._batch_norms:
                 module.eval()
@@ -267,9 +297,9 @@ class PurifyTrainer(Trainer):
         """Sums over the images for `log_names`, in their order, as scalars on the device."""
         return [cross_entropy.sum()]
 
-    def _remember(self, cross_entropy: Tensor) -> None:
+    def _remember(self, cross_entropy: Tensor, further: list[Tensor]) -> None:
         count = torch.full_like(cross_entropy[0], len(cross_entropy))
-        self._sums += torch.stack([*self.sample_statistics(cross_entropy), count])
+        self._sums += torch.stack([*self.sample_statistics(cross_entropy), *further, count])
 
     def step_statistics(self) -> dict[str, float]:
         """Further values for the log, read at logging steps only."""
@@ -308,6 +338,10 @@ class PurifyTrainer(Trainer):
         render_card(self.facts(), self.results, name, repo).save(folder / "README.md")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.average:
+            raise ValueError("average_last cannot resume: the checkpoint does not hold the mean; run it from the beginning")
+        if self.distiller:
+            self.distiller.check(Path(resume_from_checkpoint) / self.manifest_name)
         self._load_weights(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:

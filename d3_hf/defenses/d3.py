@@ -4,13 +4,17 @@ Wei, Liu, Zha: "Backdoor Mitigation by Distance-Driven Detoxification", ICCV 202
 authors' released ``defense/d3.py`` differ; each option below says which of the two it follows.
 """
 
+import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import geometry, reference
+from ..averaging import retain_batches
 from ..config import PurifyConfig
 from ..selection import select_weights
 from ..trainer import MANIFEST, PurifyTrainer
@@ -24,11 +28,21 @@ UNMOVED = 1e-5
 class D3Config(PurifyConfig):
     """Arguments of D3: `PurifyConfig` and the symbols of the objective ``-d(theta_s, theta_init_s) + lambda * hinge``.
 
+    With ``distillation`` the objective is ``-d + lambda * (hinge + distillation * T^2 KL)``: lambda weighs all that holds the
+    model to its task, and the divergence is not gated by the hinge.
+
     Args:
         lambda_clean: lambda > 0, weight of the clean loss against the distance (unit: weight norm per nat). Paper 10 (as
             readers of it note), code 0.5. 4 here: with the shared schedule 10 left more of the backdoor and 2 cost more ACC
             (model_cards/proof.md).
-        epsilon: epsilon >= 0, clean loss in nats that costs nothing. 0.1 in paper and code.
+        epsilon: epsilon >= 0, clean loss in nats that costs nothing. 0.1 in paper and code. ``None`` (``null`` in YAML; not on
+            the command line): the suspicious model's own mean cross-entropy on the retain set, evaluation mode, not augmented,
+            measured once when training begins; the manifest holds it.
+        dual_rate: >= 0. 0: lambda stays (paper, code). Above 0: dual ascent on ``max d subject to mean CE <= epsilon``: after
+            each update ``lambda <- max(0, lambda + dual_rate * (mean CE of the window - epsilon))`` from ``lambda_clean`` on
+            (Platt and Barr, "Constrained Differential Optimization", 1987; its value is to be tried). The objective is then
+            always divided by lambda + 1. It acts on lambda only: the model still minimises the hinge, which with ``"sample"``
+            asks more than the constraint, since no image makes up for another.
         hinge: ``"sample"``: mean over images of max(0, CE_i - epsilon) (code). ``"batch"``: max(0, mean CE - epsilon), the mean
             over the whole window of micro-batches and processes (paper).
         scale_objective: Divide the objective by lambda + 1 when lambda > 1, so that lambda does not also set the step size
@@ -41,11 +55,16 @@ class D3Config(PurifyConfig):
             other reading of the paper) or ``"none"``.
 
     Raises:
-        ValueError: ``lambda_clean`` <= 0, ``epsilon`` < 0, ``target_modules`` empty, or a choice that is not listed.
+        ValueError: ``lambda_clean`` <= 0, ``epsilon`` < 0, ``dual_rate`` < 0 or not finite, ``target_modules`` empty, or a
+            choice that is not listed; ``dual_rate`` without ``scale_objective``; ``distillation`` with the batch hinge, which
+            gates the gradient as a whole.
     """
 
     lambda_clean: float = field(default=4.0, metadata={"help": "lambda: weight of the clean loss against the distance."})
-    epsilon: float = field(default=0.1, metadata={"help": "epsilon: clean loss in nats that costs nothing."})
+    epsilon: float | None = field(
+        default=0.1, metadata={"help": "epsilon: clean loss in nats that costs nothing; null in YAML: the suspicious model's."}
+    )
+    dual_rate: float = field(default=0.0, metadata={"help": "Step of the dual ascent on lambda; 0: lambda stays."})
     hinge: str = field(
         default="sample",
         metadata={"help": "max(0, CE - epsilon) per sample or for the batch mean.", "choices": HINGES},
@@ -73,8 +92,14 @@ class D3Config(PurifyConfig):
             )
         if not self.lambda_clean > 0:
             raise ValueError(f"lambda_clean must be > 0; got {self.lambda_clean}")
-        if not self.epsilon >= 0:
+        if self.epsilon is not None and not self.epsilon >= 0:
             raise ValueError(f"epsilon must be >= 0 nats; got {self.epsilon}")
+        if not 0 <= self.dual_rate < math.inf:
+            raise ValueError(f"dual_rate must be >= 0 and finite; got {self.dual_rate}")
+        if self.dual_rate and not self.scale_objective:
+            raise ValueError("dual_rate needs scale_objective: a growing lambda would also set the step size")
+        if self.distillation and self.hinge == "batch":
+            raise ValueError("the batch hinge gates the gradient as a whole: with distillation use hinge='sample'")
         for name, choices in (
             ("hinge", HINGES),
             ("warm_start", geometry.WARM_STARTS),
@@ -98,6 +123,7 @@ class D3Trainer(PurifyTrainer):
     method = "D3"
     paper = "https://arxiv.org/abs/2411.09585"
     log_names = ("clean_loss", "active_fraction")
+    additions = ("distillation", "average_last")
 
     def __init__(self, model, args: D3Config, *arguments, **kwargs):
         super().__init__(model, args, *arguments, **kwargs)
@@ -105,18 +131,50 @@ class D3Trainer(PurifyTrainer):
         with torch.no_grad():
             self.references = [weight.clone() for weight in self.weights()]
             self.radii = geometry.norms(self.references)
-        scale = args.lambda_clean + 1 if args.scale_objective and args.lambda_clean > 1 else 1.0
-        self.clean_weight, self.distance_weight = args.lambda_clean / scale, 1 / scale
+        self.epsilon = args.epsilon
+        self._begin_lambda(args.lambda_clean)
 
     def weights(self) -> list[Tensor]:
         """The selected weights ``W_k`` as detached views that share memory with the model."""
         return [segment.of(segment.parameter.detach()) for segment in self.segments]
 
+    # lambda and epsilon ------------------------------------------------------------------------------------------------
+
+    def _begin_lambda(self, value: float) -> None:
+        self._window = torch.zeros(2, device=self.args.device)  # sum of the cross-entropies, and of how many images
+        self._set_lambda(torch.tensor(float(value), device=self.args.device) if self.args.dual_rate else value)
+
+    def _set_lambda(self, value: float | Tensor) -> None:
+        self.multiplier = value
+        scale = value + 1 if self.args.dual_rate or (self.args.scale_objective and value > 1) else 1.0
+        self.clean_weight, self.distance_weight = value / scale, 1 / scale
+
+    def _ascend(self) -> None:
+        """One step of lambda along the constraint's violation over the window of all processes, without waiting for it."""
+        total, count = self.accelerator.reduce(self._window, "sum")
+        self._set_lambda(torch.relu(self.multiplier + self.args.dual_rate * (total / count - self.epsilon)))
+        self._window = torch.zeros_like(self._window)
+
+    @torch.no_grad()
+    def _mean_loss(self) -> float:
+        """Mean cross-entropy of the model on the retain set, evaluation mode, not augmented; the same in all processes."""
+        self.model.eval()
+        sums = torch.zeros(2, device=self.args.device)
+        for batch in retain_batches(self, "D3: epsilon", augmented=False):
+            logits = self.model(pixel_values=batch["pixel_values"]).logits.float()
+            loss = F.cross_entropy(logits, batch["labels"], reduction="sum")
+            sums += torch.stack([loss, torch.full_like(loss, len(logits))])
+        return self.accelerator.reduce(sums[0] / sums[1], "mean").item()
+
     # Before, during and after the steps --------------------------------------------------------------------------------
 
     def begin_purification(self, resumed: bool) -> None:
-        """Warm start, unless the weights come from a checkpoint, and say what will move."""
+        """Measure epsilon if it is not given; warm start, unless the weights come from a checkpoint; say what will move."""
         if not resumed:
+            if self.epsilon is None:
+                self.epsilon = self._mean_loss()
+                self.accelerator.print(f"D3: epsilon is the suspicious model's mean loss on the retain set, {self.epsilon:.4g}")
+            self._begin_lambda(self.args.lambda_clean)
             for weight, start in zip(self.weights(), self._warm_starts(), strict=True):
                 weight.copy_(start)
         relative = self.relative_distances()
@@ -133,8 +191,11 @@ class D3Trainer(PurifyTrainer):
 
     def sample_loss(self, cross_entropy: Tensor) -> Tensor:
         """lambda times the hinge per sample; for the batch hinge lambda times the loss, which `finish_gradient` gates."""
+        if self.args.dual_rate:
+            losses = cross_entropy.detach()
+            self._window += torch.stack([losses.sum(), torch.full_like(losses[0], len(losses))])
         if self.args.hinge == "sample":
-            cross_entropy = torch.relu(cross_entropy - self.args.epsilon)
+            cross_entropy = torch.relu(cross_entropy - self.epsilon)
         return self.clean_weight * cross_entropy
 
     def finish_gradient(self, window_loss: Tensor) -> Tensor:
@@ -144,7 +205,7 @@ class D3Trainer(PurifyTrainer):
         plain fine-tuning.
         """
         if self.args.hinge == "batch":
-            window_loss = torch.relu(self.accelerator.reduce(window_loss, "mean") - self.clean_weight * self.args.epsilon)
+            window_loss = torch.relu(self.accelerator.reduce(window_loss, "mean") - self.clean_weight * self.epsilon)
             if not window_loss > 0:  # every process sees the same number, so all take the same branch
                 torch._foreach_zero_([p.grad for p in self.model.parameters() if p.grad is not None])
         weights = self.weights()
@@ -152,14 +213,25 @@ class D3Trainer(PurifyTrainer):
         loss_scale = scaler.get_scale() if scaler is not None else 1.0  # gradients are unscaled after this
         gradients = [segment.of(segment.parameter.grad) for segment in self.segments]
         coefficient = -self.distance_weight * loss_scale
-        lengths = geometry.add_distance_gradient(gradients, weights, self.references, coefficient)
-        return window_loss - self.distance_weight * sum(lengths)
+        if not self.args.dual_rate:
+            lengths = geometry.add_distance_gradient(gradients, weights, self.references, coefficient)
+            return window_loss - self.distance_weight * sum(lengths)
+        directions = [torch.zeros_like(weight) for weight in weights]  # apart: a coefficient on the device scales them
+        lengths = geometry.add_distance_gradient(directions, weights, self.references, 1.0)
+        torch._foreach_add_(gradients, torch._foreach_mul(directions, coefficient))
+        objective = window_loss - self.distance_weight * sum(lengths)
+        self._ascend()
+        return objective
 
     def optimizer_step(self, step):
         """The optimizer's step, then the projection onto S."""
         result = step()
-        geometry.project(self.weights(), self.radii, self.args.projection)
+        self.constrain()
         return result
+
+    def constrain(self) -> None:
+        """The projection of the selected weights onto S."""
+        geometry.project(self.weights(), self.radii, self.args.projection)
 
     def end_purification(self) -> None:
         """Say how far the weights moved; raise if none did."""
@@ -182,19 +254,24 @@ class D3Trainer(PurifyTrainer):
 
     def sample_statistics(self, cross_entropy: Tensor) -> list[Tensor]:
         """Sums for ``clean_loss`` and ``active_fraction``, the share of images above epsilon."""
-        return [cross_entropy.sum(), (cross_entropy > self.args.epsilon).sum()]
+        return [cross_entropy.sum(), (cross_entropy > self.epsilon).sum()]
 
     def step_statistics(self) -> dict[str, float]:
-        """``distance``: mean relative distance of the selected weights."""
+        """``distance``: mean relative distance of the selected weights; with dual ascent ``lambda``."""
         relative = self.relative_distances()
-        return {"distance": sum(relative.values()) / len(relative)}
+        return {"distance": sum(relative.values()) / len(relative)} | self._found_lambda()
+
+    def _found_lambda(self) -> dict[str, float]:
+        return {"lambda": self.multiplier.item()} if self.args.dual_rate else {}
 
     def facts(self) -> dict:
-        """Adds the selected weights with radius and relative distance, and the reference's fingerprint."""
+        """Adds the selected weights with radius and relative distance, the reference's fingerprint, and lambda and epsilon
+        where they were found rather than given."""
         radii = {segment.name: radius.item() for segment, radius in zip(self.segments, self.radii, strict=True)}
         distances = self.relative_distances()
         selected = [{"name": n, "initial_norm": radii[n], "relative_distance": distances[n]} for n in radii]
-        return super().facts() | {"selected_weights": selected, "reference_sha256": self.reference_fingerprint()}
+        found = self._found_lambda() | ({"epsilon": self.epsilon} if self.args.epsilon is None else {})
+        return super().facts() | {"selected_weights": selected, "reference_sha256": self.reference_fingerprint()} | found
 
     def reference_fingerprint(self) -> str:
         """SHA-256 over the bytes of the reference weights, in order."""
@@ -207,4 +284,14 @@ class D3Trainer(PurifyTrainer):
             origin="with other initial weights or another selection",
             needed="the suspicious model and the target_modules that the run began with",
         )
+        found = json.loads((Path(resume_from_checkpoint) / MANIFEST).read_text())
+        needed = {"lambda": self.args.dual_rate, "epsilon": self.args.epsilon is None}
+        if missing := [name for name in needed if needed[name] and name not in found]:
+            raise ValueError(
+                f"{resume_from_checkpoint} holds no {' and '.join(missing)}: resume with its dual_rate and epsilon"
+            )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.dual_rate:
+            self._begin_lambda(found["lambda"])
+        if self.args.epsilon is None:
+            self.epsilon = found["epsilon"]

@@ -32,6 +32,7 @@ class FineTuningTrainer(PurifyTrainer):
     """Trainer of FT and FT-init; see `PurifyTrainer` for the arguments."""
 
     paper = "https://arxiv.org/abs/2310.01875"
+    additions = ("distillation", "average_last")
 
     def __init__(self, model, args: FineTuningConfig, *arguments, **kwargs):
         super().__init__(model, args, *arguments, **kwargs)

@@ -1,0 +1,113 @@
+"""Averaging of weights over the end of a run, as stochastic weight averaging does it.
+
+Izmailov, Podoprikhin, Garipov, Vetrov, Wilson: "Averaging Weights Leads to Wider Optima and Better Generalization", UAI 2018,
+arXiv 1803.05407: the plain mean of one snapshot per epoch, then BatchNorm statistics from one pass over the training images.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from .data import without_augmentation
+
+if TYPE_CHECKING:
+    from .trainer import PurifyTrainer
+
+
+class WeightAverage(TrainerCallback):
+    """Averages the weights at the ends of the epochs in the last ``average_last`` of the updates, and puts the mean into the
+    model when training ends: onto the defence's constraint set, with BatchNorm statistics of its own.
+
+    Add it before the callback that ends the defence, which is to see the mean.
+
+    Args:
+        trainer: Its model, as handed over.
+
+    Raises:
+        ValueError: When training begins, if fewer than two snapshots would be taken.
+        RuntimeError: When training ends, if it was stopped before the first snapshot.
+    """
+
+    def __init__(self, trainer: "PurifyTrainer"):
+        self.trainer = trainer
+        self.weights = AveragedModel(trainer.model)
+
+    @property
+    def snapshots(self) -> int:
+        """How many snapshots the mean holds."""
+        return int(self.weights.n_averaged)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.average_last * state.num_train_epochs <= 1:
+            raise ValueError(
+                f"average_last={args.average_last} of {state.num_train_epochs} epochs is one snapshot, which is no average: "
+                "raise average_last or num_train_epochs"
+            )
+        self.weights.n_averaged.zero_()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if state.global_step > round((1 - args.average_last) * state.max_steps):
+            self.weights.update_parameters(self.trainer.model)
+
+    @torch.no_grad()
+    def on_train_end(self, args, state, control, **kwargs):
+        if not self.snapshots:
+            raise RuntimeError(f"training stopped at step {state.global_step}, before average_last's share: nothing to average")
+        model = self.trainer.model
+        torch._foreach_copy_(list(model.parameters()), list(self.weights.module.parameters()))
+        self.trainer.constrain()
+        if args.batch_norm == "train":
+            batches = retain_batches(self.trainer, "Re-estimating BatchNorm", augmented=True)
+            reestimate_batch_norm(model, (batch["pixel_values"] for batch in batches))
+        broadcast(model.state_dict())  # in place; processes may round the statistics differently
+        self.trainer.accelerator.print(f"The weights are the mean of {self.snapshots} epochs' ends")
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace the running statistics of all BatchNorm layers by the mean of the batches' own, each weighed by its images.
+
+    All other layers run in evaluation mode; so does the whole model afterwards. `torch.optim.swa_utils.update_bn` would leave
+    dropout on and weigh a small last batch like the others.
+
+    Args:
+        model: Takes ``pixel_values`` (B, 3, h, w).
+        batches: Such tensors. Without a BatchNorm layer in the model none is asked for.
+    """
+    modules = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [module.momentum for module in modules]
+    model.eval()
+    for module in modules:
+        module.reset_running_stats()
+        module.train()
+    seen = 0
+    for pixels in batches if modules else ():
+        seen += len(pixels)
+        for module in modules:
+            module.momentum = len(pixels) / seen
+        model(pixel_values=pixels)
+    for module, momentum in zip(modules, momenta, strict=True):
+        module.momentum = momentum
+    model.eval()
+
+
+def retain_batches(trainer: "PurifyTrainer", purpose: str, augmented: bool) -> Iterator[dict[str, Tensor]]:
+    """Yield the retain set once, in order, as the model takes it; every process sees all of it.
+
+    Args:
+        trainer: Its ``train_dataset``.
+        purpose: For the progress bar.
+        augmented: As in the epoch of training that the data set was last set to, or as the images are.
+    """
+    dataset = trainer.train_dataset if augmented else without_augmentation(trainer.train_dataset)
+    size, generator = trainer.args.per_device_train_batch_size, torch.Generator()  # its own: not the global one's draws
+    loader = DataLoader(dataset, size, collate_fn=trainer.data_collator, generator=generator)
+    for batch in tqdm(loader, purpose, disable=trainer.args.disable_tqdm or not trainer.is_world_process_zero()):
+        yield trainer._prepare_inputs(batch)
