@@ -18,7 +18,7 @@ from .card import victim_table
 from .data import RawImages
 from .labels import check_labels
 from .manifest import arguments_of
-from .models import load_classifier, new_model
+from .models import load_classifier, new_model, with_new_head
 from .models.weights import sha256
 from .victims import VICTIM_FILE, VictimConfig, train_victim
 
@@ -33,13 +33,16 @@ class VictimArguments:
         poison_ratio: Share of all training images that carry the trigger, in (0, 1]. Default 10 % as BackdoorBench.
         poison_seed: Chooses the poisoned images.
         clean_model: Folder of a classifier without a backdoor: the attacker's own, where a trigger is computed from one, and
-            the floor of the ASR. Default: the checkpoint that is continued, if one is.
+            the floor of the ASR. Default: the checkpoint that is continued, if one is and keeps its head.
+        new_head: Give the checkpoint an untrained head for the data set's classes, in place of its own: for networks that
+            were trained on other classes.
     """
 
     model_args: dict | str | None = field(default=None, metadata={"help": "Arguments of a new network, as JSON."})
     poison_ratio: float = field(default=0.1, metadata={"help": "Share of the training images that are poisoned."})
     poison_seed: int = field(default=0, metadata={"help": "Chooses the poisoned images."})
     clean_model: str | None = field(default=None, metadata={"help": "Folder of a classifier without a backdoor."})
+    new_head: bool | None = field(default=None, metadata={"help": "Train a new head, for the data set's classes."})
 
     def __post_init__(self):
         if isinstance(self.model_args, str):
@@ -101,6 +104,8 @@ def make_victim(argv: list[str] | None = None, options: dict[str, Any] | None = 
     _, train, test = data_args.load()
     set_seed(args.seed)
     model = model_args.load() if model_args.model_name_or_path else _new_model(model_args, test.class_names, victim_args)
+    if victim_args.new_head:
+        model = with_new_head(model, test.class_names)
     check_labels(test.class_names, model.config)
     trainer = train_victim(
         model,
@@ -135,7 +140,7 @@ def _new_model(model_args: ModelArguments, names: list[str], victim_args: Victim
 def _clean_model(model_args: ModelArguments, victim_args: VictimArguments) -> PreTrainedModel | None:
     if victim_args.clean_model:
         return load_classifier(victim_args.clean_model)
-    return model_args.load() if model_args.model_name_or_path else None
+    return model_args.load() if model_args.model_name_or_path and not victim_args.new_head else None
 
 
 def make_set(argv: list[str] | None = None) -> list[str]:

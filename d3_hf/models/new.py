@@ -1,5 +1,6 @@
-"""Untrained networks, of timm or of transformers."""
+"""Untrained networks, of timm or of transformers; and trained ones with an untrained head."""
 
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -8,6 +9,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from ..preprocessing import Preprocessing
+from ..selection import find_head
 from .architectures import new_classifier
 
 
@@ -50,4 +53,29 @@ def new_model(
     model = AutoModelForImageClassification.from_config(config)
     size = {"height": image_size, "width": image_size}
     model.image_processor = ViTImageProcessor(size=size, image_mean=image_mean, image_std=image_std)
+    return model
+
+
+def with_new_head(model: PreTrainedModel, label_names: list[str]) -> PreTrainedModel:
+    """Give a trained classifier an untrained head for other classes, in place.
+
+    Args:
+        model: A classifier with its ``image_processor``, as `load_classifier` makes it; its head is a linear layer.
+        label_names: Class names in the order of the new logits.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The head is no linear layer, or cannot be found; see `find_head`.
+    """
+    name = find_head(model, Preprocessing.from_processor(model.image_processor).size)
+    old = model.get_submodule(name)
+    if not isinstance(old, nn.Linear):
+        raise ValueError(f"the head of {type(model).__name__} is no linear layer but a {type(old).__name__}")
+    new = nn.Linear(old.in_features, len(label_names), bias=old.bias is not None).to(old.weight)
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, new)
+    model.config.id2label = dict(enumerate(label_names))
+    model.config.label2id = {label: number for number, label in enumerate(label_names)}
     return model
