@@ -1,4 +1,4 @@
-"""The command line: ``d3-hf purify | measure | make-victim``."""
+"""The command line: ``d3-hf purify | measure | make-victim | benchmark``."""
 
 import json
 import sys
@@ -12,6 +12,7 @@ USAGE = """usage: d3-hf COMMAND ...
   purify [CONFIG.yaml] --option value ...       purify a checkpoint with D3; --defence NAME uses another method
   measure FOLDER [--dataset_name ...]           measure a victim again, from its folder alone
   make-victim [CONFIG.yaml] --option value ...  plant a backdoor, for research; --set FILE.yaml makes a set
+  benchmark GRID.yaml [--shard i/n]             victims x retain sets x defences x seeds: tables and plots
 
 `d3-hf COMMAND --help` lists a command's options."""
 
@@ -94,7 +95,19 @@ def plant(argv: list[str]) -> Any:
     return make_set(argv) if "--set" in argv else make_victim(argv)
 
 
-COMMANDS: dict[str, Callable[[list[str]], Any]] = {"purify": purify, "measure": measure_victim, "make-victim": plant}
+def benchmark(argv: list[str]) -> Any:
+    """Run a benchmark grid."""
+    from .benchmark.command import main
+
+    return main(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], Any]] = {
+    "purify": purify,
+    "measure": measure_victim,
+    "make-victim": plant,
+    "benchmark": benchmark,
+}
 
 
 def main() -> None:

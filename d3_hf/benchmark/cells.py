@@ -1,0 +1,239 @@
+"""The cells of a grid: each a folder that exists and verifies or is made; and the loop over a shard of them."""
+
+import hashlib
+import json
+import os
+import re
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pandas
+from tqdm.auto import tqdm
+
+from .. import manifest
+from ..defenses import defence as load_defence
+from ..evaluation import Measurement, Proportion, measure, measure_trainer, results
+from ..preprocessing import Preprocessing
+from .grid import Grid, GridInputs
+from .meters import PassMeter, hardware, peak_memory, reset_peak_memory
+
+RESULTS = "results.parquet"
+CELL = "cell.json"
+RATES = {"ACC": "accuracy_after", "ASR": "asr_after", "RA": "ra_after"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One purification: a victim, a retain set, a defence, a seed, by their names in the grid."""
+
+    victim: str
+    retain: str
+    defence: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.victim} | {self.retain} | {self.defence} | {self.seed}"
+
+
+def cells_of(grid: Grid, shard: str = "0/1", only: Sequence[str] = ("*",)) -> list[Cell]:
+    """The cells of the i-th of n shares, ``i/n``: every n-th cell from the i-th on, i from 0.
+
+    Args:
+        grid: The grid.
+        shard: ``i/n``.
+        only: Patterns of shell kind; a cell is ``VICTIM | RETAIN | DEFENCE | SEED`` to them.
+
+    Raises:
+        ValueError: ``shard`` is not of that form, or no cell matches ``only``.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+    share, shares = map(int, found.groups()) if found else (0, 0)
+    if share >= shares:
+        raise ValueError(f"shard must be i/n with 0 <= i < n, as in 0/4 to 3/4; got {shard!r}")
+    every = [
+        Cell(victim, retain, defence, seed)
+        for seed in grid.seeds
+        for retain in grid.retain
+        for defence in grid.defences
+        for victim in grid.victims
+    ]
+    if not (chosen := [cell for cell in every if any(fnmatch(str(cell), pattern) for pattern in only)]):
+        raise ValueError(f"--only {' '.join(only)} matches no cell; a cell is called, for instance, {str(every[0])!r}")
+    return chosen[share::shares]
+
+
+class Runner:
+    """Makes cells.
+
+    Args:
+        grid: The grid; its images and victims are loaded when a cell needs them.
+    """
+
+    def __init__(self, grid: Grid):
+        self.grid, self.inputs, self.root = grid, GridInputs(grid), Path(grid.output_dir)
+
+    def spec(self, cell: Cell) -> dict[str, Any]:
+        """All that defines what a cell computes; two cells with the same one are the same cell."""
+        options = {name: value for name, value in self.grid.defences[cell.defence].items() if name != "curve"}
+        return asdict(cell) | {
+            "weights": self.inputs.identity(cell.victim),
+            "options": self.grid.common | options,
+            "retain_set": self.grid.retain[cell.retain],
+            "held_out": self.grid.held_out,
+            "test_images": self.grid.test_images,
+        }
+
+    def folder(self, cell: Cell) -> Path:
+        """Where a cell lies; its name ends in a digest of `spec`, so that a changed grid makes new cells beside the old."""
+        names = "--".join(re.sub(r"[^\w.%=-]+", "_", name) for name in (cell.victim, cell.retain, cell.defence))
+        return self.root / "cells" / f"{names}--{cell.seed}--{_digest(self.spec(cell))[:8]}"
+
+    def read(self, cell: Cell) -> dict[str, Any] | None:
+        """The row of a cell; None where it was not made or is damaged. A cell that failed has a row with ``error``."""
+        try:
+            content = json.loads((self.folder(cell) / CELL).read_text())
+            row = content["row"]
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+        return row if content.get("sha256") == _digest(row) else None
+
+    def make(self, cell: Cell) -> dict[str, Any]:
+        """Make a cell, or write down why it could not be made; returns its row."""
+        content = {"spec": self.spec(cell)}
+        try:
+            row = self.purify(cell)
+        except Exception as problem:  # whatever a method raises: the other cells go on
+            row = asdict(cell) | {"error": f"{type(problem).__name__}: {problem}"}
+            content["traceback"] = traceback.format_exc()
+        _write(self.folder(cell) / CELL, content | {"row": row, "sha256": _digest(row)})
+        return row
+
+    def purify(self, cell: Cell) -> dict[str, Any]:
+        """Purify the victim and return what was measured, as one flat row."""
+        model, attack = self.inputs.model(cell.victim), self.inputs.attack(cell.victim)
+        before = self.before(cell.victim, cell.victim)
+        retain = self.inputs.retain(cell.retain, cell.seed)
+        spec = self.spec(cell)["options"]
+        options = {name: value for name, value in spec.items() if name != "defence"}
+        config_class, trainer_class = load_defence(spec["defence"])
+        args = config_class(output_dir=str(self.folder(cell)), seed=cell.seed, **options)
+        trainer = trainer_class(model=model, args=args, train_dataset=retain)
+        meter = PassMeter()
+        reset_peak_memory()
+        started = time.perf_counter()
+        with meter.counting(trainer.model):
+            trainer.train()
+        seconds, peak = time.perf_counter() - started, peak_memory()
+        after = measure_trainer(trainer, self.inputs.test, attack)
+        last = next((log for log in reversed(trainer.state.log_history) if "clean_loss" in log), {})
+        row = asdict(cell) | {"method": trainer.method, "attack": attack.name, "network": _network(model)}
+        row |= {"curve": self.grid.defences[cell.defence].get("curve"), "retain_n": len(retain)}
+        row |= results(before, after)
+        row |= {"seconds_training": seconds, "seconds_measuring": after.seconds, "peak_memory_mib": peak}
+        row |= {"forward_images": meter.forward, "backward_images": meter.backward}
+        row |= {"clean_loss": last.get("clean_loss"), "distance": last.get("distance"), "hardware": hardware()}
+        versions = {f"version_{name}": version for name, version in manifest.versions().items()}
+        return row | versions | {"arguments": json.dumps(manifest.arguments_of(args))}
+
+    def before(self, model_of: str, attack_of: str) -> Measurement:
+        """Measure an untouched model under a victim's trigger, once."""
+        name = re.sub(r"[^\w.-]+", "_", f"{model_of}--{attack_of}")
+        attack = self.inputs.attack(attack_of)
+        weights, planted = self.inputs.identity(model_of), self.inputs.identity(attack_of)
+        spec = {"weights": weights, "planted": planted, "attack": attack.describe(), "images": self.grid.test_images}
+        file = self.root / "before" / f"{name}--{_digest(spec)[:8]}.json"
+        if file.is_file():
+            counts = json.loads(file.read_text())
+            shares = {key: Proportion(**counts[key]) for key in ("accuracy", "asr", "ra")}
+            return Measurement(**shares, seconds=counts["seconds"], forward_images=counts["forward_images"])
+        model = self.inputs.model(model_of)
+        preprocessing = Preprocessing.from_processor(model.image_processor)
+        found = measure(model, self.inputs.test, preprocessing, attack)
+        _write(file, asdict(found))
+        return found
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """A row for each cell of the whole grid that was made or failed, and for each victim and twin that was measured."""
+        made = []
+        for cell in cells_of(self.grid):
+            if self.inputs.is_made(cell.victim) and (row := self.read(cell)):
+                yield row
+                made += [] if "error" in row else [cell.victim]
+        for victim in dict.fromkeys(made):
+            for name, model_of in (("victim", victim), ("twin without backdoor", self.inputs.twin(victim))):
+                if model_of:
+                    found = self.before(model_of, victim)
+                    yield {"victim": victim, "defence": name} | results(found, found) | {"der": None}
+
+
+def run_grid(grid: Grid, shard: str = "0/1", only: Sequence[str] = ("*",)) -> pandas.DataFrame:
+    """Make the cells of one share that are not there yet, and collect all that exist.
+
+    A cell that exists and verifies is skipped, one that is damaged or failed is made again; shares need no coordination, they
+    may run at the same time on machines that share the folder.
+
+    Args:
+        grid: The grid.
+        shard: ``i/n``, see `cells_of`.
+        only: Patterns, see `cells_of`.
+
+    Returns:
+        The content of ``results.parquet``: one row a cell, and the untouched models under ``defence`` "victim" and
+        "twin without backdoor".
+
+    Raises:
+        FileNotFoundError: A victim is not there.
+        ValueError: See `cells_of` and `GridInputs.folder`.
+    """
+    runner = Runner(grid)
+    todo = [cell for cell in cells_of(grid, shard, only) if "error" in (runner.read(cell) or {"error": None})]
+    failed = 0
+    try:
+        for cell in (bar := tqdm(todo, desc="Cells", unit="cell")):
+            bar.set_postfix_str(str(cell))
+            row = runner.make(cell)
+            failed += "error" in row
+            bar.write(f"{cell} | {summary(row)}")
+    finally:  # also after Ctrl-C: what was made is in the table
+        frame = pandas.DataFrame(list(runner.rows()))
+        if len(frame):
+            _write_frame(frame, Path(grid.output_dir) / RESULTS)
+    if failed:
+        print(f"{failed} of {len(todo)} cells failed; their errors are in the table, their tracebacks in {CELL} of each folder")
+    return frame
+
+
+def summary(row: dict[str, Any]) -> str:
+    """What a cell came to, in a line."""
+    if "error" in row:
+        return f"failed: {row['error']}"
+    rates = ", ".join(f"{name} {100 * row[key]:.1f}" for name, key in RATES.items())
+    return f"{rates}, {row['seconds_training']:.0f} s"
+
+
+def _network(model) -> str:
+    return getattr(model.config, "architecture", None) or model.config.model_type
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _write(file: Path, content: dict) -> None:
+    """Write beside, then rename: a cell is whole or absent."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(f".{os.getpid()}.partial")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.rename(file)
+
+
+def _write_frame(frame: pandas.DataFrame, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(f".{os.getpid()}.partial")
+    frame.to_parquet(beside)
+    beside.rename(file)
