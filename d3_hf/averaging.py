@@ -4,17 +4,18 @@ Izmailov, Podoprikhin, Garipov, Vetrov, Wilson: "Averaging Weights Leads to Wide
 arXiv 1803.05407: the plain mean of one snapshot per epoch, then BatchNorm statistics from one pass over the training images.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import broadcast
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from .batch_norm import reestimate_batch_norm
 from .data import without_augmentation
 
 if TYPE_CHECKING:
@@ -68,34 +69,6 @@ class WeightAverage(TrainerCallback):
             reestimate_batch_norm(model, (batch["pixel_values"] for batch in batches))
         broadcast(model.state_dict())  # in place; processes may round the statistics differently
         self.trainer.accelerator.print(f"The weights are the mean of {self.snapshots} epochs' ends")
-
-
-@torch.no_grad()
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replace the running statistics of all BatchNorm layers by the mean of the batches' own, each weighed by its images.
-
-    All other layers run in evaluation mode; so does the whole model afterwards. `torch.optim.swa_utils.update_bn` would leave
-    dropout on and weigh a small last batch like the others.
-
-    Args:
-        model: Takes ``pixel_values`` (B, 3, h, w).
-        batches: Such tensors. Without a BatchNorm layer in the model none is asked for.
-    """
-    modules = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [module.momentum for module in modules]
-    model.eval()
-    for module in modules:
-        module.reset_running_stats()
-        module.train()
-    seen = 0
-    for pixels in batches if modules else ():
-        seen += len(pixels)
-        for module in modules:
-            module.momentum = len(pixels) / seen
-        model(pixel_values=pixels)
-    for module, momentum in zip(modules, momenta, strict=True):
-        module.momentum = momentum
-    model.eval()
 
 
 def retain_batches(trainer: "PurifyTrainer", purpose: str, augmented: bool) -> Iterator[dict[str, Tensor]]:

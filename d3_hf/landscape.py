@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import silhouette_samples
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .batch_norm import reestimate_batch_norm
 from .data import RawImages
 from .evaluation import Measurement, Proportion, Trigger, measure
 from .preprocessing import Preprocessing
@@ -85,15 +85,15 @@ def path(
 
     Raises:
         ValueError: The models' weights differ in name, shape or kind; ``batch_norm`` is unknown, or ``"re-estimated"`` for a
-            model without running statistics or without two images in ``retain``; the attack's label is no class of the
+            model without running statistics or without ``retain``; the attack's label is no class of the
             model, or there is no image that the attack counts.
     """
     start, end = initial.state_dict(), final.state_dict()
     check_same_weights(start, end)
     if batch_norm not in BATCH_NORMS:
         raise ValueError(f"batch_norm must be one of {', '.join(BATCH_NORMS)}; got {batch_norm!r}")
-    if batch_norm == "re-estimated" and retain is None:
-        raise ValueError("batch_norm='re-estimated' needs clean images to estimate the statistics from: pass retain")
+    if batch_norm == "re-estimated" and (retain is None or not any(name.endswith("running_var") for name in start)):
+        raise ValueError("batch_norm='re-estimated' needs BatchNorm and clean images to estimate it from: pass retain")
     triggered = triggered_images(images, attack, initial.config.num_labels)
     wanted = attack.poisoned_labels(triggered.labels, initial.config.num_labels)
     triggered = RawImages(triggered.images, wanted, triggered.class_names)
@@ -102,7 +102,7 @@ def path(
     for t in tqdm(steps, desc="Walking the path", unit="point", disable=not progress):
         model.load_state_dict(interpolate(start, end, t))
         if batch_norm == "re-estimated":
-            reestimate_batch_norm(model, retain, preprocessing)
+            reestimate_batch_norm(model, (preprocessing(raw.to(model.device)) for raw, _ in retain.batches(BATCH)))
         clean_loss, accuracy = _loss_and_share(model, images, preprocessing)
         backdoor_loss, asr = _loss_and_share(model, triggered, preprocessing)
         points.append(PathPoint(float(t), clean_loss, backdoor_loss, accuracy, asr))
@@ -148,42 +148,6 @@ def check_same_weights(first: State, second: State) -> None:
                 f"the models have different architectures: {name} is {tensor.dtype} {tuple(tensor.shape)} in the first, "
                 f"{other.dtype} {tuple(other.shape)} in the second"
             )
-
-
-@torch.no_grad()
-def reestimate_batch_norm(model: PreTrainedModel, images: RawImages, preprocessing: Preprocessing) -> None:
-    """Replace BatchNorm's running statistics, in place, by their averages over one pass; leaves the model in eval mode.
-
-    ``torch.optim.swa_utils.update_bn`` would put the whole model in train mode, dropout and stochastic depth included, which
-    adds noise that the deployed model does not have. Here only BatchNorm is in train mode. Batches are equally large to
-    within one image, so that torch's cumulative average, which counts batches, weights images alike.
-
-    Args:
-        model: The model to change.
-        images: Clean images, at least 2.
-        preprocessing: The model's.
-
-    Raises:
-        ValueError: The model has no running statistics, or there are fewer than 2 images.
-    """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    if not norms:
-        raise ValueError(f"{type(model).__name__} has no BatchNorm statistics to re-estimate; leave them interpolated")
-    if len(images) < 2:
-        raise ValueError("BatchNorm statistics need at least 2 images; got 1")
-    momenta = [module.momentum for module in norms]
-    device = next(model.parameters()).device
-    model.eval()
-    for module in norms:
-        module.reset_running_stats()
-        module.momentum = None  # torch's cumulative average
-        module.train()
-    pixels = torch.cat([preprocessing.resize(raw) for raw, _ in images.batches(BATCH)])
-    for batch in pixels.tensor_split(math.ceil(len(pixels) / BATCH)):
-        model(pixel_values=preprocessing.normalize(batch.to(device)))
-    for module, momentum in zip(norms, momenta, strict=True):
-        module.momentum = momentum
-    model.eval()
 
 
 def triggered_images(images: RawImages, attack: Trigger, num_classes: int) -> RawImages:

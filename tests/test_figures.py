@@ -14,6 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from d3_hf import landscape
 from d3_hf.attacks import BadNets, save_attack
+from d3_hf.batch_norm import reestimate_batch_norm
 from d3_hf.data import RawImages
 from d3_hf.evaluation import measure
 from d3_hf.preprocessing import Preprocessing
@@ -125,7 +126,7 @@ def test_reestimated_statistics_are_those_of_a_pass_in_train_mode(images):
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0  # the last batch alone
     plain(pixel_values=preprocessing(images.images))
-    landscape.reestimate_batch_norm(model, images, preprocessing)
+    reestimate_batch_norm(model, [preprocessing(images.images)])
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, plain.state_dict()[name]) if "num_batches" not in name else None
         if "running" in name:
@@ -139,7 +140,7 @@ def test_path_with_reestimated_statistics(images):
     arguments = (*models, images, preprocessing_of(models[0]), ATTACK, (1, 3))
     interpolated = landscape.path(*arguments, progress=False)
     estimated = landscape.path(*arguments, batch_norm="re-estimated", retain=images, progress=False)
-    landscape.reestimate_batch_norm(models[1], images, arguments[3])
+    reestimate_batch_norm(models[1], [arguments[3](images.images)])
     with torch.no_grad():
         logits = models[1](pixel_values=arguments[3](images.images)).logits
     assert estimated[0].clean_loss == pytest.approx(F.cross_entropy(logits, images.labels).item(), abs=1e-5)
@@ -216,7 +217,7 @@ def test_an_infinite_loss_can_be_written_and_drawn(figures, tmp_path):
 
 def refuse(what, images):
     resnet, vit, prep = tiny_resnet(0), tiny_vit(0), preprocessing_of(tiny_vit(0))
-    only_target, one = images.select([1, 4]), images.select([0])
+    only_target = images.select([1, 4])
     features, labels = torch.zeros(4, 2), torch.tensor([0, 0, 1, 1])
     wide = copy.deepcopy(vit)
     wide.classifier = torch.nn.Linear(8, 4)
@@ -230,7 +231,6 @@ def refuse(what, images):
         "no statistics": lambda: landscape.path(
             vit, vit, images, prep, ATTACK, batch_norm="re-estimated", retain=images, progress=False
         ),
-        "one image": lambda: landscape.reestimate_batch_norm(resnet, one, prep),
         "label": lambda: landscape.path(vit, vit, images, prep, BadNets(target_label=3)),
         "target only": lambda: landscape.path(vit, vit, only_target, prep, ATTACK),
         "target only by class": lambda: landscape.per_class(vit, only_target, prep, ATTACK),
@@ -248,8 +248,7 @@ def refuse(what, images):
         ("shapes", r"different architectures: classifier.* \(3"),
         ("batch norm", "batch_norm must be one of interpolated, re-estimated; got 'frozen'"),
         ("no retain", "pass retain"),
-        ("no statistics", "ViTForImageClassification has no BatchNorm statistics"),
-        ("one image", "at least 2 images"),
+        ("no statistics", "needs BatchNorm and clean images"),
         ("label", "target_label 3 is out of range"),
         ("target only", "no image is of a class that the attack counts"),
         ("target only by class", "no image is of a class that the attack counts"),

@@ -122,7 +122,7 @@ def test_stages(tmp_path, make):
 
 
 def test_the_point_and_its_batch_norm_statistics(tmp_path):
-    """The final weights are gamma(t*) of the last curve; the statistics are means over batches at these very weights."""
+    """The final weights are gamma(t*) of the last curve; the statistics are means over images at these very weights."""
     model = tiny_resnet()
     trainer = Recorder(model, config(tmp_path, rounds=1, curve_position=0.3), tiny_samples(10))
     trainer.train()
@@ -137,8 +137,9 @@ def test_the_point_and_its_batch_norm_statistics(tmp_path):
         for batch in pixels.split(4):
             model.eval()(pixel_values=batch)
     hook.remove()
-    torch.testing.assert_close(bn.running_mean, torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0))
-    torch.testing.assert_close(bn.running_var, torch.stack([x.var((0, 2, 3)) for x in inputs]).mean(0))
+    weighed = [len(x) / 10 for x in inputs]  # 4, 4 and 2 of ten images
+    torch.testing.assert_close(bn.running_mean, sum(w * x.mean((0, 2, 3)) for w, x in zip(weighed, inputs, strict=True)))
+    torch.testing.assert_close(bn.running_var, sum(w * x.var((0, 2, 3)) for w, x in zip(weighed, inputs, strict=True)))
     assert bn.momentum == 0.1
 
 

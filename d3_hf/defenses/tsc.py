@@ -30,10 +30,10 @@ from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from ..averaging import retain_batches
+from ..batch_norm import reestimate_batch_norm
 from ..config import PurifyConfig
 from ..matching import correlate, match, matched
 from ..permutation import State, find_structure, permute
@@ -240,32 +240,11 @@ class TSCTrainer(PurifyTrainer):
         weights, (start, end) = self._weights(), self._ends()
         torch._foreach_copy_(weights, bezier(self.args.curve_position, start, weights, end))
         self.start = self.end = None
-        self._reestimate_batch_norm()
-
-    @torch.no_grad()
-    def _reestimate_batch_norm(self) -> None:
-        """Running statistics from one pass over the retain set, every batch with the same weight."""
-        momenta = [module.momentum for module in self._batch_norms]
-        self.model.eval()
-        for module in self._batch_norms:
-            module.reset_running_stats()
-            module.momentum = None  # torch's cumulative average
-            module.train()
-        for pixels in self._pictures("Re-estimating BatchNorm") if self._batch_norms else ():
-            self.model(pixel_values=pixels)
-        for module, momentum in zip(self._batch_norms, momenta, strict=True):
-            module.momentum = momentum
+        reestimate_batch_norm(self.model, self._pictures("Re-estimating BatchNorm"))
 
     def _pictures(self, purpose: str):
         """All retain images, augmented as in training, in order: every process sees the same."""
-        loader = DataLoader(
-            self.train_dataset,
-            batch_size=self.args.per_device_train_batch_size,
-            collate_fn=self.data_collator,
-            generator=torch.Generator(),  # the loader draws a seed: not from the global one
-        )
-        for batch in tqdm(loader, desc=purpose, disable=self.args.disable_tqdm or not self.is_world_process_zero()):
-            yield self._prepare_inputs(batch)["pixel_values"]
+        return (batch["pixel_values"] for batch in retain_batches(self, purpose, augmented=True))
 
     def _state(self) -> State:
         return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
