@@ -22,6 +22,9 @@ from d3_hf.benchmark.meters import PassMeter, peak_memory, reset_peak_memory
 from d3_hf.benchmark.retain import RetainSet
 from d3_hf.benchmark.tables import interval
 from d3_hf.data import RawImages
+from d3_hf.evaluation import measure
+from d3_hf.models import load_classifier
+from d3_hf.preprocessing import Preprocessing
 from d3_hf.victim_sets import make_set, read_set
 
 FAST = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True}
@@ -120,6 +123,15 @@ def test_a_changed_grid_makes_new_cells_beside_the_old(grid, rows):
     folders = {Runner(grid).folder(cell) for cell in cells_of(grid)}
     assert not folders & {Runner(changed).folder(cell) for cell in cells_of(changed)}
     assert {Runner(replace(grid, output_dir=grid.output_dir)).folder(cell) for cell in cells_of(grid)} == folders
+
+
+def test_a_purified_model_may_be_kept_and_is_the_one_that_was_measured(grid, rows):
+    keeping = replace(grid, save_models=True, output_dir=f"{grid.output_dir}-kept")
+    cell = cells_of(grid)[0]
+    run_grid(keeping, only=[str(cell)])
+    model = load_classifier(str(Runner(keeping).folder(cell)))
+    found = measure(model, GridInputs(grid).test, Preprocessing.from_processor(model.image_processor))
+    assert found.accuracy.value == Runner(grid).read(cell)["accuracy_after"]
 
 
 @pytest.mark.parametrize("shares", [1, 2, 5, 20])

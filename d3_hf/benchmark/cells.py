@@ -7,7 +7,7 @@ import re
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,9 @@ class Runner:
             trainer.train()
         seconds, peak = time.perf_counter() - started, peak_memory()
         after = measure_trainer(trainer, self.inputs.test, attack)
+        if self.grid.save_models:
+            trainer.results = results(before, after)
+            trainer.save_model()
         last = next((log for log in reversed(trainer.state.log_history) if "clean_loss" in log), {})
         row = asdict(cell) | {"method": trainer.method, "attack": attack.name, "network": _network(model)}
         row |= {"curve": self.grid.defences[cell.defence].get("curve"), "retain_n": len(retain)}
@@ -154,7 +157,7 @@ class Runner:
         model = self.inputs.model(model_of)
         preprocessing = Preprocessing.from_processor(model.image_processor)
         found = measure(model, self.inputs.test, preprocessing, attack)
-        _write(file, asdict(found))
+        _write(file, asdict(replace(found, predictions=None)))
         return found
 
     def rows(self) -> Iterator[dict[str, Any]]:

@@ -38,6 +38,7 @@ class Grid:
         seeds: Each draws a retain set and seeds the defence.
         test_images: Measure on the first so many test images; all if null.
         common: Options that all defences share.
+        save_models: Keep each purified model in its cell's folder, for ``recipes/figures.py``.
 
     Raises:
         ValueError: No victim, defence, seed or retain set; an unknown defence or a wrong key; or a retain set is larger than
@@ -54,6 +55,7 @@ class Grid:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     test_images: int | None = None
     common: dict[str, Any] = field(default_factory=dict)
+    save_models: bool = False
 
     def __post_init__(self):
         for name in ("victims", "defences", "retain", "seeds"):
