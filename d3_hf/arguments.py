@@ -2,9 +2,12 @@
 
 import json
 import sys
+import types
+from argparse import SUPPRESS
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from datasets import Dataset
@@ -12,6 +15,35 @@ from transformers import HfArgumentParser, PreTrainedModel
 
 from .data import RawImages, load_images, retain_split
 from .models import load_classifier
+
+
+class Parser(HfArgumentParser):
+    """`HfArgumentParser` that raises a ValueError of one line where argparse prints every option and exits.
+
+    Args:
+        dataclass_types: Dataclasses with disjoint field names.
+        kwargs: Further arguments of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, dataclass_types: list[type], **kwargs):
+        super().__init__(dataclass_types, usage=SUPPRESS, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse complains about."""
+        raise ValueError(f"{message}; --help lists the options")
+
+    def read(self, argv: list[str]) -> tuple:
+        """Parse ``argv`` into one instance of each dataclass.
+
+        Raises:
+            ValueError: An option is unknown, lacks its value or has one of another kind, or a dataclass refuses it.
+        """
+        _, unknown = self.parse_known_args(argv)
+        if unknown:
+            near = get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1)
+            advice = f"did you mean {near[0]}?" if near else "--help lists the options"
+            raise ValueError(f"unknown argument {unknown[0]!r}: {advice}")
+        return self.parse_args_into_dataclasses(argv, look_for_args_file=False)
 
 
 def parse_arguments(
@@ -29,28 +61,70 @@ def parse_arguments(
 
     Raises:
         FileNotFoundError: The YAML file does not exist.
-        ValueError: The YAML file is no mapping, or an option is unknown.
+        ValueError: The YAML file is no mapping, or an option is unknown or its value of another kind.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(dataclass_types)
+    parser = Parser(dataclass_types)
     where = "the options given"
     if defaults is None and argv and argv[0].endswith((".yaml", ".yml")):
         where = argv.pop(0)
         defaults = read_yaml(where)
     if unknown := sorted((defaults or {}).keys() - {action.dest for action in parser._actions}):
-        raise ValueError(f"{where}: unknown option{'s' * (len(unknown) > 1)} {', '.join(unknown)}")
+        near = get_close_matches(unknown[0], [action.dest for action in parser._actions], 1)
+        advice = f"did you mean {near[0]}?" if near else "--help lists the options"
+        raise ValueError(f"{where}: unknown option{'s' * (len(unknown) > 1)} {', '.join(unknown)}; {advice}")
+    check_types(dataclass_types, defaults or {}, where)
     parser.set_defaults(**defaults or {})
-    return parser.parse_args_into_dataclasses(args=argv)
+    return parser.read(argv)
+
+
+def check_types(dataclass_types: list[type], options: dict[str, Any], where: str) -> None:
+    """Raise a ValueError for an option, all of them fields of the dataclasses, whose value is of another kind than declared."""
+    hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+    for name, value in options.items():
+        if not _fits(value, hints[name]):
+            # Not the value of a list or mapping: aliases make it endless.
+            found = f"a {type(value).__name__}" if isinstance(value, list | dict) else f"{value!r}, a {type(value).__name__}"
+            wanted = hints[name] if get_args(hints[name]) else hints[name].__name__
+            raise ValueError(f"{where}: {name} must be {wanted}; got {found}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether an option's value can be what its field declares; argparse converts strings, and nothing else."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if isinstance(value, str):
+        return kind not in (list, dict, types.NoneType)
+    if isinstance(value, list) and kind is list and parts:
+        return all(_fits(part, parts[0]) and isinstance(part, str) == (parts[0] not in (int, float)) for part in value)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return not isinstance(kind, type) or isinstance(value, kind)
 
 
 def read_yaml(path: str) -> dict[str, Any]:
     """Read a YAML file that holds a mapping; FileNotFoundError or ValueError where it is none."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no configuration file {path}")
-    options = yaml.safe_load(Path(path).read_text())
+    try:
+        options = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} is no mapping of option names to values")
     return options
+
+
+def read_json(text: str, option: str) -> dict[str, Any]:
+    """Read an option's mapping from JSON; ValueError where it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--{option} is no JSON ({error}); got {text}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"--{option} must be a JSON mapping; got {text}")
+    return value
 
 
 @dataclass
@@ -111,6 +185,10 @@ class DataArguments:
     def __post_init__(self):
         if self.retain_fraction is None and self.retain_count is None:
             self.retain_fraction = 0.05
+        if self.max_test_images is not None and self.max_test_images < 1:
+            raise ValueError(f"max_test_images must be at least 1; got {self.max_test_images}")
+        if self.retain_seed < 0:
+            raise ValueError(f"retain_seed must be at least 0; got {self.retain_seed}")
 
     def load(self) -> tuple[Dataset, Dataset, RawImages]:
         """Load the images.
@@ -125,6 +203,11 @@ class DataArguments:
         split = images[self.train_split]
         retain, rest = retain_split(split, self.retain_fraction, self.retain_count, self.retain_balanced, self.retain_seed)
         test = images.get(self.test_split, rest)
+        if len(test) == 0:
+            raise ValueError(
+                f"{self.dataset_name} has no split {self.test_split!r} and the retain set is all of {self.train_split!r}: "
+                "nothing is left to measure on; retain fewer"
+            )
         if self.max_test_images is not None:
             test = test.select(range(min(self.max_test_images, len(test))))
         return retain, rest, RawImages.from_dataset(test)
@@ -142,4 +225,5 @@ class AttackArguments:
 
     def __post_init__(self):
         if isinstance(self.attack, str):
-            self.attack = json.loads(self.attack) if self.attack.startswith("{") else {"name": self.attack}
+            named = not self.attack.startswith("{")
+            self.attack = {"name": self.attack} if named else read_json(self.attack, "attack")

@@ -5,6 +5,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 TEMPLATES = Path(__file__).parent / "templates"
+FOLDER = "path/to/this/folder"  # in a card's example, until the repository's name is known
 RESULT_NAMES = {
     "accuracy": ("accuracy", "ACC"),
     "asr": ("attack_success_rate", "ASR"),
@@ -115,7 +116,7 @@ def render_card(facts: dict, results: dict | None, model_name: str, hub_model_id
         model_name=model_name,
         facts=facts,
         results_table=results_table(results) if results else None,
-        hub_model_id=hub_model_id,
+        place=hub_model_id or FOLDER,
     )
 
 

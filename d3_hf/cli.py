@@ -1,127 +1,206 @@
-"""The command line: ``d3-hf purify | measure | make-victim | benchmark``."""
+"""The command line: ``d3-hf purify | measure | victim | benchmark | push | info``, and how every command and recipe ends.
 
+Exit codes: 0 done, 1 a failure, 2 the user's mistake, 3 a broken guard rail, 130 interrupted. What went wrong is one line on
+stderr; ``--debug`` adds the traceback. Nothing heavy is imported before a command runs.
+"""
+
+import argparse
+import contextlib
+import errno
 import json
+import os
 import sys
+import textwrap
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from .defenses import DEFENCES, defence
+from .errors import GuardRailBroken
+
+FAILURE, MISTAKE, REJECTED, INTERRUPTED = 1, 2, 3, 130
+MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError)
+RUN_AGAIN = "what is finished stays: run the same command again"
+LONGEST = 800  # characters of an error; libraries print pages
+ADVICE = {
+    errno.ENOSPC: "free some space or write to another disk",
+    errno.EDQUOT: "free some space or write to another disk",
+    errno.EACCES: "check its permissions or choose another folder",
+    errno.EPERM: "check its permissions or choose another folder",
+    errno.EROFS: "choose another folder",
+}
 
 USAGE = """usage: d3-hf COMMAND ...
 
-  purify [CONFIG.yaml] --option value ...       purify a checkpoint with D3; --defence NAME uses another method
-  measure FOLDER [--dataset_name ...]           measure a victim again, from its folder alone
-  make-victim [CONFIG.yaml] --option value ...  plant a backdoor, for research; --set FILE.yaml makes a set
-  benchmark GRID.yaml [--shard i/n]             victims x retain sets x defences x seeds: tables and plots
+  purify [CONFIG.yaml] --option value ...   purify a checkpoint with D3; --defence NAME takes another method
+      d3-hf purify --model_name_or_path me/suspicious-vit --dataset_name path/to/images --retain_count 500
 
-`d3-hf COMMAND --help` lists a command's options."""
+  measure FOLDER                            measure a victim again, from its folder alone
+      d3-hf measure outputs/victim
 
+  victim [CONFIG.yaml] --option value ...   plant a backdoor, for research; --set FILE.yaml makes a set of victims
+      d3-hf victim recipes/configs/fire_drill_vit_victim.yaml --seed 0 --output_dir outputs/victim
 
-@dataclass
-class MeasureArguments:
-    """What to measure.
+  benchmark GRID.yaml [--shard i/n]         victims x retain sets x defences x seeds: tables and plots
+      d3-hf benchmark recipes/grids/cpu.yaml --dataset_name uoft-cs/cifar10
 
-    Args:
-        folder: Folder that `make_victim` wrote.
-        dataset_name: Where the images lie, if no longer where the victim's own record says.
-        max_test_images: Measure on the first so many test images only.
-    """
+  push FOLDER --hub_model_id REPOSITORY     upload a purified folder, private by default
+      d3-hf push outputs/purified --hub_model_id me/model-purified
 
-    folder: str = field(metadata={"help": "Folder of a victim."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Images in place of the recorded ones."})
-    max_test_images: int | None = field(default=None, metadata={"help": "Measure on the first so many test images."})
+  info SOURCE                               what a checkpoint is and what D3 could move of it
+      d3-hf info google/vit-base-patch16-224
 
+  --json     one JSON object on stdout and nothing else there
+  --debug    show where an error came from
+  --help     after a command: its options
 
-def measure_victim(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run ``FOLDER --option value ...``: measure a victim with the attack that its folder holds, print it beside the record.
+exit codes: 0 done, 1 failure, 2 mistake in what was given, 3 a guard rail broke (the model is in rejected/), 130 interrupted"""
 
-    Args:
-        argv: Arguments without the program's name; default ``sys.argv[1:]``.
-
-    Returns:
-        ``accuracy``, ``asr`` and ``ra`` as fractions with ``_ci95`` and ``_n``; without an attack ``accuracy`` only.
-
-    Raises:
-        FileNotFoundError: The folder is none that `make_victim` wrote.
-        ValueError: See `load_classifier`, `load_images` and `measure`.
-    """
-    from transformers import HfArgumentParser
-
-    from .arguments import DataArguments
-    from .attacks import load_attack
-    from .card import rates_table
-    from .evaluation import measure, rates
-    from .labels import check_labels
-    from .models import load_classifier
-    from .preprocessing import Preprocessing
-    from .victims import VICTIM_FILE
-
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and not argv[0].startswith("-"):
-        argv.insert(0, "--folder")
-    (options,) = HfArgumentParser([MeasureArguments]).parse_args_into_dataclasses(argv)
-    folder = Path(options.folder)
-    if not (folder / VICTIM_FILE).is_file():
-        raise FileNotFoundError(f"{folder} holds no {VICTIM_FILE}: it is no folder that make_victim wrote")
-    facts = json.loads((folder / VICTIM_FILE).read_text())
-    recorded = {field.name: facts["recipe"][field.name] for field in fields(DataArguments) if field.name in facts["recipe"]}
-    given = {name: value for name in ("dataset_name", "max_test_images") if (value := getattr(options, name)) is not None}
-    _, _, test = DataArguments(**recorded | given).load()
-    model = load_classifier(str(folder))
-    check_labels(test.class_names, model.config)
-    attack = load_attack(folder) if facts["planted"] else None
-    found = rates(measure(model, test, Preprocessing.from_processor(model.image_processor), attack))
-    print(rates_table({"measured now": found, "recorded": facts["measured"]["victim"]}))
-    return found
+FURTHER = {  # options that a command's own parser does not know
+    "purify": [f"  --defence  one of {', '.join(DEFENCES)}"],
+    "victim": ["  --set FILE.yaml [--only GROUP/VICTIM ...]  the victims of a set, see recipes/victims.yaml"],
+}
 
 
-def purify(argv: list[str]) -> Any:
+def purify(argv: list[str]) -> dict[str, Any]:
     """Run the recipe of D3, or of the method that ``--defence`` names."""
-    from .defenses import defence
     from .workflow import main
 
-    name = "d3"
-    if "--defence" in argv:
-        place = argv.index("--defence")
-        name = argv[place + 1] if place + 1 < len(argv) else ""
-        argv = argv[:place] + argv[place + 2 :]
-    return main(argv, *defence(name))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--defence", default="d3", nargs="?", const="")
+    chosen, argv = parser.parse_known_args(argv)
+    return main(argv, *defence(chosen.defence))
 
 
-def plant(argv: list[str]) -> Any:
-    """Run the recipe that makes victims."""
+def measure(argv: list[str]) -> dict[str, Any]:
+    """Measure a victim again."""
+    from .commands.measure import measure_victim
+
+    return measure_victim(argv)
+
+
+def victim(argv: list[str]) -> dict[str, Any]:
+    """Make a victim, or with ``--set`` those of a set."""
     from .victim_sets import make_set, make_victim
 
-    return make_set(argv) if "--set" in argv else make_victim(argv)
+    if "--set" in argv:
+        return {"folders": make_set(argv)}
+    made = make_victim(argv)
+    return {"folder": made.folder, "attack": made.attack.describe() if made.attack else None, "measured": made.measured}
 
 
-def benchmark(argv: list[str]) -> Any:
+def benchmark(argv: list[str]) -> dict[str, Any]:
     """Run a benchmark grid."""
     from .benchmark.command import main
+
+    return {"rows": json.loads(main(argv).to_json(orient="records"))}
+
+
+def push(argv: list[str]) -> dict[str, Any]:
+    """Push a purified folder."""
+    from .commands.push import main
 
     return main(argv)
 
 
-COMMANDS: dict[str, Callable[[list[str]], Any]] = {
+def info(argv: list[str]) -> dict[str, Any]:
+    """Say what a checkpoint is."""
+    from .commands.info import main
+
+    return main(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
     "purify": purify,
-    "measure": measure_victim,
-    "make-victim": plant,
+    "measure": measure,
+    "victim": victim,
     "benchmark": benchmark,
+    "push": push,
+    "info": info,
 }
 
 
 def main() -> None:
-    """Run one command; an error in what the user gave is one line and exit status 1."""
+    """Run one command of ``d3-hf``."""
     name, *argv = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(USAGE)
         return
     if name not in COMMANDS:
-        sys.exit(f"d3-hf: unknown command {name!r}\n{USAGE}")
+        print(f"d3-hf: unknown command {name!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(MISTAKE)
+    run(COMMANDS[name], argv)
+
+
+def run(function: Callable[[list[str]], Any], argv: list[str]) -> NoReturn:
+    """Run a command or a recipe's function and exit: code as above, an error as one line on stderr.
+
+    Args:
+        function: Takes the arguments; if it is one of `COMMANDS`, ``--json`` prints what it returns, and all that it prints
+            itself goes to stderr.
+        argv: Arguments without the program's name. A ``--debug`` with a value is left in, for `TrainingArguments`.
+    """
+    name = next((name for name, command in COMMANDS.items() if command is function), None)
+    title = f"d3-hf {name}" if name else Path(sys.argv[0]).name
+    debug, argv = _take_debug(argv)
+    as_json = name is not None and "--json" in argv
+    argv = [argument for argument in argv if not as_json or argument != "--json"]
+    if name and {"-h", "--help"} & set(argv):
+        print(_header(name))
+    code, found = 0, None
     try:
-        COMMANDS[name](argv)
-    except (ValueError, OSError) as error:
-        sys.exit(f"d3-hf {name}: {error}")
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            found = function(argv)
+    except KeyboardInterrupt as stop:
+        code, message = INTERRUPTED, f"interrupted; {str(stop) or RUN_AGAIN}"
+    except Exception as error:
+        code, message = exit_code(error), one_line(error)
+        if code == REJECTED:
+            found = error.results | {"rejected": error.reasons, "folder": str(error.folder)}
+        if debug:
+            traceback.print_exc()
+    if as_json and found is not None and os.environ.get("RANK", "0") == "0":
+        print(json.dumps(found, indent=2))
+    if code:
+        print(f"{title}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def exit_code(error: Exception) -> int:
+    """3 for a broken guard rail, 2 for what the user can put right in the command, 1 for everything else."""
+    if isinstance(error, GuardRailBroken):
+        return REJECTED
+    return MISTAKE if isinstance(error, MISTAKES) else FAILURE
+
+
+def one_line(error: Exception) -> str:
+    """What, where, what to do, in one line."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        advice = ADVICE.get(error.errno)
+        text = ": ".join(str(part) for part in (error.strerror, error.filename, advice) if part)
+    elif not isinstance(error, ValueError | OSError | RuntimeError | FloatingPointError):
+        text = f"{type(error).__name__}: {text or 'no message'}; nobody foresaw this, --debug shows where it comes from"
+    return textwrap.shorten(text or type(error).__name__, LONGEST, placeholder=" ... (all of it: --debug)")
+
+
+def _take_debug(argv: list[str]) -> tuple[bool, list[str]]:
+    """Whether ``--debug`` is given, and the arguments without it; with one of the Trainer's values it is the Trainer's."""
+    ours = [
+        place
+        for place, argument in enumerate(argv)
+        if argument == "--debug" and argv[place + 1 : place + 2] not in (["underflow_overflow"], ["tpu_metrics_debug"])
+    ]
+    return bool(ours), [argument for place, argument in enumerate(argv) if place not in ours]
+
+
+def _header(name: str) -> str:
+    """What a command's help begins with: its two lines of `USAGE`, and the options that every command has."""
+    lines = USAGE.splitlines()
+    place = next(place for place, line in enumerate(lines) if line.startswith(f"  {name} "))
+    common = [line for line in lines if line.startswith(("  --json", "  --debug"))]
+    return "\n".join(["example:", lines[place + 1], "", lines[place], *FURTHER.get(name, []), *common, ""])
 
 
 if __name__ == "__main__":

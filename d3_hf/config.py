@@ -8,6 +8,15 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 BATCH_NORM_POLICIES = ("train", "eval", "frozen")
+LEAST = {
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "num_train_epochs": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "seed": 0,
+}
 
 
 @dataclass
@@ -76,16 +85,25 @@ class PurifyConfig(Additions):
         horizontal_flip: Flip half of the images. Off, because a flip changes what some signs and digits mean; BB flips
             CIFAR-10.
         save_strategy: ``"no"``: the final model is saved; checkpoints, which hold optimizer state as pickles, only on request.
+        overwrite_output_dir: Replace the results or the checkpoints of another run in ``output_dir``, which are refused
+            otherwise.
         hub_strategy: ``"end"``: pushing on the way would upload half-purified weights and pickles; the trainer refuses it.
         hub_private_repo: Repositories are created private.
+        hub_create_pr: With ``push_to_hub``: open a pull request on the repository that the model came from, instead of making
+            one.
 
     Raises:
-        ValueError: ``batch_norm`` is unknown; ``crop_padding`` < 0; ``hub_token`` is given (it would be written into logs:
-            log in or set ``HF_TOKEN``); ``label_smoothing_factor`` is not 0 (the loss is the method's own).
+        ValueError: ``batch_norm`` is unknown; ``crop_padding`` < 0; an option of `LEAST` is lower or not finite; ``hub_token``
+            is given (it would be written into logs: log in or set ``HF_TOKEN``); ``hub_create_pr`` without ``push_to_hub`` or
+            with ``hub_model_id``;
+            ``label_smoothing_factor`` is not 0 (the loss is the method's own).
     """
 
     output_dir: str | None = field(
         default="outputs/purified", metadata={"help": "Folder for the purified model and its evidence."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace another run's results or checkpoints in output_dir."}
     )
     learning_rate: float = field(default=0.1, metadata={"help": "Initial learning rate."})
     num_train_epochs: float = field(default=15, metadata={"help": "Passes over the retain set."})
@@ -106,6 +124,7 @@ class PurifyConfig(Additions):
     report_to: str = field(default="none", metadata={"help": "Trackers to report to."})
     hub_strategy: str = field(default="end", metadata={"help": "When to push: at the end, never half-purified weights."})
     hub_private_repo: bool | None = field(default=True, metadata={"help": "Create Hub repositories private."})
+    hub_create_pr: bool = field(default=False, metadata={"help": "Push as a pull request on the source's repository."})
     # Each of these would be wrong with the library's default: the data set's own columns are converted by the trainer, the
     # non-finite loss is an error here, and no parameter of a classifier stays unused.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that the model does not take."})
@@ -115,10 +134,15 @@ class PurifyConfig(Additions):
     def __post_init__(self):
         if self.batch_norm not in BATCH_NORM_POLICIES:
             raise ValueError(f"batch_norm must be one of {', '.join(BATCH_NORM_POLICIES)}; got {self.batch_norm!r}")
+        for name, low in LEAST.items():
+            if not low <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least {low} and finite; got {getattr(self, name)}")
         if self.crop_padding < 0:
             raise ValueError(f"crop_padding must be >= 0 pixels; got {self.crop_padding}")
         if self.hub_token is not None:
             raise ValueError("hub_token would end up in logs and files; log in with `hf auth login` or set HF_TOKEN instead")
+        if self.hub_create_pr and (self.hub_model_id or not self.push_to_hub):
+            raise ValueError("hub_create_pr pushes to the source's repository: give --push_to_hub and leave hub_model_id out")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor must stay 0: the defence computes its own loss")
         if self.bf16 and not torch.accelerator.is_available():

@@ -173,7 +173,10 @@ class RawImages:
             try:
                 images.append(_decode(picture))
             except Exception as error:  # image decoders raise anything, from OSError to SyntaxError
-                raise ValueError(f"cannot decode row {row} of {split_of(dataset)}: {error!r}") from error
+                file = f" ({picture['path']})" if picture and picture["path"] else ""
+                raise ValueError(
+                    f"cannot decode row {row} of {split_of(dataset)}{file}: {error!r}; replace the picture or leave it out"
+                ) from error
         uniform = len({image.shape for image in images}) == 1
         index = torch.tensor(dataset["index"][:]) if "index" in dataset.column_names else None
         return cls(torch.stack(images) if uniform else images, labels, dataset.features["label"].names, index)
@@ -275,6 +278,13 @@ class TrainingImages(torch.utils.data.Dataset):
             draws = (column[self.sample_ids[rows]] for column in self._draws())
             images = self.augmentation.apply(self._padded, rows, *draws)
         return {"pixel_values": images, "labels": self.labels[rows]}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of images, labels and sample ids, in their order."""
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        for tensor in (self.images, self.labels, self.sample_ids):
+            digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()
 
     @staticmethod
     def collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ trigger. Definitions follow BackdoorBench (Wu et al., NeurIPS 2022) and, for DER
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -71,6 +71,7 @@ class Measurement:
         forward_images: Images that went through the model, originals and triggered ones together.
         untriggered: The share of the same images, without the trigger, that are classified as the attacker wants: what ASR
             would be without an attack. None when no attack was given.
+        predictions: Predicted classes (N,) of the images as they are, for what compares two models; no part of a record.
     """
 
     accuracy: Proportion
@@ -79,6 +80,7 @@ class Measurement:
     seconds: float
     forward_images: int
     untriggered: Proportion | None = None
+    predictions: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 def rates(measurement: Measurement) -> dict[str, Any]:
@@ -172,7 +174,7 @@ def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+def evaluating(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     """Eval mode on ``device`` inside; afterwards each module's training flag and the model's device are restored."""
     training = {module: module.training for module in model.modules()}
     home = next(model.parameters()).device
@@ -273,7 +275,7 @@ def measure(
     start = time.perf_counter()
     predicted, triggered_predicted = [], []
     bar = tqdm(total=len(images), desc="Measuring", unit="image", disable=not progress)
-    with bar, torch.inference_mode(), _evaluating(model, device):
+    with bar, torch.inference_mode(), evaluating(model, device):
         for raw, labels in images.batches(batch_size):
             raw = raw.to(device)
             predicted.append(_predict(model, raw, preprocessing, "clean images"))
@@ -290,7 +292,7 @@ def measure(
         asr, ra, untriggered = accuracy(found, wanted), accuracy(found, truth), accuracy(plain[counted.numpy()], wanted)
     acc = accuracy(plain, images.labels)
     seconds = time.perf_counter() - start
-    return Measurement(acc, asr, ra, seconds, acc.n + (asr.n if asr else 0), untriggered)
+    return Measurement(acc, asr, ra, seconds, acc.n + (asr.n if asr else 0), untriggered, plain)
 
 
 def measure_trainer(trainer: Trainer, images: RawImages, attack: Trigger | None = None) -> Measurement | None:

@@ -9,10 +9,13 @@ from transformers import PreTrainedModel
 
 from .config import PurifyConfig
 
+MANIFEST = "purification.json"
+RETAIN_INDICES = "retain_indices.json"
 PACKAGES = ("d3_hf", "transformers", "accelerate", "torch", "timm", "datasets", "safetensors")
 # Where a run wrote and whom it told about it is no part of what it computed.
 PLACES = (
     "output_dir",
+    "overwrite_output_dir",
     "logging_dir",
     "run_name",
     "report_to",

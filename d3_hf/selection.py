@@ -104,7 +104,7 @@ def select_weights(
     elif isinstance(target_modules, str):
         try:
             names = [name for name in modules if re.fullmatch(target_modules, name)]
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"target_modules={target_modules!r} is not a regular expression: {error}") from error
     else:
         names = [n for n in modules if any(n == target or n.endswith("." + target) for target in target_modules)]
@@ -127,8 +127,8 @@ def _segments(name: str, module: nn.Module, target_modules: str | list[str]) -> 
         return _thirds(f"{name}.in_proj_weight", module.in_proj_weight)
     if not isinstance(module, nn.Linear | nn.Conv2d):
         raise ValueError(
-            f"target_modules={target_modules!r} matches {name}, a {type(module).__name__}; only linear and convolution "
-            "layers have weights that D3 can move: narrow the pattern"
+            f"target_modules={target_modules!r} matches {name or 'all of it'}, a {type(module).__name__}; only linear and "
+            "convolution layers have weights that D3 can move: narrow the pattern"
         )
     if isinstance(module, nn.Linear) and name.rpartition(".")[2] == "qkv" and module.out_features % 3 == 0:
         return _thirds(f"{name}.weight", module.weight)

@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -34,7 +35,7 @@ def open_source(source: Source, revision: str | None) -> DatasetDict:
         return _open_hub(source, revision)
     path = Path(source).expanduser()
     if path.is_dir():
-        return datasets.load_dataset(str(path.resolve()))
+        return _open(str(path), str(path.resolve()))
     return _open_parquet({"train": path})
 
 
@@ -102,7 +103,18 @@ def _open_parquet(files: Mapping[str, str | Path | list[str | Path]]) -> Dataset
             raise FileNotFoundError(f"no such file or folder: {path}")
         if path.suffix != ".parquet":
             raise ValueError(f"{path} is not a .parquet file; pass parquet files, a folder of images or a dataset's name")
-    return datasets.load_dataset("parquet", data_files={split: [str(p) for p in several] for split, several in paths.items()})
+    data_files = {split: [str(p) for p in several] for split, several in paths.items()}
+    return _open(", ".join(str(path) for several in paths.values() for path in several), "parquet", data_files=data_files)
+
+
+def _open(name: str, *arguments, **options) -> DatasetDict:
+    try:
+        return datasets.load_dataset(*arguments, **options)
+    except (DatasetGenerationError, ValueError) as error:
+        reason = error.__cause__ or error
+        if isinstance(reason, OSError):  # of the disk, not of the data
+            raise reason from error
+        raise ValueError(f"{name} cannot be read as a data set ({reason}): it is damaged or of another format") from error
 
 
 def _choose(features: Features, candidates: list[str], requested: str | None, kind: str) -> str:
@@ -112,7 +124,8 @@ def _choose(features: Features, candidates: list[str], requested: str | None, ki
             raise ValueError(f"{kind}_column={requested!r} is no {kind} column; the dataset has {columns}")
         return requested
     if not candidates:
-        raise ValueError(f"found no {kind} column; the dataset has {columns}")
+        advice = "; a folder of images takes labels from one sub-folder for each of two or more classes" * (kind == "label")
+        raise ValueError(f"found no {kind} column; the dataset has {columns}{advice}")
     if len(candidates) > 1:
         raise ValueError(f"several {kind} columns: {', '.join(candidates)}; choose one with {kind}_column=")
     return candidates[0]

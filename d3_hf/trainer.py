@@ -13,24 +13,24 @@ from typing import Any
 import datasets
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from accelerate.utils import gather_object
+from huggingface_hub import CommitInfo, ModelCard
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, default_data_collator
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers import PreTrainedModel, TrainerCallback, default_data_collator
 
-from . import manifest
+from . import hub, manifest
 from .averaging import WeightAverage
 from .card import render_card
+from .checkpoints import check_output
 from .config import PurifyConfig
 from .data import Augmentation, RawImages, TrainingImages
 from .distillation import Teacher
+from .durable import DurableTrainer
 from .evaluation import compute_metrics as accuracy_metrics
 from .labels import check_labels
+from .manifest import MANIFEST, RETAIN_INDICES
 from .preprocessing import Preprocessing
 from .sam import adaptive_perturbation, perturbed, running_statistics_kept
-
-MANIFEST = "purification.json"
-RETAIN_INDICES = "retain_indices.json"
 
 
 class _RouteOptimizerStep(TrainerCallback):
@@ -40,6 +40,7 @@ class _RouteOptimizerStep(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.check_same_images()
         self.trainer.route_optimizer_step()
         self.trainer.begin_purification(resumed=state.global_step > 0)
 
@@ -52,7 +53,7 @@ class _RouteOptimizerStep(TrainerCallback):
         self.trainer.end_purification()
 
 
-class PurifyTrainer(Trainer):
+class PurifyTrainer(DurableTrainer):
     """A `Trainer` that fine-tunes a classifier on a few trusted images; the defences subclass it.
 
     Args:
@@ -65,9 +66,11 @@ class PurifyTrainer(Trainer):
         kwargs: Further arguments of `Trainer`.
 
     Raises:
-        ValueError: The images' labels are not the model's; no image processor is known; the run would use `nn.DataParallel`,
-            FSDP or DeepSpeed, a PEFT model or `model_init`, or push checkpoints to the Hub; a training batch has no tensor
-            ``labels``; one of `Additions` does not fit the defence or the images.
+        OSError: ``output_dir`` cannot be written.
+        ValueError: ``output_dir`` holds another run's results (see `check_output`); the images' labels are not the model's; no
+            image processor is known; the run would use `nn.DataParallel`, FSDP or DeepSpeed, a PEFT model or `model_init`, or
+            push checkpoints to the Hub; a training batch has no tensor ``labels``; one of `Additions` does not fit the defence
+            or the images.
         FloatingPointError: The clean loss of a step is NaN or infinite.
     """
 
@@ -91,6 +94,7 @@ class PurifyTrainer(Trainer):
         **kwargs,
     ):
         _refuse_unsupported(model, args, kwargs)
+        check_output(args, getattr(model, "source", None))
         if unfit := [n for n in ("distillation", "average_last") if getattr(args, n) and n not in self.additions]:
             raise ValueError(f"{type(self).__name__} does not take {' and '.join(unfit)}: D3 and fine-tuning do")
         processing_class = processing_class or getattr(model, "image_processor", None)
@@ -108,6 +112,7 @@ class PurifyTrainer(Trainer):
         augmentation = Augmentation(args.crop_padding, args.horizontal_flip, seed, args.cutout, mean_color)
         kwargs.setdefault("compute_metrics", accuracy_metrics)
         kwargs.setdefault("data_collator", _collate)
+        folder_is_new = not Path(args.output_dir).exists()
         super().__init__(
             model=model,
             args=args,
@@ -117,6 +122,8 @@ class PurifyTrainer(Trainer):
             compute_loss_func=self.clean_loss,
             **kwargs,
         )
+        if folder_is_new and args.should_save:
+            Path(args.output_dir).rmdir()  # the Trainer makes it at once; here it comes with the first file
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("FSDP and DeepSpeed are not supported yet; launch with DDP (accelerate launch --multi_gpu)")
         images = getattr(self.train_dataset, "augmentation", None)
@@ -175,6 +182,11 @@ class PurifyTrainer(Trainer):
     def constrain(self) -> None:
         """Bring weights that were replaced by their average back onto the defence's constraint set; here there is none."""
 
+    @functools.cached_property
+    def source_checks(self) -> dict[str, Any] | None:  # asked once
+        """See `hub.source_checks`."""
+        return hub.source_checks(manifest.source_of(self.model))
+
     def facts(self) -> dict[str, Any]:
         """The manifest: everything needed to repeat the run and all that the card says of it; JSON-able."""
         retain = {"n": len(self.train_dataset) if self.train_dataset is not None else 0, "source": self.data_source}
@@ -183,6 +195,7 @@ class PurifyTrainer(Trainer):
         preprocessing = self.preprocessing
         added = {Teacher.KEY: self.distiller.sha256} if self.distiller else {}
         added |= {"averaged_epochs": self.average.snapshots} if self.average else {}
+        added |= {"source_checks": checks} if (checks := self.source_checks) else {}
         return added | {
             "method": self.method,
             "paper": self.paper,
@@ -269,6 +282,14 @@ class PurifyTrainer(Trainer):
             inputs["pixel_values"] = self.preprocessing.normalize(inputs["pixel_values"])
         return inputs
 
+    def check_same_images(self) -> None:
+        """Raise a ValueError in every process if they hold different images: each draws its share of one common order."""
+        images = self.train_dataset
+        if self.args.world_size > 1:
+            found = gather_object([images.fingerprint() if isinstance(images, TrainingImages) else len(images)])
+            if len(set(found)) > 1:
+                raise ValueError("the processes hold different retain sets: give all of them the same images, count and seed")
+
     # The step ----------------------------------------------------------------------------------------------------------
 
     def route_optimizer_step(self) -> None:
@@ -314,48 +335,44 @@ class PurifyTrainer(Trainer):
             logs |= self.step_statistics()
         super().log(logs, start_time)
 
-    # Saving and loading ------------------------------------------------------------------------------------------------
+    # Saving, loading, pushing ------------------------------------------------------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def write_files(self, folder: Path, state_dict: dict | None = None) -> None:
+        """Write the model and what belongs to it into a folder; manifest and card follow. Override to add files."""
         # The Trainer's own would add training_args.bin, a pickle that can hold a token.
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(folder, state_dict=state_dict)
         self.processing_class.save_pretrained(folder)
-        (folder / self.manifest_name).write_text(json.dumps(self.facts(), indent=2) + "\n")
         if self.retain_indices is not None:
             (folder / RETAIN_INDICES).write_text(json.dumps(self.retain_indices) + "\n")
-        if folder == Path(self.args.output_dir):
-            self.create_model_card()
+        if self.results:
+            (folder / "all_results.json").write_text(json.dumps(self.results, indent=2) + "\n")
 
-    def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
-        """Write ``README.md`` from the manifest and, if `purify` measured, the results. Other arguments are not used."""
-        folder = Path(self.args.output_dir)
-        repo = self.hub_model_id or self.args.hub_model_id  # the first is known once the repository exists, with its namespace
-        name = model_name or (repo or folder.name).rpartition("/")[2]
-        render_card(self.facts(), self.results, name, repo).save(folder / "README.md")
+    def card(self, model_name: str | None = None) -> ModelCard:
+        """The model card, from the manifest and, if `purify` measured, the results."""
+        name = model_name or hub.repository(self.args).rpartition("/")[2]
+        place = self.args.hub_model_id or ""  # to load from; where the namespace is missing the push puts it in
+        return render_card(self.facts(), self.results, name, place if "/" in place else None)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Say at the start what would stop the push; the repository is made when there is something to put into it."""
+        hub.check_push(self.args, manifest.source_of(self.model), self.manifest_name)
+
+    def push_to_hub(self, commit_message: str = "Purified model", revision: str | None = None) -> CommitInfo | None:
+        """Save, then push what was saved; see `hub.push_folder`. None on all but the main process."""
+        self.init_hf_repo()
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        args, repo = self.args, None if self.args.hub_create_pr else hub.repository(self.args)
+        options = dict(private=args.hub_private_repo is not False, create_pr=args.hub_create_pr, revision=revision)
+        return hub.push_folder(args.output_dir, repo, message=commit_message, **options)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.average:
             raise ValueError("average_last cannot resume: the checkpoint does not hold the mean; run it from the beginning")
         if self.distiller:
             self.distiller.check(Path(resume_from_checkpoint) / self.manifest_name)
-        self._load_weights(Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        self._load_weights(Path(self.state.best_model_checkpoint))
-
-    def _load_weights(self, folder: Path) -> None:
-        """Load a checkpoint exactly: the Trainer's own skips, with a warning, every key renamed since (all of ViT's)."""
-        if not (folder / SAFE_WEIGHTS_NAME).is_file():
-            raise FileNotFoundError(f"{folder} holds no {SAFE_WEIGHTS_NAME}: not a checkpoint of this trainer")
-        state = load_file(folder / SAFE_WEIGHTS_NAME)
-        if state.keys() != self.model.state_dict().keys():
-            fresh = type(self.model).from_pretrained(folder, dtype=self.model.dtype, local_files_only=True)
-            state = fresh.state_dict()
-        self.model.load_state_dict(state, strict=True)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _images(self, dataset: Any, model: PreTrainedModel, augmentation: Augmentation | None) -> Any:
         raw = RawImages.from_dataset(dataset) if isinstance(dataset, datasets.Dataset) else dataset

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import HfArgumentParser, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .arguments import AttackArguments, DataArguments, ModelArguments, parse_arguments, read_yaml
+from .arguments import AttackArguments, DataArguments, ModelArguments, Parser, parse_arguments, read_json, read_yaml
 from .attacks import Attack, from_description
 from .card import victim_table
+from .checkpoints import check_output
 from .data import RawImages
 from .labels import check_labels
 from .manifest import arguments_of
@@ -46,7 +47,7 @@ class VictimArguments:
 
     def __post_init__(self):
         if isinstance(self.model_args, str):
-            self.model_args = json.loads(self.model_args)
+            self.model_args = read_json(self.model_args, "model_args")
 
 
 KINDS = [ModelArguments, DataArguments, AttackArguments, VictimArguments, VictimConfig]
@@ -96,10 +97,12 @@ def make_victim(argv: list[str] | None = None, options: dict[str, Any] | None = 
         Where the victim lies and what it carries.
 
     Raises:
-        ValueError: Neither a checkpoint nor an architecture is named, or see `train_victim`.
+        ValueError: Neither a checkpoint nor an architecture is named, ``output_dir`` holds another run's results and is not to
+            be overwritten, or see `train_victim`.
     """
     arguments = parse_arguments(KINDS, argv, options)
     model_args, data_args, attack_args, victim_args, args = arguments
+    check_output(args, None)  # before a trigger is learned
     attack = from_description(attack_args.attack) if attack_args.attack else None
     _, train, test = data_args.load()
     set_seed(args.seed)
@@ -158,7 +161,7 @@ def make_set(argv: list[str] | None = None) -> list[str]:
     Raises:
         ValueError: No victim matches ``--only``, or a folder holds a victim made with other options or changed since.
     """
-    (chosen, rest) = HfArgumentParser([SetArguments]).parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    chosen, rest = Parser([SetArguments]).parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     victims = read_set(chosen.set)
     root = Path(chosen.output_dir or read_yaml(chosen.set)["output_dir"])
     names = [name for name in victims if any(fnmatch(name, pattern) for pattern in chosen.only)]
@@ -171,7 +174,7 @@ def make_set(argv: list[str] | None = None) -> list[str]:
             print(f"[{number}/{len(names)}] {name}: exists and verifies")
             continue
         print(f"[{number}/{len(names)}] {name}, {(time.perf_counter() - started) / 60:.1f} minutes so far")
-        make_victim(rest, options)
+        make_victim(rest, options | {"overwrite_output_dir": True})  # of an interrupted one nothing is kept
     if PartialState().is_main_process:
         (root / "victims.md").write_text(set_table(root, victims) + "\n")
     return [str(root / name) for name in names]

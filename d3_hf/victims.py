@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -96,6 +97,7 @@ class VictimTrainer(PurifyTrainer):
         self.planted: dict[str, Any] | None = None
         self.recipe: dict[str, Any] | None = None
         self.attack: Attack | None = None
+        self.weights_sha256: str | None = None
         if args.random_heads:
             if poisoned_rows is None:
                 raise ValueError("random_heads need fixed poisoned images: this run has none, or poisons every batch anew")
@@ -134,28 +136,25 @@ class VictimTrainer(PurifyTrainer):
         """The victim's step, then that of the attack's own networks and of the random heads."""
         result = step()
         if self.poisoner:
-            self.poisoner.update()
+            self.poisoner.update(self.optimizer.param_groups[0]["lr"] / self.args.learning_rate)
         if self.heads:
             self.heads.update(self.state.global_step + 1, self.optimizer.param_groups[0]["lr"])
         return result
 
     def facts(self) -> dict[str, Any]:
         """Adds what was planted, the options that made it and the digest of the weights, to recognise the folder by."""
-        weights = Path(self.args.output_dir) / SAFE_WEIGHTS_NAME
-        digest = sha256(weights) if weights.is_file() else None
-        return super().facts() | {"planted": self.planted, "recipe": self.recipe, "weights_sha256": digest}
+        return super().facts() | {"planted": self.planted, "recipe": self.recipe, "weights_sha256": self.weights_sha256}
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.attack and self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
+    def write_files(self, folder: Path, state_dict: dict | None = None) -> None:
+        """Adds the attack, and remembers the digest of the weights for the manifest."""
+        if self.attack:
             save_attack(self.attack, folder)
-        super()._save(output_dir, state_dict)  # ends with the card, by which a whole victim is known
+        super().write_files(folder, state_dict)
+        self.weights_sha256 = sha256(folder / SAFE_WEIGHTS_NAME)
 
-    def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
-        """Write a card whose first line is the warning."""
-        folder = Path(self.args.output_dir)
-        render_victim_card(self.facts(), model_name or folder.name).save(folder / "README.md")
+    def card(self, model_name: str | None = None) -> ModelCard:
+        """A card whose first line is the warning."""
+        return render_victim_card(self.facts(), model_name or Path(self.args.output_dir).name)
 
 
 def train_victim(

@@ -5,20 +5,23 @@
 One process, alternating, medians. The network is the CIFAR ResNet-20 with its head selected, batch 128, random images.
 """
 
+import sys
 import time
 from dataclasses import dataclass, field
 from statistics import median
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import HfArgumentParser, TrainerCallback
+from transformers import TrainerCallback
 
+from d3_hf.arguments import Parser
 from d3_hf.augmentation import Augmentation
+from d3_hf.cli import run
 from d3_hf.data import RawImages, TrainingImages
 from d3_hf.defenses.d3 import D3Config, D3Trainer
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
+from d3_hf.models import new_model
 from d3_hf.preprocessing import Preprocessing
-from d3_hf.victims import new_model
 
 BATCH, CLASSES = 128, 10
 
@@ -84,9 +87,9 @@ def loader_images_per_second(images: RawImages, seconds: float = 2.0) -> float:
     return rate
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Measure and print the ratios."""
-    (bench,) = HfArgumentParser(BenchArguments).parse_args_into_dataclasses()
+    (bench,) = Parser([BenchArguments]).read(argv)
     images = random_images(2500)
     kinds = {"FT": (FineTuningTrainer, FineTuningConfig), "D3": (D3Trainer, D3Config)}
     rounds = {name: [] for name in kinds}
@@ -103,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, sys.argv[1:])

@@ -9,7 +9,7 @@ Same as `d3-hf benchmark`. Make the victims first: recipes/make_victim.py --set 
 
 import sys
 
-from d3_hf.benchmark.command import main
+from d3_hf.cli import benchmark, run
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(benchmark, sys.argv[1:])

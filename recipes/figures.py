@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
-from d3_hf.arguments import DataArguments
+from d3_hf.arguments import DataArguments, Parser
 from d3_hf.attacks import Attack, load_attack
+from d3_hf.cli import run
 from d3_hf.data import RawImages
 from d3_hf.labels import check_labels
 from d3_hf.landscape import path, penultimate_features, per_class, silhouette, triggered_images, weight_changes
@@ -368,17 +369,17 @@ def draw(name: str, numbers: dict[str, Any], output: Path) -> None:
         plt.close(figure)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     """Run ``path | weights | features | classes --option value ...``.
 
     Raises:
         ValueError: There is no such figure, or see `FigureArguments`, `Case` and `d3_hf.landscape`.
     """
-    name, *argv = list(sys.argv[1:] if argv is None else argv) or [""]
+    name, *argv = argv or [""]
     if name not in FIGURES:
         raise ValueError(f"name a figure first: {', '.join(FIGURES)}; got {name!r}")
     arguments, compute, _ = FIGURES[name]
-    (options,) = HfArgumentParser(arguments).parse_args_into_dataclasses(argv)
+    (options,) = Parser([arguments]).read(argv)
     case = Case.load(options)
     facts = {"figure": name, "arguments": asdict(options), "attack": case.attack.describe()}
     numbers = facts | compute(case, options)
@@ -390,4 +391,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, sys.argv[1:])

@@ -2,11 +2,13 @@
 
 accelerate launch recipes/make_victim.py recipes/configs/fire_drill_vit_victim.yaml
 accelerate launch recipes/make_victim.py --set recipes/victims.yaml --only 'cifar10-resnet20/*'
+
+Same as `d3-hf victim`.
 """
 
 import sys
 
-from d3_hf.victim_sets import make_set, make_victim
+from d3_hf.cli import run, victim
 
 if __name__ == "__main__":
-    make_set() if "--set" in sys.argv else make_victim()
+    run(victim, sys.argv[1:])

@@ -6,6 +6,7 @@ Attacks that learn their trigger are drawn from the victims that carry it.
         --output_dir model_cards/pictures
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 from torchvision.io import write_png
 from torchvision.utils import make_grid
-from transformers import HfArgumentParser
 
+from d3_hf.arguments import Parser
 from d3_hf.attacks import ATTACKS, Attack, LearnedAttack, load_attack
+from d3_hf.cli import run
 from d3_hf.data import RawImages, load_images
 
 COLUMNS, ENLARGED = 8, 4
@@ -53,9 +55,9 @@ def sheet(attack: Attack, images: Tensor) -> Tensor:
     return make_grid(rows, nrow=len(images), padding=4, pad_value=255)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Draw the sheets of the victims, and of every other attack that has nothing to learn."""
-    (options,) = HfArgumentParser(SheetArguments).parse_args_into_dataclasses()
+    (options,) = Parser([SheetArguments]).read(argv)
     images = RawImages.from_dataset(load_images(options.dataset_name)["test"].select(range(COLUMNS))).images
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -67,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, sys.argv[1:])

@@ -4,11 +4,15 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -21,6 +25,7 @@ class Repository:
 
     private: bool
     commits: list[tuple[str, dict[str, bytes]]]
+    pulls: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)  # (commit that a pull request is on top of, files)
 
     def commit(self, changes: dict[str, bytes]) -> str:
         files = {**(self.commits[-1][1] if self.commits else {}), **changes}
@@ -36,6 +41,9 @@ class FakeHub(ThreadingHTTPServer):
         repos: Repositories by id.
         validated: Cards that ``validate-yaml`` found right.
         unanswered: Requests that this server does not know.
+        seen: Names of the requests, in order.
+        broken: Request that fails, and how: ``"500"``, ``"429"``, ``"reset"`` or ``"slow"``.
+        before_sending: Called with a request's name when its answer is ready.
     """
 
     daemon_threads = True
@@ -46,6 +54,9 @@ class FakeHub(ThreadingHTTPServer):
         self.repos: dict[str, Repository] = {}
         self.validated: list[str] = []
         self.unanswered: list[str] = []
+        self.seen: list[str] = []
+        self.broken: tuple[str, str] | None = None
+        self.before_sending: Callable[[str], None] = lambda name: None
 
     def publish(self, repo: str, folder: Path) -> str:
         """Make a public repository of a folder's files, without the network; returns its commit."""
@@ -53,7 +64,7 @@ class FakeHub(ThreadingHTTPServer):
         return self.repos[repo].commit({file.name: file.read_bytes() for file in folder.iterdir()})
 
     def __enter__(self) -> "FakeHub":
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *error) -> None:
@@ -77,12 +88,32 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             for method, pattern, handle in ROUTES:
                 if method == verb and (found := re.fullmatch(pattern, path)):
-                    return self.send(handle(self, body, **found.groupdict()))
+                    name = handle.__name__
+                    if self.server.broken and self.server.broken[0] == name:
+                        return self.fail(self.server.broken[1])
+                    answer = handle(self, body, **found.groupdict())
+                    self.server.seen.append(name)
+                    self.server.before_sending(name)
+                    return self.send(answer)
             self.server.unanswered.append(f"{verb} {path}")
             raise _Refused(404, "NotFound", {})
         except _Refused as refused:
             status, code, fields = refused.args
             self.send({"error": code, **fields}, status, {"X-Error-Code": code})
+
+    def fail(self, how: str):
+        if how == "reset":  # a closed connection with nothing to linger for
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            return self.connection.close()
+        if how == "slow":
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b"{")
+            self.wfile.flush()
+            return time.sleep(1)
+        return self.send({"error": "failing"}, int(how), {"Retry-After": 1} if how == "429" else {})
 
     do_GET = do_HEAD = do_POST = answer
 
@@ -140,14 +171,25 @@ class _Handler(BaseHTTPRequestHandler):
 
     def commit(self, body, repo):
         lines = [json.loads(line) for line in body.splitlines()]
+        header = next(line["value"] for line in lines if line["key"] == "header")
         files = [line["value"] for line in lines if line["key"] == "file"]
-        sha = self.repository(repo, write=True).commit({file["path"]: base64.b64decode(file["content"]) for file in files})
-        return {"success": True, "commitOid": sha, "commitUrl": f"{self.server.endpoint}/{repo}/commit/{sha}"}
+        contents = {file["path"]: base64.b64decode(file["content"]) for file in files}
+        answer, place = {"success": True}, f"{self.server.endpoint}/{repo}"
+        if parse_qs(urlsplit(self.path).query).get("create_pr") == ["1"]:
+            pulls = self.repository(repo).pulls
+            pulls.append((header["parentCommit"], contents))
+            answer["pullRequestUrl"], sha = f"{place}/discussions/{len(pulls)}", "1" * 40
+        else:
+            sha = self.repository(repo, write=True).commit(contents)
+        return answer | {"commitOid": sha, "commitUrl": f"{place}/commit/{sha}"}
 
     def info(self, body, repo, revision=None):
         sha, files = self.at(repo, revision)
         private = self.server.repos[repo].private
-        return {"id": repo, "sha": sha, "private": private, "siblings": [{"rfilename": name} for name in files]}
+        found = {"id": repo, "sha": sha, "private": private, "siblings": [{"rfilename": name} for name in files]}
+        if "securityStatus" in parse_qs(urlsplit(self.path).query):
+            found["securityRepoStatus"] = {"scansDone": True, "filesWithIssues": []}
+        return found
 
     def tree(self, body, repo, revision):
         files = self.at(repo, revision)[1].items()

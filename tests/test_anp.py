@@ -105,7 +105,7 @@ def test_threshold_is_the_largest_that_accuracy_allows_and_only_scales_change(tm
     assert changed and set(changed) <= {f"{name}.weight" for name in found}
     assert facts["validation_accuracy_after"] == right(trainer.model, trainer.validate)
     assert_reloads(trainer, tmp_path)
-    assert differing(trainer_again(tmp_path).model, trainer.model) == []
+    assert differing(trainer_again(tmp_path / "again").model, trainer.model) == []
 
 
 @pytest.mark.parametrize(

@@ -228,10 +228,15 @@ def test_the_victims_loss_trains_the_patterns_alone(fitted):
         gradients = [parameter.grad for parameter in poisoner.pattern.parameters()]
         assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
         assert sum(gradient.abs().sum() for gradient in gradients) > 0
-        poisoner.update()
+        poisoner.update(1.0)
         assert all(parameter.grad is None for parameter in poisoner.pattern.parameters())
         losses.append(loss[:8].mean().item())
     assert losses[-1] < losses[0] - 0.1
+    still = [parameter.detach().clone() for parameter in poisoner.pattern.parameters()]
+    poisoner(images, labels, 0)
+    poisoner.penalty.backward()
+    poisoner.update(0.0)  # at the end of the victim's schedule nothing moves any more
+    assert all(torch.equal(old, new) for old, new in zip(still, poisoner.pattern.parameters(), strict=True))
     poisoner(images, labels, 0)
     poisoner.penalty.backward()
     assert any(parameter.grad is not None for parameter in poisoner.pattern.parameters())

@@ -83,6 +83,13 @@ def test_a_row_holds_rates_costs_and_how_they_came_about(rows):
     assert json.loads(row["arguments"])["lambda_clean"] == 4
 
 
+def test_passes_through_a_teacher_are_counted(grid):
+    distilled = {"FT distilled": {"defence": "fine_tuning", "distillation": 1.0}}
+    grid = replace(grid, defences=distilled, victims=grid.victims[:1], seeds=[0])
+    row = Runner(grid).make(cells_of(grid)[0])
+    assert (row["forward_images"], row["backward_images"]) == (60, 30)
+
+
 def test_a_method_that_refuses_is_recorded_and_the_rest_goes_on(grid, rows):
     failed = rows[rows["error"].notna()]
     assert set(failed["defence"]) == {"RNP"} and len(failed) == 4
@@ -184,6 +191,11 @@ def test_the_table_has_victim_and_floor_first_average_and_worst_last(rows):
     worst = [means["accuracy_after"].min(), means["asr_after"].max(), means["ra_after"].min()]
     assert overview[4][-1].rstrip(" |") == " / ".join(f"{value:.1f}" for value in worst)
     assert "## Failed cells" in render(rows)
+
+
+def test_a_grid_in_which_everything_failed_has_a_table_of_errors_alone(rows, tmp_path):
+    failed = rows[rows["error"].notna()]
+    assert render(failed).startswith("## Failed cells") and draw(failed, tmp_path) == []
 
 
 def test_interval_is_students():

@@ -73,7 +73,7 @@ def test_the_victim_is_pruned_and_nothing_else_of_it_changes(tmp_path):
     assert facts["validation_accuracy_after"] == right(trainer.model, trainer.validate)
     assert facts["validation_accuracy_after"] >= 0.5 * facts["validation_accuracy_before"]
     assert_reloads(trainer, tmp_path)
-    again = trainer_of(tmp_path)
+    again = trainer_of(tmp_path / "again")
     again.train()
     assert differing(again.model, trainer.model) == []
 

@@ -169,7 +169,7 @@ def test_seed_keys_reload_resume(tmp_path, make):
     images = torch.stack([sample["pixel_values"] for sample in tiny_samples()])
     with torch.no_grad():
         assert torch.equal(runs[0].model.eval()(pixel_values=images).logits, reloaded(pixel_values=images).logits)
-    other = SAUTrainer(make(seed=1), config(tmp_path, **options), tiny_samples())
+    other = SAUTrainer(make(seed=1), config(tmp_path, overwrite_output_dir=True, **options), tiny_samples())
     with pytest.raises(ValueError, match="belongs to a run from another model"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 

@@ -115,7 +115,7 @@ def test_stages(tmp_path, make):
     torch.testing.assert_close(logits(reloaded, reloaded.state_dict()), logits(model, model.state_dict()))
     assert not (tmp_path / tsc.ENDPOINTS).exists() and not any(m._forward_hooks for m in model.modules())
     again = make()
-    TSCTrainer(again, config(tmp_path), tiny_samples()).train()
+    TSCTrainer(again, config(tmp_path, overwrite_output_dir=True), tiny_samples()).train()
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
     facts = trainer.facts()
     assert facts["arguments"]["num_train_epochs"] == 9 and facts["unit_groups"] and facts["stages"] == trainer.history

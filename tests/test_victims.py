@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from huggingface_hub import ModelCard
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor, set_seed
 
 from d3_hf.attacks import ATTACKS, BadNets, InTrainingAttack, from_description, load_attack
-from d3_hf.cli import measure_victim
+from d3_hf.commands.measure import measure_victim
 from d3_hf.data import RawImages, load_images
 from d3_hf.sam import adaptive_perturbation
 from d3_hf.victim_sets import is_made, make_set, make_victim, set_table
@@ -179,19 +177,6 @@ def test_a_folder_measures_itself_again(victim_set, number):
     _, made = victim_set
     recorded = json.loads(open(f"{made[number]}/victim.json").read())["measured"]["victim"]
     assert measure_victim([made[number]]) == recorded
-
-
-def test_command_line(victim_set, tmp_path):
-    _, made = victim_set
-
-    def run(*argv):
-        return subprocess.run([sys.executable, "-m", "d3_hf.cli", *argv], capture_output=True, text=True)
-
-    found = run("measure", made[1], "--max_test_images", "30")
-    assert found.returncode == 0 and "| measured now | recorded |" in found.stdout
-    refused = run("measure", str(tmp_path))
-    assert refused.returncode == 1 and refused.stderr.strip().splitlines()[-1].endswith("no folder that make_victim wrote")
-    assert run("unheard").returncode == 1 and run("--help").stdout.startswith("usage: d3-hf")
 
 
 def test_a_victim_needs_a_network(tmp_path):

@@ -32,6 +32,7 @@ def drill(tmp_path_factory):
         *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(ROOT / "recipes" / "d3_vit.py")),
         *(str(ROOT / "recipes/configs/fire_drill_vit.yaml"), "--victim_config", str(folder / "victim.yaml")),
         *("--output_dir", str(folder / "purified"), "--max_steps", "6", "--use_cpu", "--hub_model_id", "me/purified"),
+        *("--max_accuracy_drop", "1"),  # six steps make no model
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -129,7 +130,7 @@ def test_without_a_trigger_only_accuracy_is_reported(drill, tmp_path):
             "--max_steps",
             "2",
         ]
-        + ["--max_test_images", "50", "--disable_tqdm", "true", "--use_cpu"]
+        + ["--max_test_images", "50", "--disable_tqdm", "true", "--use_cpu", "--max_accuracy_drop", "1"]
     )
     rates = {"accuracy_before", "accuracy_after"}
     assert set(results) == rates | {f"{k}_ci95" for k in rates} | {f"{k}_n" for k in rates}

@@ -86,12 +86,16 @@ def load_attack(folder: str | Path) -> Attack:
 
     Raises:
         FileNotFoundError: The folder has no ``attack.json``, or a learned trigger is missing.
-        ValueError: See `from_description`.
+        ValueError: ``attack.json`` is damaged, or see `from_description`.
     """
     folder = Path(folder)
     if not (folder / ATTACK_FILE).is_file():
         raise FileNotFoundError(f"{folder} holds no {ATTACK_FILE}: it is no folder that make_victim wrote")
-    attack = from_description(json.loads((folder / ATTACK_FILE).read_text()))
+    try:
+        description = dict(json.loads((folder / ATTACK_FILE).read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / ATTACK_FILE} is no description of an attack ({error}): make the victim again") from error
+    attack = from_description(description)
     if not isinstance(attack, LearnedAttack):
         return attack
     if not (folder / LEARNED_FILE).is_file():

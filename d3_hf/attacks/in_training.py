@@ -64,8 +64,12 @@ class BatchPoisoner(ABC):
     def mix(self, poisoned: Tensor, crossed: Tensor, rest: Tensor, generator: torch.Generator) -> Tensor:
         """Change the three parts of a batch and join them in this order; the draws come from ``generator`` (CPU)."""
 
-    def update(self) -> None:  # noqa: B027 - a hook, not a duty
-        """Called after the victim's own update: train the attack's networks, if it has any."""
+    def update(self, rate: float) -> None:  # noqa: B027 - a hook, not a duty
+        """Called after the victim's own update: train the attack's networks, if it has any.
+
+        Args:
+            rate: The victim's learning rate as a share of its highest, in [0, 1].
+        """
 
     def finish(self) -> Attack:
         """The attack to measure with and to keep: with what was learned meanwhile."""

@@ -53,7 +53,8 @@ class InputAware(LearnedAttack, InTrainingAttack):
             at 32x32, and masks of 5,000 CIFAR-10 images then cover 3.0 % of the image (400 steps: 5.4 %). The authors take
             25 epochs, 9,775 updates of 128 images.
         learning_rate: Of both networks' Adam, in (0, 1]; the mask's drops to a tenth after 40 % and again after 80 % of the
-            updates, as in the authors' epochs 10 and 20 of 25. Default 0.01: authors' code.
+            updates, as in the authors' epochs 10 and 20 of 25, the pattern's falls as the victim's does (authors: steps of a
+            tenth for both). Default 0.01: authors' code.
 
     Raises:
         ValueError: A parameter is out of range. ``fit`` raises when images differ in size or are fewer than two; ``trigger``
@@ -203,8 +204,13 @@ class InputAwarePoisoner(BatchPoisoner):
         changed = n + len(crossed)
         return torch.cat([255 * blended(batch[:changed], patterns[:changed], masks[:changed]), rest.float()])
 
-    def update(self) -> None:
-        """One step of Adam on the pattern network, by what the victim's backward pass and the penalty left there."""
+    def update(self, rate: float) -> None:
+        """One step of Adam on the pattern network, by what the victim's backward pass and the penalty left there.
+
+        Its learning rate falls with the victim's: patterns that still move when the victim hardly learns are lost on it.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * self.attack.learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -121,17 +121,20 @@ class Runner:
         spec = self.spec(cell)["options"]
         options = {name: value for name, value in spec.items() if name != "defence"}
         config_class, trainer_class = load_defence(spec["defence"])
-        args = config_class(output_dir=str(self.folder(cell)), seed=cell.seed, **options)
-        trainer = trainer_class(model=model, args=args, train_dataset=retain)
+        # A cell that is made again replaces what the first time left.
+        args = config_class(output_dir=str(self.folder(cell)), overwrite_output_dir=True, seed=cell.seed, **options)
         meter = PassMeter()
-        reset_peak_memory()
-        started = time.perf_counter()
-        with meter.counting(trainer.model):
+        with meter.counting(model):  # around the constructor too, which may copy the model
+            trainer = trainer_class(model=model, args=args, train_dataset=retain)
+            meter.forward = meter.backward = 0
+            reset_peak_memory()
+            started = time.perf_counter()
             trainer.train()
         seconds, peak = time.perf_counter() - started, peak_memory()
         after = measure_trainer(trainer, self.inputs.test, attack)
         if self.grid.save_models:
             trainer.results = results(before, after)
+            trainer.measured |= {"trigger": attack.describe(), "n_images": len(self.inputs.test)}
             trainer.save_model()
         last = next((log for log in reversed(trainer.state.log_history) if "clean_loss" in log), {})
         row = asdict(cell) | {"method": trainer.method, "attack": attack.name, "network": _network(model)}

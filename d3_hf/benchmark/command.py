@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pandas
 from accelerate import PartialState
-from transformers import HfArgumentParser
 
+from ..arguments import Parser
 from .cells import run_grid
 from .grid import read_grid
 from .plots import draw
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> pandas.DataFrame:
         ValueError: The grid does not hold together, or more than one process was launched.
     """
     argv = ["--grid", *argv] if argv and not argv[0].startswith("-") else argv
-    (options,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(argv)
+    (options,) = Parser([BenchmarkArguments]).read(argv)
     if PartialState().num_processes > 1:
         raise ValueError("a cell runs in one process: launch one for each share of the grid, with --shard i/n")
     if options.grid.endswith(".parquet"):

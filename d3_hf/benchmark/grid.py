@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from ..arguments import ModelArguments, read_yaml
+from ..arguments import ModelArguments, check_types, read_yaml
 from ..attacks import Attack, from_description, load_attack
 from ..data import RawImages, load_images, retain_split
 from ..defenses import defence as load_defence
@@ -89,7 +89,7 @@ def read_grid(file: str, **given: Any) -> Grid:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A key is unknown or missing, or see `Grid`.
+        ValueError: A key is unknown or missing, its value is of another kind, or see `Grid`.
     """
     options = read_yaml(file) | {name: value for name, value in given.items() if value is not None}
     known = {f.name for f in fields(Grid)}
@@ -97,6 +97,7 @@ def read_grid(file: str, **given: Any) -> Grid:
         raise ValueError(f"{file}: unknown key {', '.join(unknown)}; a grid has {', '.join(sorted(known))}")
     if missing := [name for name in ("output_dir", "dataset_name", "victims", "defences") if name not in options]:
         raise ValueError(f"{file}: {', '.join(missing)} missing")
+    check_types([Grid], options, file)
     return Grid(**options)
 
 

@@ -39,12 +39,11 @@ def split(rows: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.DataFrame]:
 
 def blocks(rows: pandas.DataFrame) -> Iterator[tuple[str, str, pandas.DataFrame]]:
     """(group, retain set, its rows and those of the untouched models); victims are called ``GROUP/NAME``, or have no group."""
-    groups = rows["victim"].str.rpartition("/")[0]
-    for group in groups.unique():
-        of_group = rows[groups == group]
+    names = pandas.DataFrame([name.rpartition("/") for name in rows["victim"]], rows.index, ["group", "", "name"])
+    for group in names["group"].unique():
+        of_group = rows[names["group"] == group].assign(victim=names["name"])
         for retain in of_group["retain"].dropna().unique():
-            chosen = of_group[(of_group["retain"] == retain) | of_group["defence"].isin(UNTOUCHED)]
-            yield group, retain, chosen.assign(victim=chosen["victim"].str.rpartition("/")[2])
+            yield group, retain, of_group[(of_group["retain"] == retain) | of_group["defence"].isin(UNTOUCHED)]
 
 
 def overview(rows: pandas.DataFrame) -> str:

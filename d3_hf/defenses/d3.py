@@ -55,9 +55,9 @@ class D3Config(PurifyConfig):
             other reading of the paper) or ``"none"``.
 
     Raises:
-        ValueError: ``lambda_clean`` <= 0, ``epsilon`` < 0, ``dual_rate`` < 0 or not finite, ``target_modules`` empty, or a
-            choice that is not listed; ``dual_rate`` without ``scale_objective``; ``distillation`` with the batch hinge, which
-            gates the gradient as a whole.
+        ValueError: ``lambda_clean`` <= 0, ``epsilon`` < 0, ``dual_rate`` < 0, one of the three not finite, ``target_modules``
+            empty, or a choice that is not listed; ``dual_rate`` without ``scale_objective``; ``distillation`` with the batch
+            hinge, which gates the gradient as a whole.
     """
 
     lambda_clean: float = field(default=4.0, metadata={"help": "lambda: weight of the clean loss against the distance."})
@@ -90,10 +90,10 @@ class D3Config(PurifyConfig):
             raise ValueError(
                 "target_modules is empty; use 'head', 'all-linear', a list of module names or a regular expression"
             )
-        if not self.lambda_clean > 0:
-            raise ValueError(f"lambda_clean must be > 0; got {self.lambda_clean}")
-        if self.epsilon is not None and not self.epsilon >= 0:
-            raise ValueError(f"epsilon must be >= 0 nats; got {self.epsilon}")
+        if not 0 < self.lambda_clean < math.inf:
+            raise ValueError(f"lambda_clean must be > 0 and finite; got {self.lambda_clean}")
+        if self.epsilon is not None and not 0 <= self.epsilon < math.inf:
+            raise ValueError(f"epsilon must be >= 0 nats and finite; got {self.epsilon}")
         if not 0 <= self.dual_rate < math.inf:
             raise ValueError(f"dual_rate must be >= 0 and finite; got {self.dual_rate}")
         if self.dual_rate and not self.scale_objective:

@@ -304,11 +304,11 @@ class IBAUTrainer(AMSGradTrainer):
         norms = {"l2": self.delta.norm().item(), "linf": self.delta.abs().max().item()}
         return super().facts() | {"perturbation": norms | {"rounds": self.round + 1, "file": PERTURBATION}}
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            state = {"delta": self.delta.detach().cpu(), "round": torch.tensor(self.round)}
-            save_file(state, Path(output_dir or self.args.output_dir) / PERTURBATION)
+    def write_files(self, folder: Path, state_dict: dict | None = None) -> None:
+        """Adds the perturbation."""
+        super().write_files(folder, state_dict)
+        state = {"delta": self.delta.detach().cpu(), "round": torch.tensor(self.round)}
+        save_file(state, folder / PERTURBATION)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -334,10 +334,11 @@ class NeuralCleanseTrainer(PurifyTrainer):
             "triggers_file": TRIGGERS,
         }
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and self.findings is not None:
-            save_file(vars(self.findings), Path(output_dir or self.args.output_dir) / TRIGGERS)
+    def write_files(self, folder: Path, state_dict: dict | None = None) -> None:
+        """Adds the reversed triggers."""
+        super().write_files(folder, state_dict)
+        if self.findings is not None:
+            save_file(vars(self.findings), folder / TRIGGERS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -320,11 +320,12 @@ class TSCTrainer(PurifyTrainer):
             "fixed_units": self.structure.fixed,
         }
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.start is not None and self.args.should_save:
+    def write_files(self, folder: Path, state_dict: dict | None = None) -> None:
+        """Adds the endpoints of the curve."""
+        super().write_files(folder, state_dict)
+        if self.start is not None:
             ends = {f"{end}.{n}": t.cpu().clone() for end in ("start", "end") for n, t in getattr(self, end).items()}
-            save_file(ends, Path(output_dir or self.args.output_dir) / ENDPOINTS)
+            save_file(ends, folder / ENDPOINTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

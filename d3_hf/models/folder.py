@@ -48,6 +48,7 @@ def open_folder(
         image_processor: Processor in place of the folder's.
         num_labels: Number of classes that is expected.
     """
+    _refuse_links(folder, name)
     config = _read_config(folder, name)
     if num_labels is not None and num_labels != config.num_labels:
         raise ValueError(f"{name} has {config.num_labels} classes, not {num_labels}")
@@ -68,6 +69,15 @@ def open_folder(
     model.name_or_path = model.config.name_or_path = name
     model.image_processor = image_processor
     return model
+
+
+def _refuse_links(folder: Path, name: str) -> None:
+    """Raise a ValueError for a link out of the folder, which would read, and later publish, a file of whoever loads it."""
+    # A snapshot of the Hub cache is links into its repository's own folder.
+    home = folder.resolve().parents[1] if folder.resolve().parent.name == "snapshots" else folder.resolve()
+    for file in sorted(folder.iterdir()):
+        if file.is_symlink() and not file.resolve().is_relative_to(home):
+            raise ValueError(f"{name}: {file.name} is a link out of the folder and not followed: put the file itself there")
 
 
 def weights_files(folder: Path, name: str) -> list[Path]:
@@ -97,7 +107,7 @@ def _read_config(folder: Path, name: str) -> PreTrainedConfig:
         raise FileNotFoundError(f"{name} holds no config.json; bare weights load by their file, with architecture=")
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: config.json is no JSON ({first_line(error)})") from error
     _refuse_unusable(contents, folder, name)
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 
@@ -119,9 +119,10 @@ def load_classifier(
         FileNotFoundError: No such file or folder; a folder without ``config.json`` or weights.
         OSError: A Hub id that does not exist, or is neither cached nor within reach.
         ValueError: A file that is damaged, of another format, or wants to run code; weights that are missing,
-            superfluous, of another shape, NaN or infinite; an unknown architecture; a number of classes that is not
-            the source's; a checkpoint that needs a repository's own code, is quantised or an adapter; a missing
-            normalisation or image processor; an argument that the kind of source has no use for.
+            superfluous, of another shape, NaN, infinite or quantised; a link out of the folder; an unknown
+            architecture; a number of classes that is not the source's, or below 2; a checkpoint that needs a
+            repository's own code, is quantised or an adapter; a missing normalisation or image processor; an argument that
+            the kind of source has no use for.
         TypeError: ``source`` is none of the above.
     """
     given = {name: value for name, value in locals().items() if name != "source" and value is not None}
@@ -137,6 +138,8 @@ def load_classifier(
         "model": _from_model,
     }[kind]
     model = loader(source, **given)
+    if model.config.num_labels < 2:
+        raise ValueError(f"{_name(source)} has {model.config.num_labels} class: a classifier tells at least 2 apart")
     if num_labels is not None and model.config.num_labels != num_labels:
         raise ValueError(f"{_name(source)} has {model.config.num_labels} classes, not num_labels={num_labels}")
     return model.eval()
@@ -173,7 +176,7 @@ def _from_hub(repo: str, revision: str | None = None, **options) -> PreTrainedMo
         raise OSError(
             f"{repo} is no local path and not in the Hub cache, and the Hub cannot be reached: go online once"
         ) from error
-    except (HfHubHTTPError, HFValidationError) as error:
+    except (HfHubHTTPError, ValueError) as error:  # among the latter: a file name that leads out of the folder
         raise OSError(f"{repo} at revision {revision or 'main'}: {first_line(error)}") from error
     model = open_folder(folder, repo, **options)
     model.source = Source("hub", repo, revision=folder.name)  # a snapshot's folder is named after its commit

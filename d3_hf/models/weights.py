@@ -9,6 +9,7 @@ import hashlib
 import logging
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ PICKLED = (".pth", ".pt", ".tar", ".th", ".bin", ".ckpt")
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "net", "model_state_dict")
 # What DataParallel and torch.compile put before every name.
 PREFIXES = ("module.", "_orig_mod.")
+# Types that hold a weight as it is; integers and eight bits need scales to mean anything, complex ones another network.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHOWN = 4
 
 
@@ -45,8 +48,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The suffix is unknown; the file is truncated or of another format; it wants to run code; it holds
-            no tensors, or something that is not a tensor.
+        ValueError: The suffix is unknown; the file is truncated or of another format; it wants to run code; it claims more
+            than it holds; it holds no tensors, something that is not a tensor, or quantised or complex weights.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
@@ -58,6 +61,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: unknown suffix {path.suffix!r}; expected .safetensors or {', '.join(PICKLED)}")
     if not contents:
         raise ValueError(f"{path} holds no weights")
+    strange = [f"{name} ({tensor.dtype})" for name, tensor in contents.items() if _is_strange(name, tensor)]
+    if strange:
+        raise ValueError(
+            f"{path}: quantised or complex weights, {_some(strange)}, cannot be purified: load the original in float32, "
+            "float16 or bfloat16"
+        )
     return _without_prefixes(contents)
 
 
@@ -68,9 +77,16 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no complete safetensors file ({first_line(error)}): fetch it again") from error
 
 
+def _is_strange(name: str, tensor: Tensor) -> bool:
+    counts = not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized)  # a counter or an index
+    return tensor.dtype not in FLOATS and not (counts and not name.endswith(("weight", "bias")))
+
+
 def _read_pickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        claimed = _unpacked_size(path)
+        if claimed <= path.stat().st_size:
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted is None:
@@ -83,6 +99,19 @@ def _read_pickle(path: Path) -> Any:
         raise ValueError(
             f"{path} is no complete state dict that torch.save wrote ({type(error).__name__}: {first_line(error)})"
         ) from error
+    raise ValueError(
+        f"{path} was not opened: it unpacks to {claimed:,} bytes from {path.stat().st_size:,}, which torch.save does not; ask "
+        "its author for safetensors"
+    )
+
+
+def _unpacked_size(path: Path) -> int:
+    """Bytes that a zip archive says it unpacks to; 0 for another file. `torch.save` does not compress: more than the file has
+    was made to fill the memory of who opens it."""
+    if not zipfile.is_zipfile(path):
+        return 0
+    with zipfile.ZipFile(path) as archive:
+        return sum(entry.file_size for entry in archive.infolist())
 
 
 def _unpack(contents: Any, path: Path) -> dict[str, Tensor]:
@@ -96,13 +125,16 @@ def _unpack(contents: Any, path: Path) -> dict[str, Tensor]:
     others = [
         f"{key!r} ({type(value).__name__})"
         for key, value in contents.items()
-        if not isinstance(value, Tensor) or not isinstance(key, str)
+        if not isinstance(value, Tensor) or not isinstance(key, str) or value.layout != torch.strided or value.is_meta
     ]
     if others:
         raise ValueError(
             f"{path} is no state dict, which holds tensors by name; found {_some(others)}; weights are looked for at the "
             f"top and under {', '.join(CONTAINERS)}"
         )
+    size = path.stat().st_size
+    if claims := [key for key, value in contents.items() if value.numel() * value.element_size() > size]:
+        raise ValueError(f"{path}: {_some(claims)} would fill more memory than the file's {size:,} bytes: ask for safetensors")
     return dict(contents)
 
 

@@ -1,0 +1,118 @@
+"""``d3-hf info``: what `load_classifier` would load, and what the folder says of itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..arguments import ModelArguments, Parser
+from ..guard import REJECTED
+from ..manifest import MANIFEST, source_of
+from ..preprocessing import Preprocessing
+from ..selection import find_head, select_weights
+from ..victims import VICTIM_FILE
+
+RATES = ("accuracy", "asr", "ra")
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    """Run ``SOURCE --option value ...``: load a classifier as a purification would, say what it is.
+
+    Args:
+        argv: Arguments without the program's name; the options are those of `ModelArguments`.
+
+    Returns:
+        `describe`, and under ``manifest`` `manifest_of` for a local folder.
+
+    Raises:
+        ValueError: No source is named, or see `load_classifier`.
+    """
+    argv = ["--model_name_or_path", *argv] if argv and not argv[0].startswith("-") else argv
+    (options,) = Parser([ModelArguments]).read(argv)
+    if options.model_name_or_path is None:
+        raise ValueError("no checkpoint: name a Hub id, a folder or a file")
+    found = describe(options.load()) | {"manifest": manifest_of(Path(options.model_name_or_path).expanduser())}
+    print(as_text(found))
+    return found
+
+
+def describe(model: PreTrainedModel) -> dict[str, Any]:
+    """What a loaded classifier is: source, network, classes, input, sizes, and what D3 could select of it; JSON-able.
+
+    Args:
+        model: As `load_classifier` returns it.
+    """
+    preprocessing = Preprocessing.from_processor(model.image_processor)
+    return {
+        "source": source_of(model),
+        "class": type(model).__name__,
+        "architecture": getattr(model.config, "architecture", None) or model.config.model_type,
+        "classes": [str(model.config.id2label[number]) for number in range(model.config.num_labels)],
+        "image_size": list(preprocessing.size),
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "batch_norms": sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()),
+        "selection": selection_of(model, preprocessing.size),
+    }
+
+
+def selection_of(model: PreTrainedModel, image_size: tuple[int, int]) -> dict[str, Any]:
+    """Candidates for ``target_modules``: ``head`` and how many weights ``all-linear`` moves, each None with a ``_why`` where
+    D3 would refuse."""
+    found: dict[str, Any] = {}
+    try:
+        found["head"] = find_head(model, image_size)
+    except ValueError as reason:
+        found |= {"head": None, "head_why": str(reason)}
+    try:
+        found["linear_weights"] = len(select_weights(model, "all-linear", image_size))
+    except ValueError as reason:
+        found |= {"linear_weights": None, "linear_weights_why": str(reason)}
+    return found
+
+
+def manifest_of(folder: Path) -> dict[str, Any] | None:
+    """What a folder's ``purification.json`` or ``victim.json`` says: method, attack, rates, warnings; None where it has none.
+
+    Raises:
+        ValueError: The file is no JSON mapping.
+    """
+    if (folder / MANIFEST).is_file():
+        facts, rates = _read(folder / MANIFEST), {}
+        if (folder / "all_results.json").is_file():
+            rates = _read(folder / "all_results.json")
+        measured = facts.get("measured") or {}
+        kept = {f"{rate}_{when}" for rate in RATES for when in ("before", "after")} | {"der"}
+        said = {"method": facts.get("method"), "measured": {key: rates[key] for key in rates if key in kept}}
+        said |= {key: measured[key] for key in ("data", "trigger", "warnings", REJECTED) if measured.get(key)}
+        return {"file": MANIFEST} | said
+    if (folder / VICTIM_FILE).is_file():
+        facts = _read(folder / VICTIM_FILE)
+        rates, planted = (facts.get("measured") or {}).get("victim") or {}, facts.get("planted") or {}
+        said = {"method": facts.get("method"), "measured": {key: rates[key] for key in RATES if key in rates}}
+        said |= {"planted": {key: planted[key] for key in planted if key != "poisoned_rows"} or None}
+        return {"file": VICTIM_FILE} | said
+    return None
+
+
+def as_text(found: dict[str, Any], margin: str = "") -> str:
+    """One line an entry, JSON values so that nothing a checkpoint says can steer a terminal; mappings are indented."""
+    lines = []
+    for name, value in found.items():
+        nested = isinstance(value, dict) and bool(value)
+        lines.append(f"{margin}{name}:" if nested else f"{margin}{name}: {json.dumps(value)}")
+        lines += [as_text(value, margin + "  ")] if nested else []
+    return "\n".join(lines)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON mapping")
+    return content

@@ -1,0 +1,18 @@
+"""Errors of d3_hf's own; cheap to import."""
+
+from pathlib import Path
+from typing import Any
+
+
+class GuardRailBroken(RuntimeError):
+    """A purified model broke a guard rail: it was saved apart and not pushed.
+
+    Attributes:
+        reasons: One line for each rail that broke.
+        folder: Where the rejected model lies.
+        results: What was measured, see `workflow.purify`.
+    """
+
+    def __init__(self, reasons: list[str], folder: Path, results: dict[str, Any]):
+        super().__init__(f"{'; '.join(reasons)}. The model is in {folder}, nothing was pushed: purify with other options")
+        self.reasons, self.folder, self.results = reasons, folder, results

@@ -1,0 +1,177 @@
+"""The Hub: what of a purified model goes up, how a push that failed is finished, what the Hub says of the source."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
+from huggingface_hub.utils import get_session
+
+from .card import FOLDER
+from .config import PurifyConfig
+from .manifest import MANIFEST, RETAIN_INDICES
+from .models.weights import first_line
+
+logger = logging.getLogger(__name__)
+
+# All that ever goes up: no pickle, no optimizer state, no checkpoint, nothing that happens to lie in the folder.
+PUBLISHED = (
+    "config.json",
+    "preprocessor_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "README.md",
+    "*.png",
+    MANIFEST,
+    "all_results.json",
+    RETAIN_INDICES,
+)
+NEEDED = ("config.json", "README.md", MANIFEST)
+TIMEOUT = 120.0  # seconds that a server may be silent; huggingface_hub itself would wait for ever
+UNKNOWN = "not available"
+
+
+def check_push(args: PurifyConfig, source: dict[str, Any], manifest_name: str) -> None:
+    """Say before the training what would stop the push after it, without the network.
+
+    Raises:
+        ValueError: The model is no purified one; nobody is logged in; a pull request is asked for and the source is not on the
+            Hub.
+    """
+    if manifest_name != MANIFEST:
+        raise ValueError("push_to_hub is for purified models: a deliberately backdoored one stays here")
+    if get_token() is None:
+        raise ValueError("push_to_hub needs an account: log in with `hf auth login` or set HF_TOKEN")
+    if args.hub_create_pr and source["kind"] != "hub":
+        raise ValueError(f"hub_create_pr opens a pull request on the source's repository, but {source['name']} is none")
+
+
+def repository(args: PurifyConfig) -> str:
+    """The repository to push to: as given, or named after the output folder."""
+    return args.hub_model_id or Path(args.output_dir).absolute().name
+
+
+def published_files(folder: Path) -> list[Path]:
+    """The files of a purified model that go up: those of `PUBLISHED` at the top of the folder.
+
+    Raises:
+        FileNotFoundError: The manifest, the card, the configuration or weights are missing.
+        ValueError: One of them is a link out of the folder.
+    """
+    if missing := [name for name in NEEDED if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} holds no {' and no '.join(missing)}: it is no folder of a purified model")
+    files = [f for f in sorted(folder.iterdir()) if f.is_file() and any(fnmatchcase(f.name, name) for name in PUBLISHED)]
+    if links := [file for file in files if file.resolve().parent != folder.resolve()]:
+        raise ValueError(f"{links[0]} is a link out of the folder: put the file itself there")
+    names, index = {file.name for file in files}, folder / "model.safetensors.index.json"
+    needed = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    if missing := sorted(needed - names):
+        raise FileNotFoundError(f"{folder} holds no {' and no '.join(missing)}: the weights are not whole")
+    return files
+
+
+def push_folder(
+    folder: str | Path,
+    repo: str | None = None,
+    *,
+    private: bool = True,
+    create_pr: bool = False,
+    revision: str | None = None,
+    message: str = "Purified model",
+) -> CommitInfo:
+    """Upload the folder of a purified model, in one commit; running it again finishes what failed.
+
+    Args:
+        folder: What a purification wrote.
+        repo: Model repository, with or without its namespace; made if it does not exist.
+        private: Make it private; one that exists stays as it is.
+        create_pr: Open a pull request on the repository that the model came from, on top of the commit that was purified.
+        revision: Branch, with ``repo``.
+        message: Of the commit.
+
+    Returns:
+        The commit, with ``pr_url`` of the pull request.
+
+    Raises:
+        FileNotFoundError: The folder holds no purified model.
+        ValueError: No repository is named, or both are; a pull request on a source that is not on the Hub; a guard rail
+            rejected the model; the manifest is damaged; a file is a link out of the folder.
+        OSError: The Hub did not take it; the folder is as it was.
+    """
+    folder = Path(folder).expanduser()
+    files = published_files(folder)
+    try:
+        facts = json.loads((folder / MANIFEST).read_text())
+        source, parent = facts["source"], None
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{folder / MANIFEST} is no manifest of a purification ({first_line(error)}): purify again") from error
+    if reasons := facts["measured"].get("rejected"):
+        raise ValueError(f"{folder} was rejected and is not pushed ({'; '.join(reasons)}): purify with other options")
+    if create_pr == bool(repo):
+        raise ValueError("name one place to push to: --hub_model_id, or --hub_create_pr for the source's repository")
+    if create_pr:
+        if source["kind"] != "hub":
+            raise ValueError(f"hub_create_pr opens a pull request on the source's repository, but {source['name']} is none")
+        repo, parent, place = source["name"], source["revision"], "--hub_create_pr"
+    else:
+        place = f"--hub_model_id {repo}" + ("" if private else " --hub_private_repo false")
+    api = HfApi(library_name="d3_hf")
+    try:
+        with _timeout(TIMEOUT):
+            if not create_pr:
+                repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+            card = (folder / "README.md").read_text(encoding="utf-8").replace(FOLDER, repo)
+            contents = {file.name: file for file in files} | {"README.md": card.encode()}
+            operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+            return api.create_commit(
+                repo, operations, commit_message=message, create_pr=create_pr, parent_commit=parent, revision=revision
+            )
+    except Exception as error:  # a network can fail in any way; none of them is recovered from
+        raise OSError(
+            f"the push to {repo} failed ({first_line(error)}); {folder} is whole. Finish it with: d3-hf push {folder} {place}"
+        ) from error
+
+
+def source_checks(source: dict[str, Any]) -> dict[str, Any] | None:
+    """What the Hub says of the source: its security scan, and whether the files here are those of the repository.
+
+    Args:
+        source: As `manifest.source_of` makes it.
+
+    Returns:
+        None for a source that is not on the Hub. Else ``security_scan``, as the Hub reports it for the repository, and
+        ``checksums`` with how many files were ``compared`` and which ``differ``; ``"not available"`` where the Hub cannot
+        be asked. A scan finds code in files, not a backdoor in weights.
+    """
+    if source["kind"] != "hub":
+        return None
+    checks = {"security_scan": UNKNOWN, "checksums": UNKNOWN}
+    api = HfApi(library_name="d3_hf")
+    try:
+        with _timeout(10):
+            info = api.model_info(source["name"], revision=source["revision"], securityStatus=True)
+            checks["security_scan"] = info.security_repo_status or UNKNOWN
+            found = api.verify_repo_checksums(source["name"], revision=source["revision"])
+    except Exception as error:  # offline, an older server, a cache elsewhere: it is a record, not a condition
+        logger.info("%s: the Hub's checks are not available (%s)", source["name"], first_line(error))
+        return checks
+    differ = sorted(mismatch["path"] for mismatch in found.mismatches)
+    if differ:
+        logger.warning("%s: not as in the repository: %s; fetch it again", source["name"], ", ".join(differ))
+    return checks | {"checksums": {"compared": found.checked_count, "differ": differ}}
+
+
+@contextlib.contextmanager
+def _timeout(seconds: float) -> Iterator[None]:
+    """Let no request of huggingface_hub's own client wait longer than this for an answer."""
+    session = get_session()
+    before, session.timeout = session.timeout, seconds
+    try:
+        yield
+    finally:
+        session.timeout = before
