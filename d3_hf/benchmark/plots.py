@@ -9,6 +9,7 @@ from .tables import UNTOUCHED, blocks, split
 
 SIZE, FONT, DPI = (7, 5), 12, 150
 MARKERS = "osDv^<>ph*XPd8"
+TICKS = [0, 2, 4, 6, 8, 10, 20, 50, 100]
 
 
 def draw(rows: pandas.DataFrame, folder: Path) -> list[Path]:
@@ -45,7 +46,11 @@ def averages(rows: pandas.DataFrame) -> pandas.DataFrame:
 
 def acc_against_asr(means: pandas.DataFrame, title: str, file: Path) -> Path:
     """One point per defence, ``curve`` entries joined in the grid's order; up and left is better."""
-    figure, axes = _axes(title, "ASR (%), lower is better", "ACC (%), higher is better")
+    figure, axes = _axes(title, "ASR (%, logarithmic from 10 on), lower is better", "ACC (%), higher is better")
+    # Defences crowd near 0, the victims stand near 100.
+    axes.set_xscale("symlog", linthresh=10, linscale=2)
+    axes.set_xticks(TICKS, TICKS)
+    axes.set_xlim(-0.5, 130)
     for curve in means["curve"].dropna().unique():
         joined = means[means["curve"] == curve]
         axes.plot(joined["asr_after"], joined["accuracy_after"], color="0.6", linewidth=1, zorder=1)
