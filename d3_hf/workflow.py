@@ -91,6 +91,10 @@ class DrillArguments:
     victim_config: str | None = field(default=None, metadata={"help": "Make this victim first (a fire drill)."})
 
 
+# What a run reads its options into, beside the defence's own Config.
+OPTIONS = [ModelArguments, DataArguments, AttackArguments, DrillArguments, GuardArguments]
+
+
 def main(
     argv: list[str] | None = None,
     config_class: type[PurifyConfig] = D3Config,
@@ -110,8 +114,7 @@ def main(
         GuardRailBroken: See `purify`; ``max_accuracy_drop`` is five points unless it is given.
         ValueError: No checkpoint is named, fp16 without a GPU, or see `load_classifier`, `load_images` and the defence.
     """
-    kinds = [ModelArguments, DataArguments, AttackArguments, DrillArguments, GuardArguments, config_class]
-    model_args, data_args, attack_args, drill, guard, args = parse_arguments(kinds, argv)
+    model_args, data_args, attack_args, drill, guard, args = parse_arguments([*OPTIONS, config_class], argv)
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16 is for a GPU and this run has none: use bf16, or leave it out")
     if model_args.model_name_or_path is None and drill.victim_config is None:

@@ -16,7 +16,7 @@ SAMPLES = tiny_samples(40)
 
 
 def trainer_of(folder, make=tiny_resnet, **options):
-    args = ANPConfig(str(folder), **(dict(max_steps=12, max_accuracy_drop=0.3) | QUIET | options))
+    args = ANPConfig(str(folder), **(dict(max_steps=12, max_validation_drop=0.3) | QUIET | options))
     return ANPTrainer(trained(make), args, SAMPLES)
 
 
@@ -141,7 +141,7 @@ def test_running_statistics_are_used_on_request_and_never_changed(tmp_path):
 
 def test_nothing_to_prune_is_an_error(tmp_path):
     trainer = trainer_of(tmp_path, learning_rate=1e-9, max_steps=1)
-    with pytest.raises(RuntimeError, match=r"ANP found nothing to prune within max_accuracy_drop=0.3 \(lowest mask 1.00"):
+    with pytest.raises(RuntimeError, match=r"ANP found nothing to prune within max_validation_drop=0.3 \(lowest mask 1.00"):
         trainer.train()
     assert differing(trainer.model, trained(tiny_resnet)) == []
 
@@ -153,7 +153,7 @@ def test_nothing_to_prune_is_an_error(tmp_path):
         (dict(anp_eps=0), "anp_eps must be > 0"),
         (dict(anp_steps=0), "anp_steps must be >= 1"),
         (dict(anp_alpha=1.5), r"anp_alpha must be in \[0, 1\]"),
-        (dict(max_accuracy_drop=1), r"max_accuracy_drop must be in \[0, 1\)"),
+        (dict(max_validation_drop=1), r"max_validation_drop must be in \[0, 1\)"),
         (dict(fp16=True), "fp16 needs a loss scaler"),
         (dict(activation_checkpointing=True), "activation checkpointing would recompute"),
         (dict(gradient_accumulation_steps=2), "leave gradient_accumulation_steps at 1"),

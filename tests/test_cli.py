@@ -17,8 +17,11 @@ from fake_hub import FakeHub
 from huggingface_hub import constants
 
 from d3_hf import cli
+from d3_hf.arguments import parse_arguments
 from d3_hf.cli import COMMANDS, run
+from d3_hf.defenses import DEFENCES, defence
 from d3_hf.errors import GuardRailBroken
+from d3_hf.workflow import OPTIONS
 
 ROOT = Path(__file__).parents[1]
 FAST = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True}
@@ -39,6 +42,13 @@ def command(*argv):
         cli.main()
         pytest.fail("main returned")
     return stop.value.code
+
+
+@pytest.mark.parametrize("name", DEFENCES)
+def test_options_of_every_defence_fit_beside_those_of_a_run(name):
+    config_class, _ = defence(name)
+    *_, args = parse_arguments([*OPTIONS, config_class], ["--output_dir", "out", "--max_accuracy_drop", "0.2", "--use_cpu"])
+    assert type(args) is config_class
 
 
 @pytest.fixture(scope="module")

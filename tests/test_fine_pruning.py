@@ -134,8 +134,8 @@ class Gated(nn.Module):
 @pytest.mark.parametrize(
     ("action", "message"),
     [
-        (lambda f: FinePruningConfig(str(f), max_accuracy_drop=1.0), r"max_accuracy_drop must be in \[0, 1\)"),
-        (lambda f: FinePruningConfig(str(f), max_accuracy_drop=-0.1), r"max_accuracy_drop must be in \[0, 1\)"),
+        (lambda f: FinePruningConfig(str(f), max_validation_drop=1.0), r"max_validation_drop must be in \[0, 1\)"),
+        (lambda f: FinePruningConfig(str(f), max_validation_drop=-0.1), r"max_validation_drop must be in \[0, 1\)"),
         (lambda f: trainer_of(f, tiny_resnet, samples=None), "Fine-Pruning chooses on retain accuracy"),
         (lambda f: trainer_of(f, tiny_resnet, samples=SAMPLES[:4]), "the retain set has 4 images; at least 5"),
         (lambda f: last_units(Gated(), (16, 16)), "Gated has no linear layer that widens followed by one that narrows"),

@@ -14,7 +14,7 @@ SAMPLES = tiny_samples(40)
 
 
 def trainer_of(folder, make=tiny_resnet, **options):
-    defaults = dict(num_train_epochs=4, learning_rate=0.2, unlearn_learning_rate=0.05, max_accuracy_drop=0.5)
+    defaults = dict(num_train_epochs=4, learning_rate=0.2, unlearn_learning_rate=0.05, max_validation_drop=0.5)
     return RNPTrainer(trained(make), RNPConfig(str(folder), **(defaults | QUIET | options)), SAMPLES)
 
 

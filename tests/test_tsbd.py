@@ -14,7 +14,7 @@ SAMPLES = tiny_samples(40)
 
 
 def trainer_of(folder, make=tiny_resnet, kind=TSBDTrainer, **options):
-    defaults = dict(max_steps=3, unlearn_learning_rate=0.02, unlearn_epochs=60, unlearn_accuracy=0.3, max_accuracy_drop=0.5)
+    defaults = dict(max_steps=3, unlearn_learning_rate=0.02, unlearn_epochs=60, unlearn_accuracy=0.3, max_validation_drop=0.5)
     return kind(trained(make), TSBDConfig(str(folder), **(defaults | QUIET | options)), SAMPLES)
 
 
@@ -52,7 +52,7 @@ def test_ascent_has_length_r_in_each_tensor():
 
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit])
 def test_n_is_the_largest_that_accuracy_allows_and_subweights_are_zero(tmp_path, make):
-    trainer, victim = trainer_of(tmp_path, make, max_accuracy_drop=0.2), trained(make)
+    trainer, victim = trainer_of(tmp_path, make, max_validation_drop=0.2), trained(make)
     changes = trainer.weight_changes()
     assert differing(trainer.model, victim) == []
     names, best = list(trainer.neurons), None
@@ -141,7 +141,7 @@ def test_whole_run_saves_resumes_and_repeats(tmp_path, make):
             RuntimeError,
             "TSBD could not unlearn the clean task: .* after 2 epochs",
         ),
-        (dict(max_accuracy_drop=0.0, neuron_ratios=[1.0], weight_ratio=1.0), RuntimeError, "TSBD: n = 1.0 already lowers"),
+        (dict(max_validation_drop=0.0, neuron_ratios=[1.0], weight_ratio=1.0), RuntimeError, "TSBD: n = 1.0 already lowers"),
         (dict(fp16=True), ValueError, "fp16 needs a loss scaler"),
         (dict(unlearn_learning_rate=0), ValueError, "unlearn_learning_rate must be > 0"),
         (dict(unlearn_epochs=0), ValueError, "unlearn_epochs must be >= 1"),

@@ -84,10 +84,10 @@ class FinePruningConfig(StagedConfig):
     """Arguments of Fine-Pruning; the schedule of the fine-tuning is the one all defences share.
 
     Args:
-        max_accuracy_drop: In [0, 1); 0.1, relative (BackdoorBench's acc_ratio, there on test images).
+        max_validation_drop: In [0, 1); 0.1, relative (BackdoorBench's acc_ratio, there on test images).
 
     Raises:
-        ValueError: ``max_accuracy_drop`` is out of range.
+        ValueError: ``max_validation_drop`` is out of range.
     """
 
     output_dir: str | None = field(default="outputs/fine_pruned", metadata={"help": "Folder for the pruned, tuned model."})
@@ -149,7 +149,7 @@ class FinePruningTrainer(StagedTrainer):
         if not pruned:
             raise RuntimeError(
                 f"fine-pruning: the {step} least active of {len(order)} {self.units.where} already cost more than "
-                f"max_accuracy_drop={self.args.max_accuracy_drop} of the retain accuracy {before:.3f}: nothing was pruned"
+                f"max_validation_drop={self.args.max_validation_drop} of the retain accuracy {before:.3f}: nothing was pruned"
             )
         self.pruning = {
             "where": self.units.where,

@@ -58,14 +58,14 @@ class MaskConfig(StagedConfig):
     ``lr_scheduler_type``, ``weight_decay``, evaluation and checkpoints during training have no effect.
 
     Args:
-        max_accuracy_drop: 0.05 (here, not measured): half of the 10 % that BackdoorBench allows on test images, because no
+        max_validation_drop: 0.05 (here, not measured): half of the 10 % that BackdoorBench allows on test images, because no
             fine-tuning follows that could recover the accuracy.
 
     Raises:
         ValueError: fp16, activation checkpointing or gradient accumulation is asked for; see `StagedConfig`.
     """
 
-    max_accuracy_drop: float = field(default=0.05, metadata={"help": "Relative loss of retain validation accuracy allowed."})
+    max_validation_drop: float = field(default=0.05, metadata={"help": "Relative loss of retain validation accuracy allowed."})
 
     def __post_init__(self):
         check_functional(self)
@@ -162,9 +162,9 @@ class MaskPruningTrainer(StagedTrainer, ABC):
         if not found:
             lowest = min(mask.min().item() for mask in masks.values())
             raise RuntimeError(
-                f"{self.method} found nothing to prune within max_accuracy_drop={self.args.max_accuracy_drop} (lowest mask "
+                f"{self.method} found nothing to prune within max_validation_drop={self.args.max_validation_drop} (lowest mask "
                 f"{lowest:.2f}, thresholds 0 to {THRESHOLDS[-1]}): the model is not purified. Train the masks longer, or raise "
-                "max_accuracy_drop"
+                "max_validation_drop"
             )
         neurons = sum(len(mask) for mask in masks.values())
         return found | {"neurons": neurons, "validation_accuracy_before": before, "validation_images": len(self.validate)}

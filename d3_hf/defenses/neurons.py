@@ -68,7 +68,7 @@ def tune_and_validate(count: int, seed: int) -> tuple[list[int], list[int]]:
 def check_drop(drop: float) -> None:
     """Raise a ValueError unless a relative loss of accuracy is in [0, 1)."""
     if not 0 <= drop < 1:
-        raise ValueError(f"max_accuracy_drop must be in [0, 1), relative to the victim's accuracy; got {drop}")
+        raise ValueError(f"max_validation_drop must be in [0, 1), relative to the victim's accuracy; got {drop}")
 
 
 def check_unlearning(args: Any) -> None:
@@ -94,16 +94,16 @@ class StagedConfig(PurifyConfig):
     """`PurifyConfig` and the tolerance of a method that chooses something on retain accuracy.
 
     Args:
-        max_accuracy_drop: In [0, 1): how much of the victim's accuracy on the validation images a choice may cost, relative.
+        max_validation_drop: In [0, 1): how much of the victim's accuracy on the validation images a choice may cost, relative.
 
     Raises:
-        ValueError: ``max_accuracy_drop`` is out of range.
+        ValueError: ``max_validation_drop`` is out of range.
     """
 
-    max_accuracy_drop: float = field(default=0.1, metadata={"help": "Relative loss of retain validation accuracy allowed."})
+    max_validation_drop: float = field(default=0.1, metadata={"help": "Relative loss of retain validation accuracy allowed."})
 
     def __post_init__(self):
-        check_drop(self.max_accuracy_drop)
+        check_drop(self.max_validation_drop)
         super().__post_init__()
 
 
@@ -182,8 +182,8 @@ class StagedTrainer(PurifyTrainer):
         return right.item() / len(rows)
 
     def is_tolerable(self, accuracy: float, before: float) -> bool:
-        """Whether an accuracy keeps the share of the victim's that ``max_accuracy_drop`` asks for."""
-        return accuracy >= before * (1 - self.args.max_accuracy_drop)
+        """Whether an accuracy keeps the share of the victim's that ``max_validation_drop`` asks for."""
+        return accuracy >= before * (1 - self.args.max_validation_drop)
 
     def progress(self, iterable, description: str, total: int) -> tqdm:
         """A progress bar, on the main process only and silent with ``disable_tqdm``."""

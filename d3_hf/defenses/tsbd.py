@@ -98,12 +98,12 @@ class TSBDConfig(StagedConfig):
         unlearn_accuracy: Stop the ascent when the accuracy on the tuning images, in evaluation mode, is at most this, in
             [0, 1), or that of always answering the most frequent class; 0.1 (code, on ten classes).
         neuron_ratios: Candidates for n, in (0, 1]; the largest is taken up to which validation accuracy right after the
-            re-initialisation is tolerable. The list of the authors' sweep. A list of one and ``max_accuracy_drop`` near 1
+            re-initialisation is tolerable. The list of the authors' sweep. A list of one and ``max_validation_drop`` near 1
             fix n.
         weight_ratio: m in (0, 1]; 0.7 (code).
         gradient_radius: r > 0; 0.05 (code).
         gradient_mix: alpha in [0, 1]; 0.7 (code).
-        max_accuracy_drop: In [0, 1); 0.3 (here, not measured): fine-tuning recovers much of what the zeros cost.
+        max_validation_drop: In [0, 1); 0.3 (here, not measured): fine-tuning recovers much of what the zeros cost.
 
     Raises:
         ValueError: An option is out of range, or fp16 or activation checkpointing is asked for.
@@ -123,7 +123,7 @@ class TSBDConfig(StagedConfig):
     weight_ratio: float = field(default=0.7, metadata={"help": "m: share of those neurons' weights set to zero."})
     gradient_radius: float = field(default=0.05, metadata={"help": "r: how far the second gradient is taken."})
     gradient_mix: float = field(default=0.7, metadata={"help": "alpha: weight of the second gradient."})
-    max_accuracy_drop: float = field(default=0.3, metadata={"help": "Relative loss of retain validation accuracy allowed."})
+    max_validation_drop: float = field(default=0.3, metadata={"help": "Relative loss of retain validation accuracy allowed."})
 
     def __post_init__(self):
         check_functional(self)
@@ -191,7 +191,7 @@ class TSBDTrainer(StagedTrainer):
         if zeroed is None:
             raise RuntimeError(
                 f"TSBD: n = {min(self.args.neuron_ratios)} already lowers the retain accuracy from {before:.3f} to "
-                f"{accuracy:.3f}, more than max_accuracy_drop={self.args.max_accuracy_drop}: nothing was re-initialised"
+                f"{accuracy:.3f}, more than max_validation_drop={self.args.max_validation_drop}: nothing was re-initialised"
             )
         self.agree(list(zeroed.values()))
         share = sum(int((zeroed[name] != w).sum()) for name, w in neurons.items()) / sum(w.numel() for w in zeroed.values())
