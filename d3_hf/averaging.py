@@ -82,5 +82,6 @@ def retain_batches(trainer: "PurifyTrainer", purpose: str, augmented: bool) -> I
     dataset = trainer.train_dataset if augmented else without_augmentation(trainer.train_dataset)
     size, generator = trainer.args.per_device_train_batch_size, torch.Generator()  # its own: not the global one's draws
     loader = DataLoader(dataset, size, collate_fn=trainer.data_collator, generator=generator)
-    for batch in tqdm(loader, purpose, disable=trainer.args.disable_tqdm or not trainer.is_world_process_zero()):
+    hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
+    for batch in tqdm(loader, purpose, disable=hidden, leave=False):
         yield trainer._prepare_inputs(batch)

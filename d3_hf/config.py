@@ -1,6 +1,7 @@
 """What every defence shares: `PurifyConfig`, a `transformers.TrainingArguments` with the field's defaults."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,22 @@ LEAST = {
     "gradient_accumulation_steps": 1,
     "seed": 0,
 }
+
+
+# What the options of the defences must be, as their errors say it.
+RANGES: dict[str, Callable[[float], bool]] = {
+    ">= 0 and finite": lambda value: 0 <= value < math.inf,
+    "> 0 and finite": lambda value: 0 < value < math.inf,
+    ">= 1": lambda value: value >= 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
+}
+
+
+def check_options(args: TrainingArguments, needed: str, *names: str) -> None:
+    """Raise a ValueError for the first option of these names that is not ``needed``, a key of `RANGES`."""
+    for name in names:
+        if not RANGES[needed](getattr(args, name)):
+            raise ValueError(f"{name} must be {needed}; got {getattr(args, name)}")
 
 
 @dataclass
@@ -51,8 +68,7 @@ class Additions(TrainingArguments):
     def __post_init__(self):
         if self.cutout < 0:
             raise ValueError(f"cutout must be >= 0 pixels; got {self.cutout}")
-        if not 0 <= self.distillation < math.inf:
-            raise ValueError(f"distillation must be >= 0 and finite; got {self.distillation}")
+        check_options(self, ">= 0 and finite", "distillation")
         if not 0 <= self.average_last < 1:
             raise ValueError(f"average_last must be in [0, 1); got {self.average_last}")
         super().__post_init__()

@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from d3_hf.landscape import path, penultimate_features, per_class, silhouette, t
 from d3_hf.models import load_classifier
 from d3_hf.preprocessing import Preprocessing
 from d3_hf.selection import find_head
-from d3_hf.victims import VICTIM_FILE
+from d3_hf.victim_record import read_record, recorded_images
 
 VICTIM = "victim"
 RETAINED = 2000  # images that BatchNorm statistics are re-estimated from; more do not move the curves
@@ -110,11 +110,8 @@ class Case:
             ValueError: A purified model prepares its images in another way than the victim.
         """
         folder = Path(options.victim)
-        if not (folder / VICTIM_FILE).is_file():
-            raise FileNotFoundError(f"{folder} holds no {VICTIM_FILE}: it is no folder that make_victim wrote")
-        recipe = json.loads((folder / VICTIM_FILE).read_text())["recipe"]
-        recorded = {field.name: recipe[field.name] for field in fields(DataArguments) if field.name in recipe}
-        given = {name: value for name in ("dataset_name", "max_test_images") if (value := getattr(options, name)) is not None}
+        record = read_record(folder)
+        images = recorded_images(record, dataset_name=options.dataset_name, max_test_images=options.max_test_images)
         attack = load_attack(folder)
         folders = {VICTIM: options.victim} | dict(item.split("=", 1) for item in options.purified)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,7 +119,7 @@ class Case:
         seen = {name: Preprocessing.from_processor(model.image_processor) for name, model in models.items()}
         if odd := [name for name in seen if seen[name] != seen[VICTIM]]:
             raise ValueError(f"{odd[0]} resizes or normalises images differently from the victim: it is no purified form of it")
-        return cls(models, seen[VICTIM], attack, DataArguments(**recorded | given))
+        return cls(models, seen[VICTIM], attack, images)
 
     def images(self) -> tuple[RawImages, Dataset]:
         """(test, retain): the test images, and up to 2,000 of the recorded retain set, which the victim has not seen."""

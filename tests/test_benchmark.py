@@ -12,7 +12,7 @@ import pandas
 import pytest
 import torch
 import yaml
-from tiny import tiny_resnet
+from tiny import FAST, NEW_VIT, tiny_resnet
 
 from d3_hf.benchmark import Grid, draw, read_grid, render, run_grid
 from d3_hf.benchmark.cells import CELL, Runner, cells_of
@@ -27,17 +27,7 @@ from d3_hf.models import load_classifier
 from d3_hf.preprocessing import Preprocessing
 from d3_hf.victim_sets import make_set, read_set
 
-FAST = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True}
-NETWORK = {
-    "architecture": "vit",
-    "model_args": {"patch_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
-    "image_size": 32,
-    "image_mean": [0.5] * 3,
-    "image_std": [0.5] * 3,
-    "dataset_name": "digits",
-    "retain_count": 60,
-    "max_test_images": 40,
-}
+NETWORK = NEW_VIT | {"dataset_name": "digits", "retain_count": 60, "max_test_images": 40}
 DEFENCES = {"D3": {"defence": "d3"}, "FT": {"defence": "fine_tuning"}, "RNP": {"defence": "rnp", "num_train_epochs": 1}}
 RECIPES = Path(__file__).parents[1] / "recipes"
 GRIDS = sorted((RECIPES / "grids").glob("*.yaml"))

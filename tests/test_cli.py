@@ -15,6 +15,7 @@ import pytest
 import yaml
 from fake_hub import FakeHub
 from huggingface_hub import constants
+from tiny import FAST, NEW_VIT
 
 from d3_hf import cli
 from d3_hf.arguments import parse_arguments
@@ -24,15 +25,7 @@ from d3_hf.errors import GuardRailBroken
 from d3_hf.workflow import OPTIONS
 
 ROOT = Path(__file__).parents[1]
-FAST = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True}
 IMAGES = {"dataset_name": "digits", "retain_count": 60, "max_test_images": 40}
-NETWORK = {
-    "architecture": "vit",
-    "model_args": {"patch_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
-    "image_size": 32,
-    "image_mean": [0.5] * 3,
-    "image_std": [0.5] * 3,
-}
 
 
 def command(*argv):
@@ -55,7 +48,7 @@ def test_options_of_every_defence_fit_beside_those_of_a_run(name):
 def folder(tmp_path_factory):
     """A victim, the model purified from it, a grid about it."""
     folder = tmp_path_factory.mktemp("cli")
-    content = NETWORK | IMAGES | FAST | {"attack": "badnets", "output_dir": str(folder / "v" / "vit" / "badnets")}
+    content = NEW_VIT | IMAGES | FAST | {"attack": "badnets", "output_dir": str(folder / "v" / "vit" / "badnets")}
     (folder / "victim.yaml").write_text(yaml.safe_dump(content))
     content = IMAGES | FAST | {"model_name_or_path": content["output_dir"], "attack": "badnets"}
     (folder / "purify.yaml").write_text(yaml.safe_dump(content))

@@ -281,7 +281,8 @@ def folders(tmp_path_factory):
             root / name
         )
     save_attack(ATTACK, root / "victim")
-    (root / "victim" / "victim.json").write_text(json.dumps({"recipe": {"dataset_name": "moved/away"}}))
+    record = {"recipe": {"dataset_name": "moved/away"}, "planted": {}, "measured": {"victim": {}}}
+    (root / "victim" / "victim.json").write_text(json.dumps(record))
     return root
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from tiny import FAST, NEW_VIT
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor, set_seed
 
 from d3_hf.attacks import ATTACKS, BadNets, InTrainingAttack, from_description, load_attack
@@ -90,17 +91,7 @@ def test_every_attack_reaches_its_asr(name, digits, clean, tmp_path):
 # From options to a folder ----------------------------------------------------------------------------------------------
 
 
-TOY = {
-    "architecture": "vit",
-    "model_args": {"patch_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
-    "image_size": 32,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "dataset_name": "digits",
-    "retain_count": 100,
-    "max_test_images": 60,
-    "max_steps": 2,
-} | QUIET  # fmt: skip
+TOY = NEW_VIT | FAST | {"dataset_name": "digits", "retain_count": 100, "max_test_images": 60}
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,15 @@ from transformers import (
 )
 
 SIZE, CLASSES = 16, 3
+# Options of a run that makes a network for the digits and trains it for two steps.
+NEW_VIT = {
+    "architecture": "vit",
+    "model_args": {"patch_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "image_size": 32,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
+FAST = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True}
 PROCESSOR = ViTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 

@@ -7,6 +7,7 @@ import re
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,10 +22,10 @@ from ..evaluation import Measurement, Proportion, measure, measure_trainer, resu
 from ..preprocessing import Preprocessing
 from .grid import Grid, GridInputs
 from .meters import PassMeter, hardware, peak_memory, reset_peak_memory
+from .tables import RATES, UNTOUCHED
 
 RESULTS = "results.parquet"
 CELL = "cell.json"
-RATES = {"ACC": "accuracy_after", "ASR": "asr_after", "RA": "ra_after"}
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class Runner:
                 yield row
                 made += [] if "error" in row else [cell.victim]
         for victim in dict.fromkeys(made):
-            for name, model_of in (("victim", victim), ("twin without backdoor", self.inputs.twin(victim))):
+            for name, model_of in zip(UNTOUCHED, (victim, self.inputs.twin(victim)), strict=True):
                 if model_of:
                     found = self.before(model_of, victim)
                     yield {"victim": victim, "defence": name} | results(found, found) | {"der": None}
@@ -208,7 +209,8 @@ def run_grid(grid: Grid, shard: str = "0/1", only: Sequence[str] = ("*",)) -> pa
     finally:  # also after Ctrl-C: what was made is in the table
         frame = pandas.DataFrame(list(runner.rows()))
         if len(frame):
-            _write_frame(frame, Path(grid.output_dir) / RESULTS)
+            with _beside(Path(grid.output_dir) / RESULTS) as beside:
+                frame.to_parquet(beside)
     if failed:
         print(f"{failed} of {len(todo)} cells failed; their errors are in the table, their tracebacks in {CELL} of each folder")
     return frame
@@ -230,16 +232,15 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+@contextmanager
+def _beside(file: Path) -> Iterator[Path]:
+    """Where to write what becomes ``file`` afterwards: it is whole or absent, whichever of several shards writes it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(f".{os.getpid()}.partial")
+    yield beside
+    beside.rename(file)
+
+
 def _write(file: Path, content: dict) -> None:
-    """Write beside, then rename: a cell is whole or absent."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(f".{os.getpid()}.partial")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.rename(file)
-
-
-def _write_frame(frame: pandas.DataFrame, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(f".{os.getpid()}.partial")
-    frame.to_parquet(beside)
-    beside.rename(file)
+    with _beside(file) as beside:
+        beside.write_text(json.dumps(content, indent=1) + "\n")

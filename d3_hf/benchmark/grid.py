@@ -1,6 +1,5 @@
 """What a grid file says, and the images and victims that it names."""
 
-import json
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..data import RawImages, load_images, retain_split
 from ..defenses import defence as load_defence
 from ..models import load_classifier
 from ..models.weights import sha256
+from ..victim_record import read_record
 from ..victims import VICTIM_FILE
 from .retain import RetainSet
 
@@ -132,42 +132,47 @@ class GridInputs:
         return RetainSet(**self.grid.retain[name]).draw(self.held_out, seed)
 
     def folder(self, victim: str) -> Path | None:
-        """The folder of a victim of this project; None for other people's checkpoints.
+        """The folder of a victim of this project; None for other people's checkpoints. Raises as `record`."""
+        return Path(self.grid.victims_dir) / victim if self.record(victim) else None
+
+    def record(self, victim: str) -> dict[str, Any]:
+        """What ``victim.json`` says; empty for other people's checkpoints.
 
         Raises:
-            FileNotFoundError: It is not there.
-            ValueError: It has seen images that the retain sets are drawn from.
+            FileNotFoundError: The victim is not there.
+            ValueError: It has seen images that the retain sets are drawn from, or its record is damaged.
         """
         if isinstance(self.grid.victims, dict):
-            return None
+            return {}
         folder = Path(self.grid.victims_dir) / victim
-        if not (folder / VICTIM_FILE).is_file():
+        if not self.is_made(victim):
             raise FileNotFoundError(f"no victim {folder}: make it first with recipes/make_victim.py --set")
-        recipe = json.loads((folder / VICTIM_FILE).read_text())["recipe"]
-        count, seed = recipe.get("retain_count"), recipe["retain_seed"]
+        record = read_record(folder)
+        count, seed = record["recipe"].get("retain_count"), record["recipe"]["retain_seed"]
         if (count, seed) != (self.grid.held_out, 0):
             raise ValueError(
                 f"{folder} holds {count} images out (seed {seed}), the grid {self.grid.held_out} (seed 0): set held_out, or "
                 "the defence would see the victim's own training images"
             )
-        return folder
+        return record
 
     def is_made(self, victim: str) -> bool:
         """Whether the victim is there; other people's checkpoints are taken to be."""
         return isinstance(self.grid.victims, dict) or (Path(self.grid.victims_dir) / victim / VICTIM_FILE).is_file()
 
-    def record(self, victim: str) -> dict[str, Any]:
-        """What ``victim.json`` says; empty for other people's checkpoints."""
-        folder = self.folder(victim)
-        return json.loads((folder / VICTIM_FILE).read_text()) if folder else {}
-
     def identity(self, victim: str) -> Any:
         """What tells a victim's weights from others, wherever they lie: SHA-256, or name and revision of a Hub id."""
-        if record := self.record(victim):
-            return record["weights_sha256"]
-        options = dict(self.grid.victims[victim])
-        file = Path(options["model_name_or_path"])
-        return options | {"model_name_or_path": sha256(file)} if file.is_file() else options
+        record = self.record(victim)
+        return record["weights_sha256"] if record else self._theirs[victim]
+
+    @cached_property
+    def _theirs(self) -> dict[str, dict[str, Any]]:
+        """Other people's checkpoints, a file by its digest: computed once, since every cell asks several times."""
+        found = {}
+        for victim, options in self.grid.victims.items():
+            file = Path(options["model_name_or_path"])
+            found[victim] = options | {"model_name_or_path": sha256(file)} if file.is_file() else options
+        return found
 
     def model(self, victim: str) -> PreTrainedModel:
         """Load a victim."""

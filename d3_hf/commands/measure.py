@@ -1,18 +1,17 @@
 """``d3-hf measure``: measure a victim again, from its folder alone."""
 
-import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..arguments import DataArguments, Parser
+from ..arguments import Parser
 from ..attacks import load_attack
 from ..card import rates_table
 from ..evaluation import measure, rates
 from ..labels import check_labels
 from ..models import load_classifier
 from ..preprocessing import Preprocessing
-from ..victims import VICTIM_FILE
+from ..victim_record import read_record, recorded_images
 
 
 @dataclass
@@ -46,19 +45,12 @@ def measure_victim(argv: list[str]) -> dict[str, Any]:
     argv = ["--folder", *argv] if argv and not argv[0].startswith("-") else argv
     (options,) = Parser([MeasureArguments]).read(argv)
     folder = Path(options.folder)
-    if not (folder / VICTIM_FILE).is_file():
-        raise FileNotFoundError(f"{folder} holds no {VICTIM_FILE}: it is no folder that make_victim wrote")
-    try:
-        facts = json.loads((folder / VICTIM_FILE).read_text())
-        recipe, planted, before = dict(facts["recipe"]), facts["planted"], facts["measured"]["victim"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / VICTIM_FILE} is no record of make_victim ({error!r}): make the victim again") from error
-    recorded = {field.name: recipe[field.name] for field in fields(DataArguments) if field.name in recipe}
-    given = {name: value for name in ("dataset_name", "max_test_images") if (value := getattr(options, name)) is not None}
-    _, _, test = DataArguments(**recorded | given).load()
+    record = read_record(folder)
+    images = recorded_images(record, dataset_name=options.dataset_name, max_test_images=options.max_test_images)
+    _, _, test = images.load()
     model = load_classifier(str(folder))
     check_labels(test.class_names, model.config)
-    attack = load_attack(folder) if planted else None
+    attack = load_attack(folder) if record["planted"] else None
     found = rates(measure(model, test, Preprocessing.from_processor(model.image_processor), attack))
-    print(rates_table({"measured now": found, "recorded": before}))
+    print(rates_table({"measured now": found, "recorded": record["measured"]["victim"]}))
     return found

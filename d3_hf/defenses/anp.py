@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import check_options
 from .masks import MaskConfig, MaskPruningTrainer, Scales, masked
 
 Noise = dict[str, tuple[Tensor, Tensor]]
@@ -68,8 +69,7 @@ class ANPConfig(MaskConfig):
         super().__post_init__()
         if not self.anp_eps > 0:
             raise ValueError(f"anp_eps must be > 0; got {self.anp_eps}")
-        if self.anp_steps < 1:
-            raise ValueError(f"anp_steps must be >= 1; got {self.anp_steps}")
+        check_options(self, ">= 1", "anp_steps")
         if not 0 <= self.anp_alpha <= 1:
             raise ValueError(f"anp_alpha must be in [0, 1]; got {self.anp_alpha}")
 

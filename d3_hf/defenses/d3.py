@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import geometry, reference
 from ..averaging import retain_batches
-from ..config import PurifyConfig
+from ..config import PurifyConfig, check_options
 from ..selection import select_weights
 from ..trainer import MANIFEST, PurifyTrainer
 
@@ -90,12 +90,10 @@ class D3Config(PurifyConfig):
             raise ValueError(
                 "target_modules is empty; use 'head', 'all-linear', a list of module names or a regular expression"
             )
-        if not 0 < self.lambda_clean < math.inf:
-            raise ValueError(f"lambda_clean must be > 0 and finite; got {self.lambda_clean}")
+        check_options(self, "> 0 and finite", "lambda_clean")
         if self.epsilon is not None and not 0 <= self.epsilon < math.inf:
             raise ValueError(f"epsilon must be >= 0 nats and finite; got {self.epsilon}")
-        if not 0 <= self.dual_rate < math.inf:
-            raise ValueError(f"dual_rate must be >= 0 and finite; got {self.dual_rate}")
+        check_options(self, ">= 0 and finite", "dual_rate")
         if self.dual_rate and not self.scale_objective:
             raise ValueError("dual_rate needs scale_objective: a growing lambda would also set the step size")
         if self.distillation and self.hinge == "batch":

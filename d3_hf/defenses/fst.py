@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import geometry, reference
-from ..config import PurifyConfig
+from ..config import PurifyConfig, check_options
 from ..selection import select_weights
 from ..trainer import MANIFEST, PurifyTrainer
 
@@ -60,8 +60,7 @@ class FSTConfig(PurifyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.alpha < float("inf"):
-            raise ValueError(f"alpha must be >= 0 and finite; got {self.alpha}")
+        check_options(self, ">= 0 and finite", "alpha")
 
 
 def inner_product(weight: Tensor, original: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from ..config import PurifyConfig
+from ..config import PurifyConfig, check_options
 from ..trainer import PurifyTrainer
 
 
@@ -46,8 +46,7 @@ class FTSAMConfig(PurifyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.rho < float("inf"):
-            raise ValueError(f"rho must be > 0 and finite; got {self.rho}")
+        check_options(self, "> 0 and finite", "rho")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1); got {self.label_smoothing}")
         if self.gradient_accumulation_steps > 1 or self.fp16:

@@ -25,7 +25,6 @@ batch, where theirs is always that of the first batch with the true labels; at l
 a share of 1 % of fewer than 100 images is none in theirs and nothing is unlearned.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,13 +37,11 @@ from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from .. import reference
-from ..config import PurifyConfig
-from ..data import without_augmentation
+from ..averaging import retain_batches
+from ..config import PurifyConfig, check_options
 from .amsgrad import AMSGradTrainer
 
 PERTURBATION = "perturbation.safetensors"
@@ -90,14 +87,9 @@ class IBAUConfig(PurifyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("inner_learning_rate", "penalty", "fixed_point_step"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be > 0 and finite; got {getattr(self, name)}")
-        for name in ("inner_epochs", "fixed_point_iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
-        if not 0 < self.perturbed_share <= 1:
-            raise ValueError(f"perturbed_share must be in (0, 1]; got {self.perturbed_share}")
+        check_options(self, "> 0 and finite", "inner_learning_rate", "penalty", "fixed_point_step")
+        check_options(self, ">= 1", "inner_epochs", "fixed_point_iterations")
+        check_options(self, "in (0, 1]", "perturbed_share")
         if self.batch_norm == "train":
             raise ValueError("batch_norm must be eval or frozen: with batch statistics the images of a batch are not apart")
         if self.fp16:
@@ -229,21 +221,16 @@ class IBAUTrainer(AMSGradTrainer):
             delta (1, 3, h, w) in pixels of [0, 1], and the share of predictions that it changed in the last pass, each
             counted before the batch's own step.
         """
-        images = without_augmentation(self.train_dataset)
-        loader = DataLoader(
-            images, self.args.train_batch_size, collate_fn=self.data_collator, generator=torch.Generator()
-        )  # a generator of its own: without one the loader draws from the global one
         delta, changed = torch.zeros_like(self.delta), 0
         for _ in range(self.args.inner_epochs):
             changed = 0
-            for batch in tqdm(loader, "i-BAU: perturbation", disable=self.args.disable_tqdm, leave=False):
-                pixel_values = self._prepare_inputs(batch)["pixel_values"]
+            for batch in retain_batches(self, "i-BAU: perturbation", augmented=False):
                 delta.requires_grad_()
-                inner, flipped = self._inner(pixel_values, delta)
+                inner, flipped = self._inner(batch["pixel_values"], delta)
                 (gradient,) = torch.autograd.grad(inner, delta)
                 delta = (delta - self.args.inner_learning_rate * gradient).detach()
                 changed += flipped
-        return delta, float(changed) / len(images)
+        return delta, float(changed) / len(self.train_dataset)
 
     def _inner(self, pixel_values: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """G on a batch, and how many of its predictions delta changes."""

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .. import reference
-from ..config import PurifyConfig
+from ..config import PurifyConfig, check_options
 from ..trainer import MANIFEST, PurifyTrainer
 
 STAGES = 4  # into which the blocks of a ViT are divided
@@ -70,8 +70,7 @@ class NADConfig(PurifyConfig):
             raise ValueError(f"attention_weights must be numbers >= 0, at least one; got {self.attention_weights}")
         if not 1 <= self.attention_power < math.inf:
             raise ValueError(f"attention_power must be >= 1 and finite; got {self.attention_power}")
-        if not self.teacher_epochs >= 1:
-            raise ValueError(f"teacher_epochs must be >= 1; got {self.teacher_epochs}")
+        check_options(self, ">= 1", "teacher_epochs")
         if self.activation_checkpointing:
             raise ValueError("NAD reads features while the model runs: leave activation_checkpointing off")
 

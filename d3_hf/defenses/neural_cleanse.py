@@ -45,7 +45,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from .. import reference
-from ..config import PurifyConfig
+from ..config import PurifyConfig, check_options
 from ..data import without_augmentation
 from ..trainer import PurifyTrainer
 
@@ -90,15 +90,9 @@ class NeuralCleanseConfig(PurifyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("inversion_epochs", "cost_patience", "stop_patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
-        for name in ("inversion_learning_rate", "initial_cost", "anomaly_threshold"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be > 0 and finite; got {getattr(self, name)}")
-        for name in ("success_threshold", "unlearning_ratio"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in (0, 1]; got {getattr(self, name)}")
+        check_options(self, ">= 1", "inversion_epochs", "cost_patience", "stop_patience")
+        check_options(self, "> 0 and finite", "inversion_learning_rate", "initial_cost", "anomaly_threshold")
+        check_options(self, "in (0, 1]", "success_threshold", "unlearning_ratio")
         if self.fp16:
             raise ValueError("fp16 rounds the gradient of the mask to zero; use bf16 or float32")
 

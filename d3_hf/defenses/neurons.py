@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..config import PurifyConfig
+from ..config import PurifyConfig, check_options
 from ..data import TrainingImages, without_augmentation
 from ..selection import find_head
 from ..trainer import PurifyTrainer
@@ -75,8 +75,7 @@ def check_unlearning(args: Any) -> None:
     """Raise a ValueError unless the options of clean unlearning, ``unlearn_*``, are in range."""
     if not args.unlearn_learning_rate > 0:
         raise ValueError(f"unlearn_learning_rate must be > 0; got {args.unlearn_learning_rate}")
-    if args.unlearn_epochs < 1:
-        raise ValueError(f"unlearn_epochs must be >= 1; got {args.unlearn_epochs}")
+    check_options(args, ">= 1", "unlearn_epochs")
     if not 0 <= args.unlearn_accuracy < 1:
         raise ValueError(f"unlearn_accuracy must be in [0, 1); got {args.unlearn_accuracy}")
 

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..config import PurifyConfig
+from ..config import PurifyConfig, check_options
 from ..trainer import MANIFEST
 from .amsgrad import AMSGradTrainer
 
@@ -90,14 +90,9 @@ class SAUConfig(PurifyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("lambda_clean", "lambda_adversarial", "beta_adversarial", "beta_shared"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be >= 0 and finite; got {getattr(self, name)}")
-        for name in ("lambda_shared", "pgd_bound", "pgd_step"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be > 0 and finite; got {getattr(self, name)}")
-        if self.pgd_steps < 1:
-            raise ValueError(f"pgd_steps must be >= 1; got {self.pgd_steps}")
+        check_options(self, ">= 0 and finite", "lambda_clean", "lambda_adversarial", "beta_adversarial", "beta_shared")
+        check_options(self, "> 0 and finite", "lambda_shared", "pgd_bound", "pgd_step")
+        check_options(self, ">= 1", "pgd_steps")
         if self.beta_adversarial == self.beta_shared == 0:
             raise ValueError("beta_adversarial and beta_shared are both 0: the inner problem would have no objective")
         if self.fp16:
