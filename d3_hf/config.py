@@ -161,6 +161,7 @@ class PurifyConfig(Additions):
             raise ValueError("hub_create_pr pushes to the source's repository: give --push_to_hub and leave hub_model_id out")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor must stay 0: the defence computes its own loss")
-        if self.bf16 and not torch.accelerator.is_available():
-            self.use_cpu = True  # TrainingArguments wants to be told before it lets a CPU run in bf16
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # or every loader warns
+            self.use_cpu = self.use_cpu or self.bf16  # TrainingArguments wants to be told before it lets a CPU run in bf16
         super().__post_init__()

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# One purification on two machines: sbatch recipes/slurm/purify.sh CONFIG.yaml --option value ...
+# Requeued, the job goes on from its last whole checkpoint.
+#SBATCH --job-name=d3-purify
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+set -euo pipefail
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
+    set -- "$@" --resume_from_checkpoint true
+fi
+MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MAIN_ADDRESS
+# shellcheck disable=SC2016  # the task's own shell fills in its rank
+srun --kill-on-bad-exit=1 bash -c 'accelerate launch --config_file recipes/accelerate/multi_node.yaml \
+    --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * SLURM_GPUS_ON_NODE))" --machine_rank "$SLURM_NODEID" \
+    --main_process_ip "$MAIN_ADDRESS" recipes/d3_vit.py "$@" --save_strategy epoch --save_total_limit 2' purify "$@"
