@@ -31,6 +31,7 @@ from .labels import check_labels
 from .manifest import MANIFEST, RETAIN_INDICES
 from .preprocessing import Preprocessing
 from .sam import adaptive_perturbation, perturbed, running_statistics_kept
+from .supported import refuse_unsupported
 
 
 class _RouteOptimizerStep(TrainerCallback):
@@ -93,7 +94,7 @@ class PurifyTrainer(DurableTrainer):
         processing_class: Any = None,
         **kwargs,
     ):
-        _refuse_unsupported(model, args, kwargs)
+        refuse_unsupported(model, args, kwargs)
         check_output(args, getattr(model, "source", None))
         if unfit := [n for n in ("distillation", "average_last") if getattr(args, n) and n not in self.additions]:
             raise ValueError(f"{type(self).__name__} does not take {' and '.join(unfit)}: D3 and fine-tuning do")
@@ -391,21 +392,3 @@ def _column(dataset: Any, name: str) -> list[int] | None:
     if isinstance(dataset, datasets.Dataset) and name in dataset.column_names:
         return list(dataset[name])
     return None
-
-
-def _refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict) -> None:
-    if kwargs.get("model_init") is not None:
-        raise ValueError("model_init would replace the suspicious model inside train(); pass model= instead")
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"{type(model).__name__} is no transformers model: wrap it with d3_hf.load_classifier(module, num_labels=..., "
-            "image_mean=..., image_std=...)"
-        )
-    if args.push_to_hub and args.save_strategy != "no" and args.hub_strategy != "end":
-        raise ValueError(
-            "push_to_hub with checkpoints would upload pickles and half-purified weights on the way: set hub_strategy='end'"
-        )
-    if args.n_gpu > 1:
-        raise ValueError(f"one process would drive {args.n_gpu} GPUs by nn.DataParallel; start it with `accelerate launch`")
-    if getattr(model, "hf_device_map", None) or getattr(model, "peft_config", None):
-        raise ValueError("PEFT and device-mapped models are not supported: merge the adapter, load on one device")

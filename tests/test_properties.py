@@ -170,6 +170,7 @@ CONFIGS = st.fixed_dictionaries(
         "target_modules": st.sampled_from(["head", "all-linear", ".*query"]) | st.lists(st.sampled_from(LINEAR), min_size=1),
         "warm_start": st.sampled_from(geometry.WARM_STARTS),
         "projection": st.sampled_from(geometry.PROJECTIONS),
+        "active_set": st.none() | st.booleans(),
         "batch_norm": st.sampled_from(BATCH_NORM_POLICIES),
         "learning_rate": st.floats(0, 1),
         "num_train_epochs": st.integers(1, 100) | st.floats(0.5, 10),

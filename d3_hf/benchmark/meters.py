@@ -14,7 +14,7 @@ class PassMeter:
     """Counts the images that go forward and backward through a classifier and its copies.
 
     Attributes:
-        forward: Images forward so far.
+        forward: Images forward so far; those of D3's active set go forward twice, the first time without graph.
         backward: Images backward so far, for weights or for pixels.
     """
 

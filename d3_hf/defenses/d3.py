@@ -4,6 +4,7 @@ Wei, Liu, Zha: "Backdoor Mitigation by Distance-Driven Detoxification", ICCV 202
 authors' released ``defense/d3.py`` differ; each option below says which of the two it follows.
 """
 
+import functools
 import json
 import math
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import geometry, reference
+from ..active_set import ActiveSet, Inexact, forward_active, trained_apart
 from ..averaging import retain_batches
 from ..config import PurifyConfig, check_options
 from ..selection import select_weights
@@ -53,6 +55,12 @@ class D3Config(PurifyConfig):
             `geometry.warm_start`. Seeded by ``seed``.
         projection: S, applied to each weight after each step: ``"sphere"`` ||W_k|| = ||W_k^0|| (code), ``"ball"`` (<=; the
             other reading of the paper) or ``"none"``.
+        active_set: Build graph and gradient only for the images above epsilon, which a pass without graph finds, while they
+            were less than two thirds of the last window (here; see `active_set`). The weights are those of the dense step up
+            to rounding; a micro-batch then waits for the device once. ``None``: where that holds, else dense: with the
+            per-sample hinge, without distillation, activation checkpointing and torch.compile, for networks in which training
+            neither couples images (BatchNorm, unless ``batch_norm`` says otherwise) nor draws random numbers (dropout,
+            stochastic depth), which two images of noise tell. ``True``: raise where it does not. ``False``: dense.
 
     Raises:
         ValueError: ``lambda_clean`` <= 0, ``epsilon`` < 0, ``dual_rate`` < 0, one of the three not finite, ``target_modules``
@@ -80,6 +88,9 @@ class D3Config(PurifyConfig):
     projection: str = field(
         default="sphere",
         metadata={"help": "Norm constraint on each selected weight.", "choices": geometry.PROJECTIONS},
+    )
+    active_set: bool | None = field(
+        default=None, metadata={"help": "Gradients of the images above epsilon only; default: where that is exact."}
     )
 
     def __post_init__(self):
@@ -114,7 +125,8 @@ class D3Trainer(PurifyTrainer):
     resuming from a checkpoint of an interrupted run.
 
     Raises:
-        ValueError: The selection fails (see `select_weights`), or a checkpoint belongs to another reference.
+        ValueError: The selection fails (see `select_weights`), a checkpoint belongs to another reference, or ``active_set`` is
+            True where it would not be exact.
         RuntimeError: After training, when no selected weight has moved.
     """
 
@@ -131,10 +143,41 @@ class D3Trainer(PurifyTrainer):
             self.radii = geometry.norms(self.references)
         self.epsilon = args.epsilon
         self._begin_lambda(args.lambda_clean)
+        self.active_set = self._active_set()
 
     def weights(self) -> list[Tensor]:
         """The selected weights ``W_k`` as detached views that share memory with the model."""
         return [segment.of(segment.parameter.detach()) for segment in self.segments]
+
+    # The active set ----------------------------------------------------------------------------------------------------
+
+    def _active_set(self) -> ActiveSet | None:
+        """None where the step is to be dense."""
+        args = self.args
+        if args.active_set is False:
+            return None
+        try:
+            if args.hinge != "sample":
+                raise Inexact("the batch hinge gives all images the same weight")
+            if args.distillation:
+                raise Inexact("distillation has a gradient for every image")
+            if args.activation_checkpointing or self.model.is_activation_checkpointing:
+                raise Inexact("activation checkpointing runs the network again as it is")
+            if args.torch_compile:
+                raise Inexact("torch.compile would compile anew for another number of images")
+            if args.batch_norm == "train" and self._batch_norms:
+                raise Inexact("BatchNorm couples the images of a batch: set batch_norm to eval or frozen")
+            return ActiveSet(trained_apart(self.model, self._batch_norms, self.preprocessing.size), args.device)
+        except Inexact as reason:
+            if args.active_set:
+                raise ValueError(f"active_set does not fit: {reason}") from None
+            return None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As the base class; where it pays, only the images above epsilon go through ``model``."""
+        if self.model.training and self.active_set and self.active_set.pays():
+            model = functools.partial(forward_active, model, self.model, inputs["labels"], self.epsilon)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     # lambda and epsilon ------------------------------------------------------------------------------------------------
 
@@ -173,6 +216,8 @@ class D3Trainer(PurifyTrainer):
                 self.epsilon = self._mean_loss()
                 self.accelerator.print(f"D3: epsilon is the suspicious model's mean loss on the retain set, {self.epsilon:.4g}")
             self._begin_lambda(self.args.lambda_clean)
+            if self.active_set:
+                self.active_set.begin(1.0)
             for weight, start in zip(self.weights(), self._warm_starts(), strict=True):
                 weight.copy_(start)
         relative = self.relative_distances()
@@ -192,6 +237,8 @@ class D3Trainer(PurifyTrainer):
         if self.args.dual_rate:
             losses = cross_entropy.detach()
             self._window += torch.stack([losses.sum(), torch.full_like(losses[0], len(losses))])
+        if self.active_set:
+            self.active_set.see(cross_entropy.detach() > self.epsilon)
         if self.args.hinge == "sample":
             cross_entropy = torch.relu(cross_entropy - self.epsilon)
         return self.clean_weight * cross_entropy
@@ -202,6 +249,8 @@ class D3Trainer(PurifyTrainer):
         The gradient of D is known in closed form, so autograd never sees the distance and the backward pass is that of
         plain fine-tuning.
         """
+        if self.active_set:
+            self.active_set.end_window(self.accelerator)
         if self.args.hinge == "batch":
             window_loss = torch.relu(self.accelerator.reduce(window_loss, "mean") - self.clean_weight * self.epsilon)
             if not window_loss > 0:  # every process sees the same number, so all take the same branch
@@ -263,12 +312,13 @@ class D3Trainer(PurifyTrainer):
         return {"lambda": self.multiplier.item()} if self.args.dual_rate else {}
 
     def facts(self) -> dict:
-        """Adds the selected weights with radius and relative distance, the reference's fingerprint, and lambda and epsilon
-        where they were found rather than given."""
+        """Adds the selected weights with radius and relative distance, the reference's fingerprint, lambda and epsilon where
+        they were found rather than given, and the last share of active images, by which the next step is decided."""
         radii = {segment.name: radius.item() for segment, radius in zip(self.segments, self.radii, strict=True)}
         distances = self.relative_distances()
         selected = [{"name": n, "initial_norm": radii[n], "relative_distance": distances[n]} for n in radii]
         found = self._found_lambda() | ({"epsilon": self.epsilon} if self.args.epsilon is None else {})
+        found |= {ActiveSet.KEY: self.active_set.share} if self.active_set else {}
         return super().facts() | {"selected_weights": selected, "reference_sha256": self.reference_fingerprint()} | found
 
     def reference_fingerprint(self) -> str:
@@ -293,3 +343,5 @@ class D3Trainer(PurifyTrainer):
             self._begin_lambda(found["lambda"])
         if self.args.epsilon is None:
             self.epsilon = found["epsilon"]
+        if self.active_set:
+            self.active_set.begin(found.get(ActiveSet.KEY, 1.0))

@@ -1,0 +1,43 @@
+"""Every defence on two processes: both end with the same weights, and where the step is a mean over images with those of one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launched_defences import VICTIMS, run
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_trained import weights
+
+from d3_hf.defenses import DEFENCES
+
+HERE = Path(__file__).parent
+# The others draw or count per process.
+EQUAL = ("d3", "fine_tuning", "linear_probing", "ft_sam", "fst", "tsc", "fine_pruning", "nad")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("defences")
+    for make in set(VICTIMS.values()):
+        save_file(weights(make), folder / f"{make.__name__}.safetensors")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "launched_defences.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=300, env=environment, cwd=HERE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", DEFENCES)
+def test_every_defence_runs_on_two_processes(two_processes, name):
+    with safe_open(two_processes / f"{name}.safetensors", "pt") as found:
+        assert found.metadata() == {"processes": "2", "versions": "1"}
+        together = {key: found.get_tensor(key) for key in found.keys()}
+    victim = load_file(two_processes / f"{VICTIMS[name].__name__}.safetensors")
+    assert any(not torch.equal(together[key], victim[key]) for key in victim)
+    if name in EQUAL:
+        alone = run(str(two_processes), name, 8).model.state_dict()
+        torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
