@@ -1,4 +1,4 @@
-"""Every defence on two processes: both end with the same weights, and where the step is a mean over images with those of one."""
+"""Every defence on two processes: both end with the same weights, most of them with those of one process."""
 
 import os
 import subprocess
