@@ -27,6 +27,7 @@ class DurableTrainer(Trainer):
     """
 
     manifest_name: str
+    plain: nn.Module  # the model as whole, ordinary tensors
     _writing = False  # a checkpoint, which goes into PARTIAL first
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
@@ -138,10 +139,10 @@ class DurableTrainer(Trainer):
     def _load_weights(self, folder: Path) -> None:
         """Load a checkpoint exactly: the Trainer's own skips, with a warning, every key renamed since (all of ViT's)."""
         state = load_file(folder / SAFE_WEIGHTS_NAME)
-        if state.keys() != self.model.state_dict().keys():
-            fresh = type(self.model).from_pretrained(folder, dtype=self.model.dtype, local_files_only=True)
+        if state.keys() != self.plain.state_dict().keys():
+            fresh = type(self.plain).from_pretrained(folder, dtype=self.plain.dtype, local_files_only=True)
             state = fresh.state_dict()
-        self.model.load_state_dict(state, strict=True)
+        self.plain.load_state_dict(state, strict=True)
 
 
 class _SaveWhenInterrupted(TrainerCallback):

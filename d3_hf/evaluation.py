@@ -309,7 +309,7 @@ def measure_trainer(trainer: Trainer, images: RawImages, attack: Trigger | None 
     measured = None
     if trainer.is_world_process_zero():
         # accelerate leaves its autocast on the model after training: without it before and after are measured alike.
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        model = trainer.accelerator.unwrap_model(trainer.plain, keep_fp32_wrapper=False)
         measured = measure(model, images, trainer.preprocessing, attack)
     trainer.accelerator.wait_for_everyone()
     return measured

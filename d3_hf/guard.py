@@ -124,7 +124,7 @@ def retain_warnings(trainer: PurifyTrainer, test: RawImages, before: Measurement
             f"the retain set has fewer than {FEW_IMAGES} images of {len(few)} of {len(names)} classes: {listed(few)}; "
             "draw more, or a balanced set"
         )
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model = trainer.accelerator.unwrap_model(trainer.plain, keep_fp32_wrapper=False)
     predicted, confidence = _look(model, retain.images, trainer.preprocessing)
     rate, of = accuracy(predicted, labels).value, f"of the {len(labels)} images of the retain set"
     if rate < LOW_ACCURACY or rate < before.accuracy.value - ACCURACY_GAP:

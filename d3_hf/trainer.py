@@ -31,6 +31,7 @@ from .labels import check_labels
 from .manifest import MANIFEST, RETAIN_INDICES
 from .preprocessing import Preprocessing
 from .sam import adaptive_perturbation, perturbed, running_statistics_kept
+from .sharding import placement_of
 from .supported import refuse_unsupported
 
 
@@ -51,6 +52,7 @@ class _RouteOptimizerStep(TrainerCallback):
             self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.placement.read()
         self.trainer.end_purification()
 
 
@@ -69,10 +71,14 @@ class PurifyTrainer(DurableTrainer):
     Raises:
         OSError: ``output_dir`` cannot be written.
         ValueError: ``output_dir`` holds another run's results (see `check_output`); the images' labels are not the model's; no
-            image processor is known; the run would use `nn.DataParallel`, FSDP or DeepSpeed, a PEFT model or `model_init`, or
-            push checkpoints to the Hub; a training batch has no tensor ``labels``; one of `Additions` does not fit the defence
-            or the images.
+            image processor is known; the run would use `nn.DataParallel`, DeepSpeed, FSDP where `placement_of` refuses it, a
+            PEFT model or `model_init`, or push checkpoints to the Hub; a training batch has no tensor ``labels``; one of
+            `Additions` does not fit the defence or the images.
         FloatingPointError: The clean loss of a step is NaN or infinite.
+
+    Attributes:
+        plain: The model as whole, ordinary tensors: ``model`` itself, or under FSDP2 a copy, complete before and after the
+            training.
     """
 
     # Our loss is normalised over the whole window: the Trainer must not divide it by the number of micro-batches again.
@@ -81,6 +87,7 @@ class PurifyTrainer(DurableTrainer):
     images_class = TrainingImages
     # Of distillation and average_last, those that the defence's loss and steps fit: named by each defence for itself.
     additions: tuple[str, ...] = ()
+    runs_sharded = False  # under FSDP2, where `model` holds shards of which a defence must know
     clean_weight: float | Tensor = 1.0  # of the cross-entropy in the objective, and so of the distillation
     method = "fine-tuning"
     paper: str | None = None
@@ -125,12 +132,12 @@ class PurifyTrainer(DurableTrainer):
         )
         if folder_is_new and args.should_save:
             Path(args.output_dir).rmdir()  # the Trainer makes it at once; here it comes with the first file
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("FSDP and DeepSpeed are not supported yet; launch with DDP (accelerate launch --multi_gpu)")
+        self.placement = placement_of(self, model)
+        self.plain = self.placement.plain
         images = getattr(self.train_dataset, "augmentation", None)
         if args.cutout and (images is None or images.cutout != args.cutout):
             raise ValueError("cutout is for images that the trainer augments: pass the retain set as a datasets.Dataset")
-        self.distiller = Teacher(model) if args.distillation else None
+        self.distiller = Teacher(self.plain) if args.distillation else None
         self.average = WeightAverage(self) if args.average_last else None
         if self.distiller:
             self.log_names = (*self.log_names, "distillation_loss")
@@ -186,7 +193,7 @@ class PurifyTrainer(DurableTrainer):
     @functools.cached_property
     def source_checks(self) -> dict[str, Any] | None:  # asked once
         """See `hub.source_checks`."""
-        return hub.source_checks(manifest.source_of(self.model))
+        return hub.source_checks(manifest.source_of(self.plain))
 
     def facts(self) -> dict[str, Any]:
         """The manifest: everything needed to repeat the run and all that the card says of it; JSON-able."""
@@ -200,7 +207,7 @@ class PurifyTrainer(DurableTrainer):
         return added | {
             "method": self.method,
             "paper": self.paper,
-            "source": manifest.source_of(self.model),
+            "source": manifest.source_of(self.plain),
             "retain": retain,
             "preprocessing": {"size": preprocessing.size, "mean": preprocessing.mean, "std": preprocessing.std},
             "batch_norm": self.args.batch_norm if self._batch_norms else "none in this model",
@@ -244,7 +251,15 @@ class PurifyTrainer(DurableTrainer):
         if self.model.training and self.args.batch_norm != "train":
             for module in self._batch_norms:
                 module.eval()
+        if not self.model.training:
+            num_items_in_batch = None  # with a count the Trainer would multiply the plain mean by the number of processes
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As the base class; the model is left as it was."""
+        found = super().evaluation_loop(*args, **kwargs)
+        self.placement.reshard()
+        return found
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Accumulate one micro-batch; on the last of a window finish the gradient and return the window's objective."""
@@ -341,7 +356,7 @@ class PurifyTrainer(DurableTrainer):
     def write_files(self, folder: Path, state_dict: dict | None = None) -> None:
         """Write the model and what belongs to it into a folder; manifest and card follow. Override to add files."""
         # The Trainer's own would add training_args.bin, a pickle that can hold a token.
-        self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(folder, state_dict=state_dict)
+        self.plain.save_pretrained(folder, state_dict=state_dict)
         self.processing_class.save_pretrained(folder)
         if self.retain_indices is not None:
             (folder / RETAIN_INDICES).write_text(json.dumps(self.retain_indices) + "\n")
@@ -373,7 +388,19 @@ class PurifyTrainer(DurableTrainer):
             raise ValueError("average_last cannot resume: the checkpoint does not hold the mean; run it from the beginning")
         if self.distiller:
             self.distiller.check(Path(resume_from_checkpoint) / self.manifest_name)
+        folder, file = Path(resume_from_checkpoint), self.placement.optimizer_file
+        if any(folder.glob("optimizer.*")) and not (folder / file).exists():
+            raise ValueError(f"{folder} holds no {file}: with FSDP resume what FSDP began, without it what was begun without")
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_weights(self, folder: Path) -> None:
+        super()._load_weights(folder)
+        self.placement.write()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self.placement.clear(Path(output_dir))
 
     def _images(self, dataset: Any, model: PreTrainedModel, augmentation: Augmentation | None) -> Any:
         raw = RawImages.from_dataset(dataset) if isinstance(dataset, datasets.Dataset) else dataset

@@ -58,8 +58,8 @@ class D3Config(PurifyConfig):
         active_set: Build graph and gradient only for the images above epsilon, which a pass without graph finds, while they
             were less than two thirds of the last window (here; see `active_set`). The weights are those of the dense step up
             to rounding; a micro-batch then waits for the device once. ``None``: where that holds, else dense: with the
-            per-sample hinge, without distillation, activation checkpointing and torch.compile, for networks in which training
-            neither couples images (BatchNorm, unless ``batch_norm`` says otherwise) nor draws random numbers (dropout,
+            per-sample hinge, without FSDP, distillation, activation checkpointing and torch.compile, for networks in which
+            training neither couples images (BatchNorm, unless ``batch_norm`` says otherwise) nor draws random numbers (dropout,
             stochastic depth), which two images of noise tell. ``True``: raise where it does not. ``False``: dense.
 
     Raises:
@@ -134,10 +134,12 @@ class D3Trainer(PurifyTrainer):
     paper = "https://arxiv.org/abs/2411.09585"
     log_names = ("clean_loss", "active_fraction")
     additions = ("distillation", "average_last")
+    runs_sharded = True
 
     def __init__(self, model, args: D3Config, *arguments, **kwargs):
         super().__init__(model, args, *arguments, **kwargs)
-        self.segments = select_weights(model, args.target_modules, self.preprocessing.size)
+        self.segments = select_weights(self.plain, args.target_modules, self.preprocessing.size)
+        self.selected = list(dict.fromkeys(segment.parameter for segment in self.segments))  # a fused one once
         with torch.no_grad():
             self.references = [weight.clone() for weight in self.weights()]
             self.radii = geometry.norms(self.references)
@@ -146,7 +148,7 @@ class D3Trainer(PurifyTrainer):
         self.active_set = self._active_set()
 
     def weights(self) -> list[Tensor]:
-        """The selected weights ``W_k`` as detached views that share memory with the model."""
+        """The selected weights ``W_k`` as detached views that share memory with the plain model."""
         return [segment.of(segment.parameter.detach()) for segment in self.segments]
 
     # The active set ----------------------------------------------------------------------------------------------------
@@ -159,6 +161,8 @@ class D3Trainer(PurifyTrainer):
         try:
             if args.hinge != "sample":
                 raise Inexact("the batch hinge gives all images the same weight")
+            if self.is_fsdp_enabled:
+                raise Inexact("under FSDP every process must take every pass, also one without active images")
             if args.distillation:
                 raise Inexact("distillation has a gradient for every image")
             if args.activation_checkpointing or self.model.is_activation_checkpointing:
@@ -199,10 +203,10 @@ class D3Trainer(PurifyTrainer):
     @torch.no_grad()
     def _mean_loss(self) -> float:
         """Mean cross-entropy of the model on the retain set, evaluation mode, not augmented; the same in all processes."""
-        self.model.eval()
+        self.plain.eval()
         sums = torch.zeros(2, device=self.args.device)
         for batch in retain_batches(self, "D3: epsilon", augmented=False):
-            logits = self.model(pixel_values=batch["pixel_values"]).logits.float()
+            logits = self.plain(pixel_values=batch["pixel_values"]).logits.float()
             loss = F.cross_entropy(logits, batch["labels"], reduction="sum")
             sums += torch.stack([loss, torch.full_like(loss, len(logits))])
         return self.accelerator.reduce(sums[0] / sums[1], "mean").item()
@@ -220,6 +224,7 @@ class D3Trainer(PurifyTrainer):
                 self.active_set.begin(1.0)
             for weight, start in zip(self.weights(), self._warm_starts(), strict=True):
                 weight.copy_(start)
+            self.placement.write(self.selected)
         relative = self.relative_distances()
         names = ", ".join(segment.name for segment in self.segments)
         self.accelerator.print(
@@ -258,14 +263,15 @@ class D3Trainer(PurifyTrainer):
         weights = self.weights()
         scaler = self.accelerator.scaler
         loss_scale = scaler.get_scale() if scaler is not None else 1.0  # gradients are unscaled after this
-        gradients = [segment.of(segment.parameter.grad) for segment in self.segments]
         coefficient = -self.distance_weight * loss_scale
-        if not self.args.dual_rate:
-            lengths = geometry.add_distance_gradient(gradients, weights, self.references, coefficient)
-            return window_loss - self.distance_weight * sum(lengths)
-        directions = [torch.zeros_like(weight) for weight in weights]  # apart: a coefficient on the device scales them
-        lengths = geometry.add_distance_gradient(directions, weights, self.references, 1.0)
-        torch._foreach_add_(gradients, torch._foreach_mul(directions, coefficient))
+        with self.placement.gradients(self.selected):
+            gradients = [segment.of(segment.parameter.grad) for segment in self.segments]
+            if not self.args.dual_rate:
+                lengths = geometry.add_distance_gradient(gradients, weights, self.references, coefficient)
+                return window_loss - self.distance_weight * sum(lengths)
+            directions = [torch.zeros_like(weight) for weight in weights]  # apart: a coefficient on the device scales them
+            lengths = geometry.add_distance_gradient(directions, weights, self.references, 1.0)
+            torch._foreach_add_(gradients, torch._foreach_mul(directions, coefficient))
         objective = window_loss - self.distance_weight * sum(lengths)
         self._ascend()
         return objective
@@ -278,7 +284,9 @@ class D3Trainer(PurifyTrainer):
 
     def constrain(self) -> None:
         """The projection of the selected weights onto S."""
+        self.placement.read(self.selected)
         geometry.project(self.weights(), self.radii, self.args.projection)
+        self.placement.write(self.selected)
 
     def end_purification(self) -> None:
         """Say how far the weights moved; raise if none did."""

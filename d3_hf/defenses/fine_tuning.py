@@ -33,6 +33,7 @@ class FineTuningTrainer(PurifyTrainer):
 
     paper = "https://arxiv.org/abs/2310.01875"
     additions = ("distillation", "average_last")
+    runs_sharded = True
 
     def __init__(self, model, args: FineTuningConfig, *arguments, **kwargs):
         super().__init__(model, args, *arguments, **kwargs)
@@ -41,7 +42,8 @@ class FineTuningTrainer(PurifyTrainer):
     def begin_purification(self, resumed: bool) -> None:
         """Draw the head anew for FT-init, unless the weights come from a checkpoint."""
         if self.args.reinitialize_head and not resumed:
-            (segment,) = select_weights(self.model, "head", self.preprocessing.size)
+            (segment,) = select_weights(self.plain, "head", self.preprocessing.size)
             weight = segment.of(segment.parameter.detach())
             generator = torch.Generator().manual_seed(self.args.seed)
             weight.copy_(geometry.warm_start(weight.cpu(), "random", generator))
+            self.placement.write([segment.parameter])
