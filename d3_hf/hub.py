@@ -1,6 +1,7 @@
 """The Hub: what of a purified model goes up, how a push that failed is finished, what the Hub says of the source."""
 
 import contextlib
+import importlib.util
 import json
 import logging
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from huggingface_hub.utils import get_session
 from .card import FOLDER
 from .config import PurifyConfig
 from .manifest import MANIFEST, RETAIN_INDICES
-from .models.weights import first_line
+from .models.weights import PICKLED, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ PUBLISHED = (
     MANIFEST,
     "all_results.json",
     RETAIN_INDICES,
+    "model.sig",  # of model-signing
 )
 NEEDED = ("config.json", "README.md", MANIFEST)
 TIMEOUT = 120.0  # seconds that a server may be silent; huggingface_hub itself would wait for ever
@@ -138,16 +140,18 @@ def push_folder(
 
 
 def source_checks(source: dict[str, Any]) -> dict[str, Any] | None:
-    """What the Hub says of the source: its security scan, and whether the files here are those of the repository.
+    """What scanners say of the source. They find code in files, not a backdoor in weights.
 
     Args:
         source: As `manifest.source_of` makes it.
 
     Returns:
-        None for a source that is not on the Hub. Else ``security_scan``, as the Hub reports it for the repository, and
-        ``checksums`` with how many files were ``compared`` and which ``differ``; ``"not available"`` where the Hub cannot
-        be asked. A scan finds code in files, not a backdoor in weights.
+        For a Hub id ``security_scan``, as the Hub reports it for the repository, and ``checksums`` with how many files were
+        ``compared`` and which ``differ``; for a pickled file ``pickle_scan``, see `pickle_scan`; each ``"not available"``
+        where it cannot be asked. None for other sources.
     """
+    if source["kind"] == "file" and Path(source["name"]).suffix in PICKLED:
+        return {"pickle_scan": pickle_scan(Path(source["name"]).expanduser())}
     if source["kind"] != "hub":
         return None
     checks = {"security_scan": UNKNOWN, "checksums": UNKNOWN}
@@ -164,6 +168,24 @@ def source_checks(source: dict[str, Any]) -> dict[str, Any] | None:
     if differ:
         logger.warning("%s: not as in the repository: %s; fetch it again", source["name"], ", ".join(differ))
     return checks | {"checksums": {"compared": found.checked_count, "differ": differ}}
+
+
+def pickle_scan(file: Path) -> dict[str, Any] | str:
+    """What picklescan (``pip install 'd3_hf[scan]'``) says of a file, which was opened without running what it may hold.
+
+    Returns:
+        ``issues`` and ``suspicious``, how many, and the ``globals`` that the file imports; ``"not available"`` without
+        picklescan.
+    """
+    if importlib.util.find_spec("picklescan") is None:
+        return UNKNOWN
+    from picklescan.scanner import scan_file_path
+
+    found = scan_file_path(str(file))
+    if found.issues_count:
+        logger.warning("%s: picklescan finds %d dangerous imports", file, found.issues_count)
+    names = sorted({f"{item.module}.{item.name}" for item in found.globals})
+    return {"issues": found.issues_count, "suspicious": found.suspicious_count, "globals": names}
 
 
 @contextlib.contextmanager
