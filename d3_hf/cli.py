@@ -9,10 +9,11 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -125,7 +126,8 @@ def main() -> None:
     """Run one command of ``d3-hf``."""
     name, *argv = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(USAGE)
+        with _closed_early_quietly():
+            print(USAGE, flush=True)
         return
     if name not in COMMANDS:
         print(f"d3-hf: unknown command {name!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
@@ -165,6 +167,17 @@ def run(function: Callable[[list[str]], Any], argv: list[str]) -> NoReturn:
     if code:
         print(f"{title}: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _closed_early_quietly() -> Iterator[None]:
+    """What is printed inside into a pager that is closed early ends the process without a traceback."""
+    if not hasattr(signal, "SIGPIPE"):  # Windows
+        yield
+        return
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGPIPE, before)
 
 
 def exit_code(error: Exception) -> int:

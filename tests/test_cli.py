@@ -273,6 +273,11 @@ def test_import_and_help_are_quick():
     assert seconds("-m", "d3_hf.cli", "--help") < 5 * 0.5
 
 
+def test_help_into_a_closed_pipe_is_quiet():
+    done = subprocess.run(f"{sys.executable} -m d3_hf.cli --help | true", shell=True, capture_output=True, text=True)
+    assert done.stderr == ""
+
+
 def test_help_fits_a_screen(capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["d3-hf", "--help"])
