@@ -56,24 +56,30 @@ class Additions(TrainingArguments):
             (Izmailov et al. 2018, arXiv 1803.05407, one snapshot per epoch, the last 25 % there; a cosine to zero leaves less
             to average than their high constant rate). BatchNorm statistics are then re-estimated on the retain set, augmented
             as in training, if ``batch_norm="train"``; else they stay. What is evaluated on the way is not averaged.
+        sam_rho: Size >= 0 of the neighbourhood whose highest loss is minimised, by adaptive SAM (`d3_hf.sam`), which doubles
+            the passes; 0: off. 2 is FT-SAM's for CIFAR-10. D3's distance has no part in it and is that of the weights.
 
     Raises:
-        ValueError: A value is out of range; ``average_last`` is combined with checkpoints, which would not hold the mean.
+        ValueError: A value is out of range; ``average_last`` is combined with checkpoints, which would not hold the mean;
+            ``sam_rho`` with accumulated gradients or fp16.
     """
 
     cutout: int = field(default=0, metadata={"help": "Side in pixels of a blanked square in each training image; 0: none."})
     distillation: float = field(default=0.0, metadata={"help": "Weight of the divergence from the suspicious model's outputs."})
     average_last: float = field(default=0.0, metadata={"help": "Share of the run, at its end, over which to average weights."})
+    sam_rho: float = field(default=0.0, metadata={"help": "Minimise the highest loss within this size (adaptive SAM); 0: off."})
 
     def __post_init__(self):
         if self.cutout < 0:
             raise ValueError(f"cutout must be >= 0 pixels; got {self.cutout}")
-        check_options(self, ">= 0 and finite", "distillation")
+        check_options(self, ">= 0 and finite", "distillation", "sam_rho")
         if not 0 <= self.average_last < 1:
             raise ValueError(f"average_last must be in [0, 1); got {self.average_last}")
         super().__post_init__()
         if self.average_last and self.save_strategy != SaveStrategy.NO:
             raise ValueError("average_last with checkpoints: they would not hold the mean; leave save_strategy at 'no'")
+        if self.sam_rho and (self.gradient_accumulation_steps > 1 or self.fp16):
+            raise ValueError("sam_rho needs whole, unscaled gradients: leave gradient_accumulation_steps at 1 and fp16 off")
 
 
 @dataclass

@@ -41,6 +41,17 @@ def perturbed(weights: list[Tensor], step: list[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
+def at_highest_loss(model: nn.Module, rho: float) -> Iterator[None]:
+    """Inside, the weights stand where their gradients say that the loss is highest, and have no gradient; see above."""
+    moved = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    weights = [parameter.detach() for parameter in moved]
+    step = adaptive_perturbation(weights, [parameter.grad for parameter in moved], rho)
+    model.zero_grad(set_to_none=True)
+    with perturbed(weights, step):
+        yield
+
+
+@contextmanager
 def running_statistics_kept(batch_norms: list[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
     """Inside, BatchNorm layers in training mode use batch statistics and leave the running ones and their counter alone."""
     tracked = [module.track_running_stats for module in batch_norms]

@@ -125,8 +125,8 @@ def placement_of(trainer: "PurifyTrainer", model: nn.Module) -> InPlace:
         raise ValueError(f"FSDP1 is not supported: set fsdp_version to 2 ({RECIPE}), or {USE_DDP}")
     if not trainer.runs_sharded:
         raise ValueError(f"{name} does not run under FSDP, only D3 and fine-tuning do: {USE_DDP}")
-    if trainer.args.average_last:
-        raise ValueError(f"average_last does not run under FSDP: leave it out, or {USE_DDP}")
+    if whole := [option for option in ("average_last", "sam_rho") if getattr(trainer.args, option)]:
+        raise ValueError(f"{whole[0]} does not run under FSDP: leave it out, or {USE_DDP}")
     if plugin.cpu_ram_efficient_loading:
         raise ValueError(
             f"FSDP would load the suspicious weights in one process: set fsdp_cpu_ram_efficient_loading to false ({RECIPE})"

@@ -7,6 +7,7 @@ method to override, resumes exactly, and writes no pickle next to the purified m
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from .evaluation import compute_metrics as accuracy_metrics
 from .labels import check_labels
 from .manifest import MANIFEST, RETAIN_INDICES
 from .preprocessing import Preprocessing
-from .sam import adaptive_perturbation, perturbed, running_statistics_kept
+from .sam import at_highest_loss, running_statistics_kept
 from .sharding import placement_of
 from .supported import refuse_unsupported
 
@@ -85,7 +86,7 @@ class PurifyTrainer(DurableTrainer):
     loss_is_scaled_for_ga = True
     manifest_name = MANIFEST
     images_class = TrainingImages
-    # Of distillation and average_last, those that the defence's loss and steps fit: named by each defence for itself.
+    # Of distillation, average_last and sam_rho, those that the defence's loss and steps fit: named by each defence for itself.
     additions: tuple[str, ...] = ()
     runs_sharded = False  # under FSDP2, where `model` holds shards of which a defence must know
     clean_weight: float | Tensor = 1.0  # of the cross-entropy in the objective, and so of the distillation
@@ -103,7 +104,7 @@ class PurifyTrainer(DurableTrainer):
     ):
         refuse_unsupported(model, args, kwargs)
         check_output(args, getattr(model, "source", None))
-        if unfit := [n for n in ("distillation", "average_last") if getattr(args, n) and n not in self.additions]:
+        if unfit := [n for n in ("distillation", "average_last", "sam_rho") if getattr(args, n) and n not in self.additions]:
             raise ValueError(f"{type(self).__name__} does not take {' and '.join(unfit)}: D3 and fine-tuning do")
         processing_class = processing_class or getattr(model, "image_processor", None)
         if processing_class is None:
@@ -137,6 +138,7 @@ class PurifyTrainer(DurableTrainer):
         images = getattr(self.train_dataset, "augmentation", None)
         if args.cutout and (images is None or images.cutout != args.cutout):
             raise ValueError("cutout is for images that the trainer augments: pass the retain set as a datasets.Dataset")
+        self.sam_rho = args.sam_rho
         self.distiller = Teacher(self.plain) if args.distillation else None
         self.average = WeightAverage(self) if args.average_last else None
         if self.distiller:
@@ -263,7 +265,8 @@ class PurifyTrainer(DurableTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Accumulate one micro-batch; on the last of a window finish the gradient and return the window's objective."""
-        share = super().training_step(model, inputs, num_items_in_batch)
+        backward = functools.partial(super().training_step, model, inputs, num_items_in_batch)
+        share = self._sharpness_aware(backward) if self.sam_rho else backward()
         self._window_loss += share
         if not self.accelerator.sync_gradients:
             return torch.zeros_like(share)
@@ -278,19 +281,14 @@ class PurifyTrainer(DurableTrainer):
         self._window_loss = torch.zeros_like(share)
         return objective
 
-    def sharpness_aware_step(self, model, inputs, num_items_in_batch, rho: float) -> Tensor:
-        """`training_step` of adaptive SAM: a pass at the weights says where the loss is highest within ``rho``, a pass there
-        gives the gradient. BatchNorm keeps the first pass's statistics; needs whole, unscaled gradients."""
-        PurifyTrainer.training_step(self, model, inputs, num_items_in_batch)
-        moved = [p for p in self.model.parameters() if p.grad is not None]
-        weights = [p.detach() for p in moved]
-        step = adaptive_perturbation(weights, [p.grad for p in moved], rho)
-        self.model.zero_grad(set_to_none=True)
+    def _sharpness_aware(self, backward: Callable[[], Tensor]) -> Tensor:
+        """A pass at the weights says where the loss is highest within ``sam_rho``, a pass there leaves the gradient."""
+        backward()
         sums = self._sums.clone()
-        with perturbed(weights, step), running_statistics_kept(self._batch_norms):
-            objective = PurifyTrainer.training_step(self, model, inputs, num_items_in_batch)
+        with at_highest_loss(self.model, self.sam_rho), running_statistics_kept(self._batch_norms):
+            share = backward()
         self._sums = sums  # the log counts every image once, at the weights themselves
-        return objective
+        return share
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)

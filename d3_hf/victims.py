@@ -47,10 +47,8 @@ class VictimConfig(PurifyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.sam_rho < 0 or self.random_heads < 0:
-            raise ValueError(f"sam_rho and random_heads must be >= 0; got {self.sam_rho} and {self.random_heads}")
-        if self.sam_rho and (self.gradient_accumulation_steps > 1 or self.fp16):
-            raise ValueError("sam_rho needs whole, unscaled gradients: leave gradient_accumulation_steps at 1 and fp16 off")
+        if self.random_heads < 0:
+            raise ValueError(f"random_heads must be >= 0; got {self.random_heads}")
 
 
 class PoisonedImages(TrainingImages):
@@ -82,6 +80,7 @@ class VictimTrainer(PurifyTrainer):
     manifest_name = VICTIM_FILE
     images_class = PoisonedImages
     method = "training with a planted backdoor"
+    additions = ("sam_rho",)
 
     def __init__(
         self,
@@ -125,12 +124,6 @@ class VictimTrainer(PurifyTrainer):
         if self.heads:
             found = found + self.heads.loss(labels, self._batch_poisoned)
         return found if self.poisoner is None or self.poisoner.penalty is None else found + self.poisoner.penalty
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """As the base class, or by adaptive SAM."""
-        if not self.args.sam_rho:
-            return super().training_step(model, inputs, num_items_in_batch)
-        return self.sharpness_aware_step(model, inputs, num_items_in_batch, self.args.sam_rho)
 
     def optimizer_step(self, step):
         """The victim's step, then that of the attack's own networks and of the random heads."""

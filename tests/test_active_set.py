@@ -189,6 +189,7 @@ def with_statistics():
         (tiny_vit, {"distillation": 0.1}, "distillation has a gradient for every image"),
         (tiny_vit, {"activation_checkpointing": True}, "activation checkpointing"),
         (tiny_vit, {"torch_compile": True}, "torch.compile would compile anew"),
+        (tiny_vit, {"sam_rho": 1.0}, "SAM looks for the highest loss of all images"),
         (tiny_resnet, {}, "BatchNorm couples the images of a batch: set batch_norm to eval or frozen"),
         (with_dropout, {}, "draws random numbers"),
         (with_drawn_attention, {}, "draws random numbers"),

@@ -18,6 +18,7 @@ from d3_hf.data import RawImages, TrainingImages
 from d3_hf.defenses.d3 import D3Config, D3Trainer
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
 from d3_hf.defenses.fst import FSTConfig, FSTTrainer
+from d3_hf.defenses.ft_sam import FTSAMConfig, FTSAMTrainer
 from d3_hf.distillation import distillation_losses
 from d3_hf.trainer import PurifyTrainer
 
@@ -216,6 +217,50 @@ def test_a_second_training_averages_anew(tmp_path):
     assert made.facts()["averaged_epochs"] == 2 and not made.model.training
 
 
+# Sharpness-aware minimisation --------------------------------------------------------------------------------------------
+
+
+class Watched(D3Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.before, self.batch = copy.deepcopy(self.model), dict(inputs)
+        objective = super().training_step(model, inputs, num_items_in_batch)
+        self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+        return objective
+
+
+def test_sharpness_acts_on_the_clean_loss_and_not_on_the_distance(tmp_path):
+    rho, epsilon, lambda_ = 0.7, 0.2, 3.0
+    options = dict(sam_rho=rho, epsilon=epsilon, lambda_clean=lambda_, max_steps=1)
+    made = build((D3Config, Watched), tmp_path, tiny_vit(), **options)
+    (reference,) = made.references
+    made.train()
+
+    def gradients(model):
+        logits = model(pixel_values=made.batch["pixel_values"]).logits
+        hinge = torch.relu(F.cross_entropy(logits, made.batch["labels"], reduction="none") - epsilon).mean()
+        return torch.autograd.grad(lambda_ / (lambda_ + 1) * hinge, list(model.parameters()))
+
+    first, moved = gradients(made.before), copy.deepcopy(made.before)
+    length = sum(((p * g) ** 2).sum() for p, g in zip(moved.parameters(), first, strict=True)).sqrt()
+    with torch.no_grad():
+        for parameter, gradient in zip(moved.parameters(), first, strict=True):
+            parameter += rho * parameter**2 * gradient / length
+    expected = dict(zip(made.gradients, gradients(moved), strict=True))
+    offset = made.before.classifier.weight - reference
+    expected["classifier.weight"] = expected["classifier.weight"] - offset / offset.norm() / (lambda_ + 1)
+    for name, gradient in made.gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("make", [tiny_vit, tiny_resnet])
+def test_fine_tuning_by_sam_is_ft_sam(tmp_path, make):
+    made = build(FT, tmp_path / "ft", make(), sam_rho=1.5)
+    theirs = build((FTSAMConfig, FTSAMTrainer), tmp_path / "ft_sam", make(), rho=1.5, label_smoothing=0.0)
+    made.train()
+    theirs.train()
+    same_weights(made.model, theirs.model)
+
+
 # Dual ascent and epsilon -----------------------------------------------------------------------------------------------
 
 
@@ -314,6 +359,9 @@ def test_off_nothing_is_built_and_nothing_is_recorded(tmp_path, monkeypatch):
         ({"average_last": 0.5, "save_strategy": "epoch"}, "average_last with checkpoints"),
         ({"dual_rate": -1.0}, "dual_rate must be >= 0 and finite"),
         ({"dual_rate": 0.1, "scale_objective": False}, "dual_rate needs scale_objective"),
+        ({"dual_rate": 0.1, "sam_rho": 1.0}, "dual_rate does not go with sam_rho"),
+        ({"sam_rho": -1.0}, "sam_rho must be >= 0 and finite"),
+        ({"sam_rho": 1.0, "gradient_accumulation_steps": 2}, "sam_rho needs whole, unscaled gradients"),
         ({"distillation": 0.1, "hinge": "batch"}, "with distillation use hinge='sample'"),
         ({"epsilon": -0.1}, "epsilon must be >= 0"),
     ],
@@ -327,6 +375,7 @@ def test_bad_options(tmp_path, options, message):
     ("defence", "images", "options", "message"),
     [
         ((FSTConfig, FSTTrainer), None, {"distillation": 0.1}, "FSTTrainer does not take distillation"),
+        ((FTSAMConfig, FTSAMTrainer), None, {"sam_rho": 1.0}, "FTSAMTrainer does not take sam_rho"),
         ((PurifyConfig, PurifyTrainer), None, {"average_last": 0.5}, "PurifyTrainer does not take average_last"),
         (FT, None, {"cutout": 4}, "cutout is for images that the trainer augments"),
         (FT, raw_images(), {"cutout": 16}, "cutout=16 would blank whole images of 16x16"),

@@ -58,7 +58,7 @@ class D3Config(PurifyConfig):
         active_set: Build graph and gradient only for the images above epsilon, which a pass without graph finds, while they
             were less than two thirds of the last window (here; see `active_set`). The weights are those of the dense step up
             to rounding; a micro-batch then waits for the device once. ``None``: where that holds, else dense: with the
-            per-sample hinge, without FSDP, distillation, activation checkpointing and torch.compile, for networks in which
+            per-sample hinge, without FSDP, distillation, SAM, activation checkpointing and torch.compile, for networks in which
             training neither couples images (BatchNorm, unless ``batch_norm`` says otherwise) nor draws random numbers (dropout,
             stochastic depth), which two images of noise tell. ``True``: raise where it does not. ``False``: dense.
 
@@ -107,6 +107,8 @@ class D3Config(PurifyConfig):
         check_options(self, ">= 0 and finite", "dual_rate")
         if self.dual_rate and not self.scale_objective:
             raise ValueError("dual_rate needs scale_objective: a growing lambda would also set the step size")
+        if self.dual_rate and self.sam_rho:
+            raise ValueError("dual_rate does not go with sam_rho: SAM looks at each image twice")
         if self.distillation and self.hinge == "batch":
             raise ValueError("the batch hinge gates the gradient as a whole: with distillation use hinge='sample'")
         for name, choices in (
@@ -133,7 +135,7 @@ class D3Trainer(PurifyTrainer):
     method = "D3"
     paper = "https://arxiv.org/abs/2411.09585"
     log_names = ("clean_loss", "active_fraction")
-    additions = ("distillation", "average_last")
+    additions = ("distillation", "average_last", "sam_rho")
     runs_sharded = True
 
     def __init__(self, model, args: D3Config, *arguments, **kwargs):
@@ -167,6 +169,8 @@ class D3Trainer(PurifyTrainer):
                 raise Inexact("distillation has a gradient for every image")
             if args.activation_checkpointing or self.model.is_activation_checkpointing:
                 raise Inexact("activation checkpointing runs the network again as it is")
+            if args.sam_rho:
+                raise Inexact("SAM looks for the highest loss of all images")
             if args.torch_compile:
                 raise Inexact("torch.compile would compile anew for another number of images")
             if args.batch_norm == "train" and self._batch_norms:

@@ -32,7 +32,7 @@ class FineTuningTrainer(PurifyTrainer):
     """Trainer of FT and FT-init; see `PurifyTrainer` for the arguments."""
 
     paper = "https://arxiv.org/abs/2310.01875"
-    additions = ("distillation", "average_last")
+    additions = ("distillation", "average_last", "sam_rho")
     runs_sharded = True
 
     def __init__(self, model, args: FineTuningConfig, *arguments, **kwargs):

@@ -67,6 +67,7 @@ class FTSAMTrainer(PurifyTrainer):
 
     def __init__(self, model, args: FTSAMConfig, *arguments, **kwargs):
         super().__init__(model, args, *arguments, **kwargs)
+        self.sam_rho = args.rho
         self._start = reference.remembered(model)
 
     def clean_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -77,10 +78,6 @@ class FTSAMTrainer(PurifyTrainer):
             return loss
         uniform = -outputs.logits.float().log_softmax(1).mean(1).sum() / num_items_in_batch
         return (1 - smoothing) * loss + smoothing * uniform
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """A pass at the weights, which says where the loss is highest nearby, and a pass there, which gives the gradient."""
-        return self.sharpness_aware_step(model, inputs, num_items_in_batch, self.args.rho)
 
     def end_purification(self) -> None:
         """Raise if no weight changed."""
