@@ -62,7 +62,8 @@ def main(argv: list[str]) -> None:
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     attacks = {name: kind() for name, kind in ATTACKS.items() if not issubclass(kind, LearnedAttack)}
-    attacks |= {file.parent.name: load_attack(file.parent) for file in Path(options.victims).glob("*/attack.json")}
+    victims = [file.parent for file in Path(options.victims).glob("*/attack.json") if file.parent.name in ATTACKS]
+    attacks |= {folder.name: load_attack(folder) for folder in victims}
     for name, attack in sorted(attacks.items()):
         write_png(sheet(attack, images), str(output / f"{name}.png"))
         print(output / f"{name}.png")
