@@ -28,7 +28,8 @@ def draw(rows: pandas.DataFrame, folder: Path) -> list[Path]:
     for group, retain, chosen in blocks(split(rows)[0]):
         means = averages(chosen)
         name = "_".join(re.findall(r"\w+", f"{group} {retain}"))
-        title = f"{group} retain set {retain}, mean of {chosen['victim'].nunique()} victims".strip()
+        count = chosen["victim"].nunique()
+        title = f"{group} retain set {retain}, mean of {count} victim{'s' * (count > 1)}".strip()
         files.append(acc_against_asr(means, title, folder / f"acc_asr_{name}.png"))
         files.append(time_against_asr(means.drop(UNTOUCHED, errors="ignore"), title, folder / f"time_asr_{name}.png"))
     return files
