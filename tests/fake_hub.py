@@ -8,14 +8,17 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from huggingface_hub import constants
 
+TOKEN = "hf_TEST"
 REPO, REVISION = r"(?P<repo>[\w.-]+/[\w.-]+)", r"(?P<revision>[^/]+)"
 
 
@@ -74,6 +77,18 @@ class FakeHub(ThreadingHTTPServer):
 
 class _Refused(Exception):
     """HTTP status, the Hub's error code, further fields of the answer."""
+
+
+@contextmanager
+def logged_in(monkeypatch) -> Iterator[FakeHub]:
+    """A `FakeHub` that this process takes for the Hub, as the user ``me``."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    with FakeHub(TOKEN) as hub:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -13,8 +13,7 @@ from pathlib import Path
 import pandas
 import pytest
 import yaml
-from fake_hub import FakeHub
-from huggingface_hub import constants
+from fake_hub import logged_in
 from tiny import FAST, NEW_VIT
 
 from d3_hf import cli
@@ -182,12 +181,7 @@ def test_a_broken_rail_ends_with_3_and_its_model_cannot_be_pushed(folder, capfd)
 def test_push(folder, monkeypatch, capfd):
     Path("purified/optimizer.pt").write_bytes(b"pickle")
     Path("purified/token").write_text("hf_secret")
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    with FakeHub("hf_TEST") as hub:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setenv("HF_TOKEN", "hf_TEST")
+    with logged_in(monkeypatch) as hub:
         assert command("push", "purified", "--hub_model_id", "me/purified-vit", "--json") == 0
         done = json.loads(capfd.readouterr().out)
         pushed = hub.repos["me/purified-vit"]

@@ -1,34 +1,18 @@
 """Two processes with two micro-batches each are one process with four: the same window, the same weights."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from launched import CASES, run
+from processes import launch
 from safetensors.torch import load_file
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(HERE / "launched.py"),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=200, env=environment, cwd=HERE)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch("launched.py", folder, timeout=200)
     return folder
 
 

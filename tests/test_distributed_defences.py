@@ -1,20 +1,15 @@
 """Every defence on two processes: both end with the same weights, most of them with those of one process."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from launched_defences import VICTIMS, run
+from processes import launch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_trained import weights
 
 from d3_hf.defenses import DEFENCES
 
-HERE = Path(__file__).parent
 # The others draw or count per process.
 EQUAL = ("d3", "fine_tuning", "linear_probing", "ft_sam", "fst", "tsc", "fine_pruning", "nad")
 
@@ -24,10 +19,7 @@ def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("defences")
     for make in set(VICTIMS.values()):
         save_file(weights(make), folder / f"{make.__name__}.safetensors")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "launched_defences.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=300, env=environment, cwd=HERE)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch("launched_defences.py", folder, timeout=300)
     return folder
 
 

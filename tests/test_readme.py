@@ -11,8 +11,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from fake_hub import FakeHub
-from huggingface_hub import constants
+from fake_hub import logged_in
 from PIL import Image
 from tiny import CLASSES, tiny_vit
 from tiny import SIZE as SIDE
@@ -121,12 +120,7 @@ def shrink_grid(file):
 @pytest.fixture
 def hub(place, monkeypatch):
     monkeypatch.chdir(place)
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    with FakeHub("hf_TEST") as server:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setenv("HF_TOKEN", "hf_TEST")
+    with logged_in(monkeypatch) as server:
         yield server
 
 
