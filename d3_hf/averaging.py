@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from .batch_norm import reestimate_batch_norm
 from .data import without_augmentation
+from .streaming import StreamedImages
 
 if TYPE_CHECKING:
     from .trainer import PurifyTrainer
@@ -78,7 +79,12 @@ def retain_batches(trainer: "PurifyTrainer", purpose: str, augmented: bool) -> I
         trainer: Its ``train_dataset``.
         purpose: For the progress bar.
         augmented: As in the epoch of training that the data set was last set to, or as the images are.
+
+    Raises:
+        ValueError: The retain set is a stream, which has no end.
     """
+    if isinstance(trainer.train_dataset, StreamedImages):
+        raise ValueError(f"{purpose} takes the retain set as a whole: load it without streaming=True")
     dataset = trainer.train_dataset if augmented else without_augmentation(trainer.train_dataset)
     size, generator = trainer.args.per_device_train_batch_size, torch.Generator()  # its own: not the global one's draws
     loader = DataLoader(dataset, size, collate_fn=trainer.data_collator, generator=generator)

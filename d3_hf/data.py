@@ -171,7 +171,7 @@ class RawImages:
         images = []
         for row, picture in enumerate(tqdm(pictures, "Decoding images", len(dataset), unit="image")):
             try:
-                images.append(_decode(picture))
+                images.append(decode(picture))
             except Exception as error:  # image decoders raise anything, from OSError to SyntaxError
                 file = f" ({picture['path']})" if picture and picture["path"] else ""
                 raise ValueError(
@@ -303,7 +303,8 @@ def without_augmentation(images: torch.utils.data.Dataset) -> torch.utils.data.D
     return TrainingImages(images.images, images.labels) if isinstance(images, TrainingImages) else images
 
 
-def _decode(picture: dict[str, bytes | str | None] | None) -> Tensor:
+def decode(picture: dict[str, bytes | str | None] | None) -> Tensor:
+    """Decode one entry of a `datasets.Image` column, see `RawImages.from_dataset`: uint8 (3, H, W). Decoders raise anything."""
     if picture is None:
         raise ValueError("the row holds no picture")
     image = datasets.Image().decode_example(picture)  # loads all of it, and applies the EXIF orientation

@@ -11,28 +11,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from huggingface_hub import CommitInfo, ModelCard
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, default_data_collator
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainerCallback
 
-from . import hub, manifest
+from . import hub, inputs, manifest
+from .augmentation import Augmentation
 from .averaging import WeightAverage
 from .card import render_card
 from .checkpoints import check_output
 from .config import PurifyConfig
-from .data import Augmentation, RawImages, TrainingImages
+from .data import TrainingImages
 from .distillation import Teacher
 from .durable import DurableTrainer
 from .evaluation import compute_metrics as accuracy_metrics
-from .labels import check_labels
 from .manifest import MANIFEST, RETAIN_INDICES
 from .preprocessing import Preprocessing
 from .sam import at_highest_loss, running_statistics_kept
 from .sharding import placement_of
+from .streaming import StreamedImages
 from .supported import refuse_unsupported
 
 
@@ -63,8 +64,9 @@ class PurifyTrainer(DurableTrainer):
     Args:
         model: A `PreTrainedModel` image classifier; `load_classifier` makes one of any source.
         args: The defence's configuration.
-        train_dataset: The retain set: a `datasets.Dataset` with one Image and one ClassLabel column, or a dataset that yields
-            ``pixel_values`` and ``labels`` ready for the model.
+        train_dataset: The retain set: a `datasets.Dataset` with one Image and one ClassLabel column; a
+            `datasets.IterableDataset` with these, read while the model trains (see `StreamedImages`; needs ``max_steps``); or a
+            dataset that yields ``pixel_values`` and ``labels`` ready for the model.
         eval_dataset: Images to measure ACC on, in either form; optional.
         processing_class: The checkpoint's image processor. Default: the one `load_classifier` left on the model.
         kwargs: Further arguments of `Trainer`.
@@ -89,6 +91,7 @@ class PurifyTrainer(DurableTrainer):
     # Of distillation, average_last and sam_rho, those that the defence's loss and steps fit: named by each defence for itself.
     additions: tuple[str, ...] = ()
     runs_sharded = False  # under FSDP2, where `model` holds shards of which a defence must know
+    streams = False  # takes a retain set that is read while the model trains: the defence looks at batches only
     clean_weight: float | Tensor = 1.0  # of the cross-entropy in the objective, and so of the distillation
     method = "fine-tuning"
     paper: str | None = None
@@ -112,7 +115,7 @@ class PurifyTrainer(DurableTrainer):
                 f"no image processor for {type(model).__name__}: load it with d3_hf.load_classifier or pass processing_class="
             )
         self.preprocessing = Preprocessing.from_processor(processing_class)
-        self.retain_indices = _column(train_dataset, "index")
+        self.retain_indices = inputs.column(train_dataset, "index")
         self.data_source: str | None = None
         self.measured: dict[str, Any] = {}
         self.results: dict[str, Any] | None = None
@@ -120,13 +123,13 @@ class PurifyTrainer(DurableTrainer):
         mean_color = tuple(min(max(round(255 * mean), 0), 255) for mean in self.preprocessing.mean)
         augmentation = Augmentation(args.crop_padding, args.horizontal_flip, seed, args.cutout, mean_color)
         kwargs.setdefault("compute_metrics", accuracy_metrics)
-        kwargs.setdefault("data_collator", _collate)
+        kwargs.setdefault("data_collator", inputs.collate)
         folder_is_new = not Path(args.output_dir).exists()
         super().__init__(
             model=model,
             args=args,
-            train_dataset=self._images(train_dataset, model, augmentation),
-            eval_dataset=self._images(eval_dataset, model, None),
+            train_dataset=inputs.training_images(train_dataset, type(self), model, args, self.preprocessing, augmentation),
+            eval_dataset=inputs.evaluation_images(eval_dataset, type(self), model, self.preprocessing),
             processing_class=processing_class,
             compute_loss_func=self.clean_loss,
             **kwargs,
@@ -199,7 +202,9 @@ class PurifyTrainer(DurableTrainer):
 
     def facts(self) -> dict[str, Any]:
         """The manifest: everything needed to repeat the run and all that the card says of it; JSON-able."""
-        retain = {"n": len(self.train_dataset) if self.train_dataset is not None else 0, "source": self.data_source}
+        retain = {"n": inputs.images_of(self), "source": self.data_source}
+        if isinstance(self.train_dataset, StreamedImages):
+            retain["streamed"] = True
         if self.retain_indices is not None:
             retain["indices_file"] = RETAIN_INDICES
         preprocessing = self.preprocessing
@@ -300,7 +305,8 @@ class PurifyTrainer(DurableTrainer):
         """Raise a ValueError in every process if they hold different images: each draws its share of one common order."""
         images = self.train_dataset
         if self.args.world_size > 1:
-            found = gather_object([images.fingerprint() if isinstance(images, TrainingImages) else len(images)])
+            known = isinstance(images, TrainingImages | StreamedImages)
+            found = gather_object([images.fingerprint() if known else len(images)])
             if len(set(found)) > 1:
                 raise ValueError("the processes hold different retain sets: give all of them the same images, count and seed")
 
@@ -400,20 +406,9 @@ class PurifyTrainer(DurableTrainer):
         if self.args.should_save:
             self.placement.clear(Path(output_dir))
 
-    def _images(self, dataset: Any, model: PreTrainedModel, augmentation: Augmentation | None) -> Any:
-        raw = RawImages.from_dataset(dataset) if isinstance(dataset, datasets.Dataset) else dataset
-        if not isinstance(raw, RawImages):
-            return dataset
-        check_labels(raw.class_names, model.config)
-        return self.images_class.from_raw(raw, self.preprocessing, augmentation)
-
-
-def _collate(batch: Any) -> dict[str, Tensor]:
-    """A batch that `TrainingImages` made whole stays as it is; single samples of other datasets are stacked."""
-    return batch if isinstance(batch, dict) else default_data_collator(batch)
-
-
-def _column(dataset: Any, name: str) -> list[int] | None:
-    if isinstance(dataset, datasets.Dataset) and name in dataset.column_names:
-        return list(dataset[name])
-    return None
+    def get_train_dataloader(self) -> DataLoader:
+        """As the base class; a stream shares itself out among the processes."""
+        images = self.train_dataset
+        if isinstance(images, StreamedImages):
+            return images.loader(self.args, self.data_collator)
+        return super().get_train_dataloader()

@@ -137,6 +137,7 @@ class D3Trainer(PurifyTrainer):
     log_names = ("clean_loss", "active_fraction")
     additions = ("distillation", "average_last", "sam_rho")
     runs_sharded = True
+    streams = True
 
     def __init__(self, model, args: D3Config, *arguments, **kwargs):
         super().__init__(model, args, *arguments, **kwargs)

@@ -34,6 +34,7 @@ class FineTuningTrainer(PurifyTrainer):
     paper = "https://arxiv.org/abs/2310.01875"
     additions = ("distillation", "average_last", "sam_rho")
     runs_sharded = True
+    streams = True
 
     def __init__(self, model, args: FineTuningConfig, *arguments, **kwargs):
         super().__init__(model, args, *arguments, **kwargs)

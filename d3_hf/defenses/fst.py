@@ -86,6 +86,7 @@ class FSTTrainer(PurifyTrainer):
 
     method = "FST"
     paper = "https://arxiv.org/abs/2310.01875"
+    streams = True
 
     def __init__(self, model, args: FSTConfig, *arguments, **kwargs):
         super().__init__(model, args, *arguments, **kwargs)

@@ -64,6 +64,7 @@ class FTSAMTrainer(PurifyTrainer):
 
     method = "FT-SAM"
     paper = "https://arxiv.org/abs/2304.11823"
+    streams = True
 
     def __init__(self, model, args: FTSAMConfig, *arguments, **kwargs):
         super().__init__(model, args, *arguments, **kwargs)

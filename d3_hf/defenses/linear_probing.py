@@ -53,6 +53,7 @@ class LinearProbingTrainer(PurifyTrainer):
 
     method = "linear probing"
     paper = "https://arxiv.org/abs/2310.01875"
+    streams = True
 
     def __init__(self, model, args: LinearProbingConfig, *arguments, **kwargs):
         super().__init__(model, args, *arguments, **kwargs)
