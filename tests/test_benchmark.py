@@ -20,7 +20,7 @@ from d3_hf.benchmark.command import main
 from d3_hf.benchmark.grid import GridInputs
 from d3_hf.benchmark.meters import PassMeter, peak_memory, reset_peak_memory
 from d3_hf.benchmark.retain import RetainSet
-from d3_hf.benchmark.tables import interval
+from d3_hf.benchmark.tables import interval, times
 from d3_hf.data import RawImages
 from d3_hf.evaluation import measure
 from d3_hf.models import load_classifier
@@ -78,6 +78,29 @@ def test_passes_through_a_teacher_are_counted(grid):
     grid = replace(grid, defences=distilled, victims=grid.victims[:1], seeds=[0])
     row = Runner(grid).make(cells_of(grid)[0])
     assert (row["forward_images"], row["backward_images"]) == (60, 30)
+
+
+def test_asr_is_watched_and_nothing_else_changes(grid, rows):
+    watching = replace(grid, victims=grid.victims[:1], seeds=[0], watch_images=20, common=grid.common | {"num_train_epochs": 2})
+    plain = replace(watching, watch_images=None)
+    for cell in cells_of(watching):
+        if cell.defence == "RNP":
+            continue
+        watched, unwatched = Runner(watching).make(cell), Runner(plain).make(cell)
+        series = json.loads(watched.pop("asr_over_time"))
+        assert len(series) == 3 and [seconds for seconds, _ in series] == sorted(seconds for seconds, _ in series)
+        assert all(0 <= asr <= 1 for _, asr in series) and series[-1] == [watched["seconds_training"], watched["asr_after"]]
+        assert _lasting(watched) == _lasting(unwatched)
+
+
+def _lasting(row):
+    return {key: value for key, value in row.items() if not key.startswith(("seconds", "peak", "arguments"))}
+
+
+def test_the_time_table_says_when_asr_first_fell():
+    series = json.dumps([(10.0, 0.5), (20.0, 0.015), (30.0, 0.2), (41.6, 0.012)])
+    rows = pandas.DataFrame([{"victim": "v", "defence": "D3", "seed": 0, "asr_over_time": series}])
+    assert times(rows).splitlines()[-1] == "| v | D3 | 0 | never | 20 | 42 | 1.2 |"
 
 
 def test_a_method_that_refuses_is_recorded_and_the_rest_goes_on(grid, rows):

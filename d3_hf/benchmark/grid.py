@@ -38,6 +38,8 @@ class Grid:
         seeds: Each draws a retain set and seeds the defence.
         test_images: Measure on the first so many test images; all if null.
         common: Options that all defences share.
+        watch_images: While a defence trains, measure ASR on the first so many test images at the end of each epoch; the clock
+            and the pass meter stop meanwhile. Not at all if null.
         save_models: Keep each purified model in its cell's folder, for ``recipes/figures.py``.
 
     Raises:
@@ -55,6 +57,7 @@ class Grid:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     test_images: int | None = None
     common: dict[str, Any] = field(default_factory=dict)
+    watch_images: int | None = None
     save_models: bool = False
 
     def __post_init__(self):
@@ -121,6 +124,11 @@ class GridInputs:
         """The test images."""
         count = self.grid.test_images
         return RawImages.from_dataset(self._images[1].select(range(count)) if count else self._images[1])
+
+    @cached_property
+    def watched(self) -> RawImages:
+        """The test images to watch ASR on."""
+        return self.test.select(range(min(self.grid.watch_images, len(self.test))))
 
     @cached_property
     def held_out(self) -> Dataset:

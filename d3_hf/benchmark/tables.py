@@ -1,6 +1,7 @@
 """Tables of a benchmark in the form of the papers, from the rows of ``results.parquet`` alone."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 
 import pandas
 from scipy.stats import t
@@ -19,12 +20,15 @@ def render(rows: pandas.DataFrame) -> str:
 
     Returns:
         Markdown. Per group of victims and retain set a table of ACC / ASR / RA per victim with average and worst case; then
-        every victim with mean and 95 % interval over seeds, DER and cost; then the cells that failed. Rates in percent.
+        every victim with mean and 95 % interval over seeds, DER and cost; where ASR was watched, the seconds that it took to
+        fall; then the cells that failed. Rates in percent.
     """
     parts = []
     done, failed = split(rows)
     for group, retain, chosen in blocks(done):
         parts += [f"## {', '.join(filter(None, [group, f'retain set {retain}']))}", overview(chosen), details(chosen)]
+        if "asr_over_time" in chosen and chosen["asr_over_time"].notna().any():
+            parts.append(times(chosen[chosen["asr_over_time"].notna()]))
     if len(failed):
         parts += ["## Failed cells", failures(failed)]
     return "\n\n".join(parts)
@@ -88,6 +92,23 @@ def costs(rows: pandas.DataFrame) -> list[str]:
         " + ".join(passes),
         "" if pandas.isna(peak) else f"{peak:.0f}",
     ]
+
+
+def times(rows: pandas.DataFrame) -> str:
+    """One line per victim, defence and seed: seconds of training until ASR fell below 1 % and below 2 %, and in all."""
+    lines = []
+    for _, row in rows.iterrows():
+        series = json.loads(row["asr_over_time"])
+        until = [seconds_until(series, asr) for asr in (0.01, 0.02)]
+        seconds = ["never" if found is None else f"{found:.0f}" for found in until]
+        lowest = 100 * min(asr for _, asr in series)
+        lines.append([row["victim"], row["defence"], str(row["seed"]), *seconds, f"{series[-1][0]:.0f}", f"{lowest:.1f}"])
+    return markdown(["victim", "defence", "seed", "s to ASR < 1 %", "s to ASR < 2 %", "s in all", "lowest ASR"], lines)
+
+
+def seconds_until(series: Sequence[tuple[float, float]], asr: float) -> float | None:
+    """Seconds until ASR first fell below ``asr``, in [0, 1]; None if it never did."""
+    return next((seconds for seconds, found in series if found < asr), None)
 
 
 def failures(rows: pandas.DataFrame) -> str:
