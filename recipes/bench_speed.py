@@ -1,4 +1,4 @@
-"""Ratios that should stay small: D3's step against plain fine-tuning's, and the loader against the training step.
+"""Ratios that should stay small: D3's step and memory against plain fine-tuning's, measuring, the loader against the step.
 
     OMP_WAIT_POLICY=passive python recipes/bench_speed.py --steps 60
 
@@ -19,11 +19,14 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from d3_hf.arguments import Parser
+from d3_hf.attacks import BadNets
 from d3_hf.augmentation import Augmentation
+from d3_hf.benchmark.meters import peak_memory, reset_peak_memory
 from d3_hf.cli import run
 from d3_hf.data import RawImages, TrainingImages
 from d3_hf.defenses.d3 import D3Config, D3Trainer
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
+from d3_hf.evaluation import measure
 from d3_hf.models import new_model
 from d3_hf.preprocessing import Preprocessing
 
@@ -70,13 +73,15 @@ def random_images(count: int) -> RawImages:
     return RawImages(pixels, torch.arange(count) % CLASSES, [str(c) for c in range(CLASSES)])
 
 
-def step_seconds(trainer_class, config_class, bench: BenchArguments, images: RawImages) -> list[float]:
-    """Train one round and return the seconds of its steps, the first ones left out."""
+def train(trainer_class, config_class, bench: BenchArguments, images: RawImages) -> tuple[list[float], float]:
+    """Train one round; the seconds of its steps, the first ones left out, and the peak memory in MiB."""
     model = new_model(images.class_names, bench.architecture, [0.5] * 3, [0.5] * 3, 32)
     args = config_class(output_dir="outputs/bench", max_steps=bench.steps, disable_tqdm=True, logging_steps=10**6)
     times = StepTimes()
-    trainer_class(model=model, args=args, train_dataset=images, callbacks=[times]).train()
-    return times.seconds[5:]
+    trainer = trainer_class(model=model, args=args, train_dataset=images, callbacks=[times])
+    reset_peak_memory()
+    trainer.train()
+    return times.seconds[5:], peak_memory()
 
 
 def active_set_seconds(bench: BenchArguments, images: RawImages) -> dict[str, list[float]]:
@@ -103,6 +108,16 @@ def active_set_seconds(bench: BenchArguments, images: RawImages) -> dict[str, li
     return rounds
 
 
+def measuring_ratio(images: RawImages, rounds: int) -> tuple[float, float]:
+    """What measuring ACC, ASR and RA takes of measuring ACC alone: in passes, and in seconds (median)."""
+    model = new_model(images.class_names, "resnet20_cifar", [0.5] * 3, [0.5] * 3, 32)
+    preprocessing, attack, ratios = Preprocessing.from_processor(model.image_processor), BadNets(), []
+    for _ in range(rounds):
+        alone, all_three = (measure(model, images, preprocessing, a, progress=False) for a in (None, attack))
+        ratios.append(all_three.seconds / alone.seconds)
+    return all_three.forward_images / alone.forward_images, median(ratios)
+
+
 def loader_images_per_second(images: RawImages, seconds: float = 2.0) -> float:
     """Images per second out of the augmenting loader in this process, on one thread."""
     threads = torch.get_num_threads()
@@ -124,13 +139,19 @@ def main(argv: list[str]) -> None:
     (bench,) = Parser([BenchArguments]).read(argv)
     images = random_images(2500)
     kinds = {"FT": (FineTuningTrainer, FineTuningConfig), "D3": (D3Trainer, D3Config)}
-    rounds = {name: [] for name in kinds}
+    rounds, peaks = {name: [] for name in kinds}, {name: [] for name in kinds}
     for _ in range(bench.rounds):
-        for name, (trainer_class, config_class) in kinds.items():
-            rounds[name].append(median(step_seconds(trainer_class, config_class, bench, images)))
+        for name, kind in kinds.items():
+            seconds, peak = train(*kind, bench, images)
+            rounds[name].append(median(seconds))
+            peaks[name].append(peak)
     ratios = [d3 / ft for d3, ft in zip(rounds["D3"], rounds["FT"], strict=True)]
     print(f"FT {1000 * median(rounds['FT']):.2f} ms, D3 {1000 * median(rounds['D3']):.2f} ms per step of {BATCH} images")
     print(f"D3 / FT: {median(ratios):.4f} (median of {bench.rounds} rounds, {min(ratios):.4f}..{max(ratios):.4f})")
+    where = "GPU" if torch.cuda.is_available() else "process"
+    print(f"peak memory of the {where}, D3 / FT: {median(peaks['D3']) / median(peaks['FT']):.3f}")
+    passes, seconds = measuring_ratio(images, bench.rounds)
+    print(f"measuring ACC, ASR and RA takes {passes:.2f} of the passes and {seconds:.2f} of the time of ACC alone")
     loader = loader_images_per_second(images)
     print(
         f"loader {loader:.0f} images/s on one core, {loader * median(rounds['FT']) / BATCH:.0f} times the training step's need"
