@@ -17,8 +17,8 @@ def refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict[str, A
         kwargs: Further arguments of `Trainer`.
 
     Raises:
-        ValueError: ``model_init``; no transformers model; checkpoints pushed to the Hub; `nn.DataParallel`; a PEFT or
-            device-mapped model.
+        ValueError: ``model_init``; no transformers model; checkpoints pushed to the Hub; `nn.DataParallel`; an optimizer that
+            steps within the backward pass; a PEFT or device-mapped model.
     """
     if kwargs.get("model_init") is not None:
         raise ValueError("model_init would replace the suspicious model inside train(); pass model= instead")
@@ -33,5 +33,11 @@ def refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict[str, A
         )
     if args.n_gpu > 1:
         raise ValueError(f"one process would drive {args.n_gpu} GPUs by nn.DataParallel; start it with `accelerate launch`")
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if "layerwise" in optimizer or optimizer.endswith("lomo"):
+        raise ValueError(
+            f"optim={optimizer} updates each layer within the backward pass, before the gradient is complete: use sgd or "
+            "adamw_torch"
+        )
     if getattr(model, "hf_device_map", None) or getattr(model, "peft_config", None):
         raise ValueError("PEFT and device-mapped models are not supported: merge the adapter, load on one device")
