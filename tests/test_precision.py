@@ -1,5 +1,8 @@
 """Mixed precision, compilation and checkpointed activations change nothing of the method."""
 
+import os
+import shutil
+
 import pytest
 import torch
 from tiny import tiny_samples, tiny_timm_vit, tiny_vit
@@ -93,12 +96,14 @@ def test_checkpointed_activations_change_nothing(tmp_path, make):
     assert len(forwards) == 2 * STEPS  # the blocks ran a second time for their gradients
 
 
-@pytest.mark.parametrize("hinge", ["sample", "batch"])
-def test_compiled_equals_eager(tmp_path, hinge):
+@pytest.mark.parametrize(("hinge", "backend"), [("sample", "aot_eager"), ("batch", "aot_eager"), ("sample", "inductor")])
+def test_compiled_equals_eager(tmp_path, hinge, backend):
+    if backend == "inductor" and not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("inductor needs a C++ compiler")
     eager = trained(D3Trainer(tiny_vit(), config(tmp_path / "eager", hinge=hinge), tiny_samples(32)))
     trainer = D3Trainer(
         tiny_vit(),
-        config(tmp_path / "compiled", hinge=hinge, torch_compile=True, torch_compile_backend="aot_eager"),
+        config(tmp_path / "compiled", hinge=hinge, torch_compile=True, torch_compile_backend=backend),
         tiny_samples(32),
     )
     compiled = trained(trainer)
