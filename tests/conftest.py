@@ -10,6 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the test processes share the co
 
 import pytest  # noqa: E402
 
+pytest_plugins = ["networks"]
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
