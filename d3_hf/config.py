@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import SaveStrategy
 
 BATCH_NORM_POLICIES = ("train", "eval", "frozen")
@@ -171,3 +172,4 @@ class PurifyConfig(Additions):
             self.dataloader_pin_memory = False  # or every loader warns
             self.use_cpu = self.use_cpu or self.bf16  # TrainingArguments wants to be told before it lets a CPU run in bf16
         super().__post_init__()
+        unset_hf_deepspeed_config()  # ZeRO-3 would partition what is loaded now, before the defence has seen it

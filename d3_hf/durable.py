@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rota
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .checkpoints import PARTIAL, checkpoints_in, flush, last_named, one_line, replace_text, seal, to_resume_from, whole
+from .sharding import InPlace
 
 STATE = "trainer_state.json"
 
@@ -28,6 +29,7 @@ class DurableTrainer(Trainer):
 
     manifest_name: str
     plain: nn.Module  # the model as whole, ordinary tensors
+    placement: InPlace
     _writing = False  # a checkpoint, which goes into PARTIAL first
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
@@ -76,6 +78,17 @@ class DurableTrainer(Trainer):
         if self.args.save_strategy == SaveStrategy.NO:
             return "nothing was saved, since save_strategy is 'no'"
         return last_named(Path(self.args.output_dir))
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader, resume_from_checkpoint: str | None) -> tuple:
+        loaded = None if self.placement.resumes else resume_from_checkpoint
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, loaded)
+        self.placement.begin(self, max_steps, resume_from_checkpoint)
+        return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the base class."""
+        with self.placement.saving(self):
+            super().save_model(output_dir, _internal_call)
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # Resumed from the checkpoint of its last step, the Trainer would take one step more.

@@ -1,7 +1,7 @@
-"""Where the weights live: in the model itself (one process, DDP) or in shards over the processes (FSDP2).
+"""Where the weights live: in the model itself (one process, DDP) or in shards over the processes (FSDP2; ZeRO: `zero`).
 
 The defences work on ordinary tensors, those of a placement's ``plain`` model. Where that is the model in training they work in
-place. Under FSDP2 it is a whole copy, and what they touch is gathered into it before and written back after.
+place. On shards it is a whole copy, and what they touch is gathered into it before and written back after.
 """
 
 import contextlib
@@ -32,9 +32,13 @@ class InPlace:
     """
 
     optimizer_file = OPTIMIZER_NAME  # in a checkpoint
+    resumes = False  # loads the checkpoint itself, in `begin`
 
     def __init__(self, model: nn.Module):
-        self.plain = model
+        self.plain = self._model = model
+
+    def begin(self, trainer: "PurifyTrainer", max_steps: int, checkpoint: str | None) -> None:
+        """Called when the Trainer has prepared model and optimizer; ``checkpoint`` is what the training goes on from."""
 
     def read(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Bring parameters of ``plain``, by default all of them and the buffers, up to date; called by all processes."""
@@ -46,11 +50,21 @@ class InPlace:
         """Inside, what is added to the parameters' ``grad`` in ``plain``, the same in all processes, counts in training."""
         return contextlib.nullcontext()
 
-    def reshard(self) -> None:
-        """Give up the whole weights that a forward pass without a backward one leaves behind; they would become stale."""
+    def zero_gradients(self) -> None:
+        """Set all gradients in training to zero."""
+        torch._foreach_zero_([p.grad for p in self._model.parameters() if p.grad is not None])
 
-    def clear(self, checkpoint: Path) -> None:
-        """Remove what a checkpoint holds twice."""
+    def evaluating(self, trainer: "PurifyTrainer") -> contextlib.AbstractContextManager:
+        """Inside, the Trainer evaluates the model."""
+        return contextlib.nullcontext()
+
+    def saving(self, trainer: "PurifyTrainer") -> contextlib.AbstractContextManager:
+        """Inside, the Trainer saves the model; entered by all processes."""
+        return contextlib.nullcontext()
+
+    def saving_optimizer(self, trainer: "PurifyTrainer", checkpoint: Path) -> contextlib.AbstractContextManager:
+        """Inside, the Trainer saves the optimizer into a checkpoint; as `saving`."""
+        return contextlib.nullcontext()
 
 
 class Sharded(InPlace):
@@ -92,13 +106,18 @@ class Sharded(InPlace):
             self._shards[parameter].grad.add_(_shard(parameter.grad, self._shards[parameter]))
             parameter.grad = None
 
-    def reshard(self):
-        for module in self._model.modules():
+    @contextlib.contextmanager
+    def evaluating(self, trainer):
+        yield
+        for module in self._model.modules():  # the whole weights that a forward pass alone leaves behind would become stale
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def clear(self, checkpoint):
-        (checkpoint / f"{FSDP_MODEL_NAME}.bin").unlink(missing_ok=True)  # a pickle of what model.safetensors holds
+    @contextlib.contextmanager
+    def saving_optimizer(self, trainer, checkpoint):
+        yield
+        if trainer.args.should_save:
+            (checkpoint / f"{FSDP_MODEL_NAME}.bin").unlink(missing_ok=True)  # a pickle of what model.safetensors holds
 
 
 def _shard(whole: Tensor, like: DTensor) -> DTensor:
@@ -114,19 +133,22 @@ def placement_of(trainer: "PurifyTrainer", model: nn.Module) -> InPlace:
         model: As handed over, not yet sharded.
 
     Raises:
-        ValueError: DeepSpeed or FSDP1; under FSDP2, a defence or an option that does not work on shards.
+        ValueError: FSDP1 or another stage of ZeRO than 2 and 3; on shards, a defence or an option that does not work there.
     """
-    if trainer.is_deepspeed_enabled:
-        raise ValueError(f"DeepSpeed is not supported: launch with FSDP2 ({RECIPE}) or DDP (recipes/accelerate/ddp.yaml)")
-    if not trainer.is_fsdp_enabled:
+    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         return InPlace(model)
-    plugin, name = trainer.accelerator.state.fsdp_plugin, type(trainer).__name__
+    kind = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
+    if not trainer.runs_sharded:
+        raise ValueError(f"{type(trainer).__name__} does not run under {kind}, only D3 and fine-tuning do: {USE_DDP}")
+    if whole := [option for option in ("average_last", "sam_rho") if getattr(trainer.args, option)]:
+        raise ValueError(f"{whole[0]} does not run under {kind}: leave it out, or {USE_DDP}")
+    if trainer.is_deepspeed_enabled:
+        from .zero import zero_placement  # builds on this module
+
+        return zero_placement(trainer, model)
+    plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError(f"FSDP1 is not supported: set fsdp_version to 2 ({RECIPE}), or {USE_DDP}")
-    if not trainer.runs_sharded:
-        raise ValueError(f"{name} does not run under FSDP, only D3 and fine-tuning do: {USE_DDP}")
-    if whole := [option for option in ("average_last", "sam_rho") if getattr(trainer.args, option)]:
-        raise ValueError(f"{whole[0]} does not run under FSDP: leave it out, or {USE_DDP}")
     if plugin.cpu_ram_efficient_loading:
         raise ValueError(
             f"FSDP would load the suspicious weights in one process: set fsdp_cpu_ram_efficient_loading to false ({RECIPE})"

@@ -74,13 +74,13 @@ class PurifyTrainer(DurableTrainer):
     Raises:
         OSError: ``output_dir`` cannot be written.
         ValueError: ``output_dir`` holds another run's results (see `check_output`); the images' labels are not the model's; no
-            image processor is known; the run would use `nn.DataParallel`, DeepSpeed, FSDP where `placement_of` refuses it, a
+            image processor is known; the run would use `nn.DataParallel`, FSDP or DeepSpeed where `placement_of` refuses it, a
             PEFT model or `model_init`, or push checkpoints to the Hub; a training batch has no tensor ``labels``; one of
             `Additions` does not fit the defence or the images.
         FloatingPointError: The clean loss of a step is NaN or infinite.
 
     Attributes:
-        plain: The model as whole, ordinary tensors: ``model`` itself, or under FSDP2 a copy, complete before and after the
+        plain: The model as whole, ordinary tensors: ``model`` itself, or on shards a copy, complete before and after the
             training.
     """
 
@@ -90,7 +90,7 @@ class PurifyTrainer(DurableTrainer):
     images_class = TrainingImages
     # Of distillation, average_last and sam_rho, those that the defence's loss and steps fit: named by each defence for itself.
     additions: tuple[str, ...] = ()
-    runs_sharded = False  # under FSDP2, where `model` holds shards of which a defence must know
+    runs_sharded = False  # under FSDP2 and ZeRO, where `model` holds shards of which a defence must know
     streams = False  # takes a retain set that is read while the model trains: the defence looks at batches only
     clean_weight: float | Tensor = 1.0  # of the cross-entropy in the objective, and so of the distillation
     method = "fine-tuning"
@@ -264,9 +264,8 @@ class PurifyTrainer(DurableTrainer):
 
     def evaluation_loop(self, *args, **kwargs):
         """As the base class; the model is left as it was."""
-        found = super().evaluation_loop(*args, **kwargs)
-        self.placement.reshard()
-        return found
+        with self.placement.evaluating(self):
+            return super().evaluation_loop(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Accumulate one micro-batch; on the last of a window finish the gradient and return the window's objective."""
@@ -402,9 +401,8 @@ class PurifyTrainer(DurableTrainer):
         self.placement.write()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            self.placement.clear(Path(output_dir))
+        with self.placement.saving_optimizer(self, Path(output_dir)):
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def get_train_dataloader(self) -> DataLoader:
         """As the base class; a stream shares itself out among the processes."""

@@ -1,4 +1,4 @@
-"""Run by the launchers of test_sharding.py: `sharded.py ddp|fsdp FOLDER` trains every one of `RUNS` in two processes."""
+"""Run by the launchers of test_sharding.py: `sharded.py ddp|fsdp|zero2|zero3 FOLDER` trains all of `RUNS` in two processes."""
 
 import json
 import os
@@ -39,6 +39,9 @@ def run(folder, name, accumulation, resume=None, **launch):
     else:
         args = FineTuningConfig(str(folder), **options)
     trainer = kind(make(), args, tiny_samples(32), tiny_samples(8, seed=1))
+    if trainer.is_deepspeed_enabled and network == "hf":  # by default ZeRO-3 partitions no weights as small as these
+        zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_param_persistence_threshold"] = 0
     trainer.train(resume_from_checkpoint=resume)
     trainer.evaluate()
     if name in TWICE:
@@ -53,6 +56,9 @@ def main(mode, folder):
         if trainer.is_world_process_zero():
             tensors = {type(parameter.data).__name__ for parameter in trainer.model.parameters()}
             found = [trainer.args.world_size, type(trainer.model_wrapped).__name__, *sorted(tensors)]
+            if trainer.is_deepspeed_enabled:
+                whole = any(parameter.numel() or parameter.ds_persist for parameter in trainer.model.parameters())
+                found += [trainer.model_wrapped.zero_optimization_stage(), whole]
             (folder / f"{name}.json").write_text(json.dumps({"mode": found, "log": trainer.state.log_history}))
         else:
             save_file(trainer.plain.state_dict(), folder / f"{name}.safetensors")

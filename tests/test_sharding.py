@@ -1,6 +1,7 @@
-"""Two processes with two micro-batches each, by DDP or FSDP2, are one process with four: the same windows, the same weights."""
+"""Two processes with two micro-batches each, by DDP, FSDP2 or ZeRO, are one process with four: the same windows and weights."""
 
 import functools
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from sharded import RESUMED, RUNS, run
 from tiny import tiny_resnet, tiny_samples
@@ -21,10 +23,21 @@ from d3_hf.defenses import DEFENCES, defence
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "recipes" / "accelerate"
+
+
+def by_recipe(name):
+    return ["accelerate.commands.launch", "--config_file", str(RECIPES / f"{name}.yaml"), str(HERE / "cpu_shim.py")]
+
+
 LAUNCHERS = {
     "ddp": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    "fsdp": ["accelerate.commands.launch", "--config_file", str(RECIPES / "fsdp2.yaml"), str(HERE / "cpu_shim.py")],
+    "fsdp": by_recipe("fsdp2"),
+    "zero2": by_recipe("zero2"),
+    "zero3": by_recipe("zero3"),
 }
+without_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
+ZEROS = [pytest.param(mode, marks=without_deepspeed) for mode in ("zero2", "zero3")]
+MODES = ["ddp", "fsdp", *ZEROS]
 WEIGHTS = "model.safetensors"
 LOGGED = ("loss", "clean_loss", "active_fraction", "distance", "grad_norm", "lambda", "distillation_loss", "eval_loss")
 
@@ -55,11 +68,16 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("mode", LAUNCHERS)
+@pytest.mark.parametrize("mode", MODES)
 def test_two_processes_equal_one(launched, alone, mode, name):
     record = json.loads((launched(mode) / f"{name}.json").read_text())
-    network = type(alone(name).model).__name__
-    assert record["mode"] == [2, *(["DistributedDataParallel", "Tensor"] if mode == "ddp" else [f"FSDP{network}", "DTensor"])]
+    ways = {
+        "ddp": ["DistributedDataParallel", "Tensor"],
+        "fsdp": [f"FSDP{type(alone(name).model).__name__}", "DTensor"],
+        "zero2": ["DeepSpeedEngine", "Tensor", 2, True],
+        "zero3": ["DeepSpeedEngine", "Tensor", 3, not name.startswith("hf")],  # all weights partitioned, or too small for it
+    }
+    assert record["mode"] == [2, *ways[mode]]
     expected = load_file(Path(alone(name).args.output_dir) / WEIGHTS)
     found = load_file(launched(mode) / name / WEIGHTS)
     assert list(found) == list(expected)
@@ -73,24 +91,25 @@ def test_two_processes_equal_one(launched, alone, mode, name):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_sharded_runs_leave_the_files_of_a_plain_one(launched, alone, name):
-    plain, folder = Path(alone(name).args.output_dir), launched("fsdp") / name
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_sharded_runs_leave_the_files_of_a_plain_one(launched, alone, mode, name):
+    plain, folder = Path(alone(name).args.output_dir), launched(mode) / name
     assert {file.name for file in folder.iterdir()} == {file.name for file in plain.iterdir()}
     model, saved = load_classifier(folder), alone(name).model.state_dict()
-    for file in (launched("fsdp") / f"{name}.safetensors", None):  # the copy in the other process, and the file
+    for file in (launched(mode) / f"{name}.safetensors", None):  # the copy in the other process, and the file
         for key, value in (load_file(file) if file else model.state_dict()).items():
             torch.testing.assert_close(value, saved[key], rtol=1e-5, atol=1e-6)
     manifests = [json.loads((each / "purification.json").read_text()) for each in (plain, folder)]
     for manifest in manifests:
         manifest.pop("arguments")
-        manifest.pop("active_share", None)  # under FSDP all steps are dense
+        manifest.pop("active_share", None)  # on shards all steps are dense
         for weight in manifest.get("selected_weights", []):
             weight["relative_distance"] = pytest.approx(weight["relative_distance"], rel=1e-5)
     assert manifests[0] == manifests[1]
 
 
 @pytest.mark.parametrize("name", RESUMED)
-@pytest.mark.parametrize("mode", LAUNCHERS)
+@pytest.mark.parametrize("mode", MODES)
 def test_resumed_equals_uninterrupted(launched, mode, name):
     found, expected = (load_file(launched(mode) / folder / WEIGHTS) for folder in (f"{name} resumed", name))
     assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -103,6 +122,18 @@ def test_checkpoints_hold_no_weights_as_a_pickle(launched):
     assert "optimizer.bin" in files and not any("pytorch_model" in file for file in files)
 
 
+@pytest.mark.parametrize("mode", ZEROS)
+def test_one_process_goes_on_from_partitions(launched, alone, mode, tmp_path):
+    checkpoint = launched(mode) / "hf sample" / "checkpoint-2"
+    random_states = {"rng_state.pth": {"rng_state_0.pth", "rng_state_1.pth"}}
+    beside = Path(alone("hf sample").args.output_dir) / "checkpoint-2"
+    expected = {name for file in beside.iterdir() for name in random_states.get(file.name, {file.name})}
+    assert {file.name for file in checkpoint.iterdir()} == expected
+    resumed = run(tmp_path / "run", "hf sample", 4, str(checkpoint), use_cpu=True)
+    for key, value in alone("hf sample").model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+
+
 def test_the_best_model_is_not_the_last(alone):
     assert alone("hf best").state.best_model_checkpoint.endswith("checkpoint-2")
 
@@ -113,6 +144,9 @@ def test_a_sharded_run_is_resumed_as_one(launched, tmp_path):
 
 
 PLUGIN = dict(fsdp_version=2, cpu_ram_efficient_loading=False, cpu_offload=None, set_state_dict_type=lambda kind: None)
+ZERO = {"zero_optimization": {"stage": 3, "offload_param": {"device": "none", "nvme_path": None}}, "gradient_clipping": 0.0}
+QUANTIZED = {"stage": 3, "zero_quantized_weights": True}
+OFFLOAD = {"stage": 3, "offload_param": {"device": "cpu"}}
 
 
 @pytest.fixture
@@ -126,7 +160,8 @@ def pretended(monkeypatch):
             create(self)
             self.is_deepspeed_enabled = kind == "deepspeed"
             self.is_fsdp_enabled = kind == "fsdp"
-            monkeypatch.setattr(self.accelerator.state, "fsdp_plugin", SimpleNamespace(**attributes), raising=False)
+            plugin = SimpleNamespace(**(attributes if kind == "fsdp" else {"deepspeed_config": attributes}))
+            monkeypatch.setattr(AcceleratorState, f"{kind}_plugin", plugin, raising=False)
 
         monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", created)
 
@@ -134,15 +169,16 @@ def pretended(monkeypatch):
 
 
 @pytest.mark.parametrize("name", DEFENCES)
-def test_other_defences_refuse_shards(pretended, tmp_path, name):
+@pytest.mark.parametrize(("kind", "called", "plugin"), [("fsdp", "FSDP", PLUGIN), ("deepspeed", "DeepSpeed", ZERO)])
+def test_other_defences_refuse_shards(pretended, tmp_path, kind, called, plugin, name):
     config_class, trainer_class = defence(name)
     args = config_class(output_dir=str(tmp_path / "run"), use_cpu=True)
-    pretended("fsdp", **PLUGIN)
+    pretended(kind, **plugin)
     if name in ("d3", "fine_tuning"):
         trainer = trainer_class(tiny_resnet(), args, tiny_samples())
         assert trainer.plain is not trainer.model
     else:
-        message = f"{trainer_class.__name__} does not run under FSDP, only D3 and fine-tuning do: launch with DDP"
+        message = f"{trainer_class.__name__} does not run under {called}, only D3 and fine-tuning do: launch with DDP"
         with pytest.raises(ValueError, match=message):
             trainer_class(tiny_resnet(), args, tiny_samples())
 
@@ -150,17 +186,25 @@ def test_other_defences_refuse_shards(pretended, tmp_path, name):
 @pytest.mark.parametrize(
     ("kind", "changed", "options", "message"),
     [
-        ("deepspeed", {}, {}, "DeepSpeed is not supported: launch with FSDP2 .* or DDP"),
+        ("deepspeed", {"zero_optimization": {"stage": 1}}, {}, "ZeRO stage 1 is not supported: set zero_stage to 2 or 3"),
+        ("deepspeed", {"optimizer": {}}, {}, "configuration names an optimizer: leave it out, the run's own options say it"),
+        ("deepspeed", {}, {"optim": "adafactor", "optim_args": None}, "would hand Adafactor flat pieces of weights: use sgd"),
+        ("deepspeed", {"zero_optimization": OFFLOAD}, {}, "with offload is not supported: set offload_param_device to none"),
+        ("deepspeed", {"zero_optimization": QUANTIZED}, {}, "ZeRO with zero_quantized_weights is not supported: leave it out"),
+        ("deepspeed", {"bf16": {"enabled": True}}, {}, "bf16 under DeepSpeed is not supported: leave it out, or launch with"),
+        ("deepspeed", {"gradient_clipping": 1.0}, {}, "max_grad_norm is 0.0: set gradient_clipping to auto"),
+        ("deepspeed", {}, {"active_set": True}, "active_set does not fit: on shards every process"),
+        ("deepspeed", {}, {"average_last": 0.5}, "average_last does not run under DeepSpeed"),
         ("fsdp", {"fsdp_version": 1}, {}, "FSDP1 is not supported: set fsdp_version to 2"),
         ("fsdp", {"cpu_ram_efficient_loading": True}, {}, "set fsdp_cpu_ram_efficient_loading to false"),
         ("fsdp", {"cpu_offload": CPUOffloadPolicy()}, {}, "set fsdp_offload_params to false"),
-        ("fsdp", {}, {"active_set": True}, "active_set does not fit: under FSDP every process"),
+        ("fsdp", {}, {"active_set": True}, "active_set does not fit: on shards every process"),
         ("fsdp", {}, {"average_last": 0.5}, "average_last does not run under FSDP"),
     ],
 )
 def test_launches_that_are_refused(pretended, tmp_path, kind, changed, options, message):
     config_class, trainer_class = defence("d3")
     args = config_class(output_dir=str(tmp_path / "run"), use_cpu=True, **options)
-    pretended(kind, **(PLUGIN | changed))
+    pretended(kind, **((PLUGIN if kind == "fsdp" else ZERO) | changed))
     with pytest.raises(ValueError, match=message):
         trainer_class(tiny_resnet(), args, tiny_samples())

@@ -58,9 +58,9 @@ class D3Config(PurifyConfig):
         active_set: Build graph and gradient only for the images above epsilon, which a pass without graph finds, while they
             were less than two thirds of the last window (here; see `active_set`). The weights are those of the dense step up
             to rounding; a micro-batch then waits for the device once. ``None``: where that holds, else dense: with the
-            per-sample hinge, without FSDP, distillation, SAM, activation checkpointing and torch.compile, for networks in which
-            training neither couples images (BatchNorm, unless ``batch_norm`` says otherwise) nor draws random numbers (dropout,
-            stochastic depth), which two images of noise tell. ``True``: raise where it does not. ``False``: dense.
+            per-sample hinge, without FSDP, ZeRO, distillation, SAM, activation checkpointing and torch.compile, for networks in
+            which training neither couples images (BatchNorm, unless ``batch_norm`` says otherwise) nor draws random numbers
+            (dropout, stochastic depth), which two images of noise tell. ``True``: raise where it does not. ``False``: dense.
 
     Raises:
         ValueError: ``lambda_clean`` <= 0, ``epsilon`` < 0, ``dual_rate`` < 0, one of the three not finite, ``target_modules``
@@ -164,8 +164,8 @@ class D3Trainer(PurifyTrainer):
         try:
             if args.hinge != "sample":
                 raise Inexact("the batch hinge gives all images the same weight")
-            if self.is_fsdp_enabled:
-                raise Inexact("under FSDP every process must take every pass, also one without active images")
+            if self.plain is not self.model:
+                raise Inexact("on shards every process must take every pass, also one without active images")
             if args.distillation:
                 raise Inexact("distillation has a gradient for every image")
             if args.activation_checkpointing or self.model.is_activation_checkpointing:
@@ -264,7 +264,7 @@ class D3Trainer(PurifyTrainer):
         if self.args.hinge == "batch":
             window_loss = torch.relu(self.accelerator.reduce(window_loss, "mean") - self.clean_weight * self.epsilon)
             if not window_loss > 0:  # every process sees the same number, so all take the same branch
-                torch._foreach_zero_([p.grad for p in self.model.parameters() if p.grad is not None])
+                self.placement.zero_gradients()
         weights = self.weights()
         scaler = self.accelerator.scaler
         loss_scale = scaler.get_scale() if scaler is not None else 1.0  # gradients are unscaled after this
