@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import numpy as np
 from accelerate.utils import gather_object
 from datasets import ClassLabel, Dataset, Features, Image, load_dataset
@@ -17,6 +18,8 @@ from d3_hf.augmentation import Augmentation
 from d3_hf.defenses.d3 import D3Config, D3Trainer
 
 COUNT = 48
+# datasets sleeps at the end of each pass, seconds for the few images of these tests.
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.0
 NAMES = [f"class {number}" for number in range(CLASSES)]
 
 
