@@ -77,14 +77,26 @@ class Sharded(InPlace):
         self._model = model
 
     @functools.cached_property
-    def _shards(self) -> dict[nn.Parameter, DTensor]:
+    def _shards(self) -> dict[nn.Parameter, nn.Parameter]:
         """The sharded parameter of each plain one: the model, sharded in place, keeps the order and not always the names."""
         return dict(zip(self.plain.parameters(), self._model.parameters(), strict=True))
+
+    def _whole(self, shard: nn.Parameter) -> Tensor:
+        """A parameter in training, gathered from all processes."""
+        return shard.full_tensor()
+
+    def _set(self, shard: nn.Parameter, whole: Tensor) -> None:
+        """Set this process's part of a parameter in training."""
+        shard.copy_(_shard(whole, shard))
+
+    def _add_gradient(self, shard: nn.Parameter, whole: Tensor) -> None:
+        """Add this process's part to the gradient of a parameter in training."""
+        shard.grad.add_(_shard(whole, shard))
 
     @torch.no_grad()
     def read(self, parameters=None):
         for parameter in self._shards if parameters is None else parameters:
-            parameter.copy_(self._shards[parameter].full_tensor())
+            parameter.copy_(self._whole(self._shards[parameter]))
         if parameters is None:
             for ours, trained in zip(self.plain.buffers(), self._model.buffers(), strict=True):
                 ours.copy_(trained)
@@ -92,7 +104,7 @@ class Sharded(InPlace):
     @torch.no_grad()
     def write(self, parameters=None):
         for parameter in self._shards if parameters is None else parameters:
-            self._shards[parameter].copy_(_shard(parameter, self._shards[parameter]))
+            self._set(self._shards[parameter], parameter)
         if parameters is None:
             for ours, trained in zip(self.plain.buffers(), self._model.buffers(), strict=True):
                 trained.copy_(ours)
@@ -103,7 +115,7 @@ class Sharded(InPlace):
             parameter.grad = torch.zeros_like(parameter)
         yield
         for parameter in parameters:
-            self._shards[parameter].grad.add_(_shard(parameter.grad, self._shards[parameter]))
+            self._add_gradient(self._shards[parameter], parameter.grad)
             parameter.grad = None
 
     @contextlib.contextmanager

@@ -162,34 +162,34 @@ class Zero(Sharded):
             with _without_deepspeed(trainer):
                 trainer._load_optimizer_and_scheduler(checkpoint)
 
-    @torch.no_grad()
     def read(self, parameters=None):
+        if self._engine is not None:  # else nothing was trained
+            super().read(parameters)
+
+    def _whole(self, shard):
         from deepspeed.utils import safe_get_full_fp32_param
 
-        if self._engine is None:
-            return  # nothing was trained
-        for parameter in self._shards if parameters is None else parameters:
-            parameter.copy_(safe_get_full_fp32_param(self._shards[parameter]))
-        if parameters is None:
-            for ours, trained in zip(self.plain.buffers(), self._model.buffers(), strict=True):
-                ours.copy_(trained)
+        return safe_get_full_fp32_param(shard)
 
-    @torch.no_grad()
-    def write(self, parameters=None):
-        for parameter in self._shards if parameters is None else parameters:
-            _set_weight(self._shards[parameter], parameter)
-        if parameters is None:
-            for ours, trained in zip(self.plain.buffers(), self._model.buffers(), strict=True):
-                trained.copy_(ours)
+    def _set(self, shard, whole):
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-    @contextlib.contextmanager
-    def gradients(self, parameters) -> Iterator[None]:
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        yield
-        for parameter in parameters:
-            _add_gradient(self._shards[parameter], parameter.grad)
-            parameter.grad = None
+        if hasattr(shard, "ds_id"):
+            safe_set_local_fp32_param(shard, _part(whole, shard))
+            with deepspeed.zero.GatheredParameters([shard], modifier_rank=0):
+                shard.data.copy_(whole)
+        else:
+            safe_set_full_fp32_param(shard, whole)
+            shard.data.copy_(whole)
+
+    def _add_gradient(self, shard, whole):
+        from deepspeed.utils import safe_get_full_grad, safe_get_local_grad, safe_set_full_grad, safe_set_local_grad
+
+        if hasattr(shard, "ds_id"):
+            safe_set_local_grad(shard, safe_get_local_grad(shard) + _part(whole, shard))
+        else:
+            safe_set_full_grad(shard, safe_get_full_grad(shard) + whole)
 
     def zero_gradients(self):
         for part in self._engine.partial_gradients:
@@ -229,28 +229,6 @@ def _part(whole: Tensor, like: nn.Parameter) -> Tensor:
     size, group = like.ds_tensor.numel(), like.ds_process_group
     flat = F.pad(whole.flatten(), (0, size * dist.get_world_size(group) - whole.numel()))
     return flat.narrow(0, size * dist.get_rank(group), size)
-
-
-def _set_weight(trained: nn.Parameter, whole: Tensor) -> None:
-    import deepspeed
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
-    if hasattr(trained, "ds_id"):
-        safe_set_local_fp32_param(trained, _part(whole, trained))
-        with deepspeed.zero.GatheredParameters([trained], modifier_rank=0):
-            trained.data.copy_(whole)
-    else:
-        safe_set_full_fp32_param(trained, whole)
-        trained.data.copy_(whole)
-
-
-def _add_gradient(trained: nn.Parameter, whole: Tensor) -> None:
-    from deepspeed.utils import safe_get_full_grad, safe_get_local_grad, safe_set_full_grad, safe_set_local_grad
-
-    if hasattr(trained, "ds_id"):
-        safe_set_local_grad(trained, safe_get_local_grad(trained) + _part(whole, trained))
-    else:
-        safe_set_full_grad(trained, safe_get_full_grad(trained) + whole)
 
 
 def _set_state(trained: nn.Parameter, whole: Tensor, key: str) -> None:
