@@ -242,7 +242,8 @@ def _set_state(trained: nn.Parameter, whole: Tensor, key: str) -> None:
 
 def zero_placement(trainer: "PurifyTrainer", model: nn.Module) -> Zero:
     """The placement of a trainer that was launched with DeepSpeed; see `placement_of`."""
-    unset_hf_deepspeed_config()  # or transformers would partition what is loaded from now on
+    # Making the accelerator has set it again, and transformers would partition what is loaded from now on.
+    unset_hf_deepspeed_config()
     args, config = trainer.args, trainer.accelerator.state.deepspeed_plugin.deepspeed_config
     zero, instead = config["zero_optimization"], f"use {RECIPES[2]} or {RECIPES[3]}"
     if zero["stage"] not in RECIPES:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -82,18 +81,14 @@ class Runner:
     def spec(self, cell: Cell) -> dict[str, Any]:
         """All that defines what a cell computes; two cells with the same one are the same cell."""
         options = {name: value for name, value in self.grid.defences[cell.defence].items() if name != "curve"}
-        watched = {"watch_images": self.grid.watch_images} if self.grid.watch_images else {}
-        return (
-            asdict(cell)
-            | watched
-            | {
-                "weights": self.inputs.identity(cell.victim),
-                "options": self.grid.common | options,
-                "retain_set": self.grid.retain[cell.retain],
-                "held_out": self.grid.held_out,
-                "test_images": self.grid.test_images,
-            }
-        )
+        spec = asdict(cell) | {
+            "weights": self.inputs.identity(cell.victim),
+            "options": self.grid.common | options,
+            "retain_set": self.grid.retain[cell.retain],
+            "held_out": self.grid.held_out,
+            "test_images": self.grid.test_images,
+        }
+        return spec | ({"watch_images": self.grid.watch_images} if self.grid.watch_images else {})
 
     def folder(self, cell: Cell) -> Path:
         """Where a cell lies; its name ends in a digest of `spec`, so that a changed grid makes new cells beside the old."""
@@ -135,12 +130,10 @@ class Runner:
             trainer = trainer_class(model=model, args=args, train_dataset=retain)
             meter.forward = meter.backward = 0
             reset_peak_memory()
-            watch = Watch(trainer, self.inputs.watched, attack, meter) if self.grid.watch_images else None
-            if watch:
-                trainer.add_callback(watch)
-            started = time.perf_counter()
+            watch = Watch(trainer, self.inputs.watched, attack, meter)
+            trainer.add_callback(watch)
             trainer.train()
-        seconds, peak = time.perf_counter() - started - (watch.paused if watch else 0), peak_memory()
+        seconds, peak = watch.seconds, peak_memory()
         after = measure_trainer(trainer, self.inputs.test, attack)
         if self.grid.save_models:
             trainer.results = results(before, after)
@@ -151,7 +144,7 @@ class Runner:
         row |= {"curve": self.grid.defences[cell.defence].get("curve"), "retain_n": len(retain)}
         row |= results(before, after)
         row |= {"seconds_training": seconds, "seconds_measuring": after.seconds, "peak_memory_mib": peak}
-        if watch:
+        if watch.images is not None:
             series = [*watch.series, (seconds, after.asr.value)]  # for methods without epochs, and what they do after these
             row |= {"asr_over_time": json.dumps(series)}
         row |= {"forward_images": meter.forward, "backward_images": meter.backward}

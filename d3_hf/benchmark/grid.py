@@ -126,9 +126,10 @@ class GridInputs:
         return RawImages.from_dataset(self._images[1].select(range(count)) if count else self._images[1])
 
     @cached_property
-    def watched(self) -> RawImages:
-        """The test images to watch ASR on."""
-        return self.test.select(range(min(self.grid.watch_images, len(self.test))))
+    def watched(self) -> RawImages | None:
+        """The test images to watch ASR on, if any."""
+        count = self.grid.watch_images
+        return self.test.select(range(min(count, len(self.test)))) if count else None
 
     @cached_property
     def held_out(self) -> Dataset:
