@@ -1,6 +1,5 @@
 """Images that are broken, strange or too few: rows of the table, as in hostile.py. Strange ones are legal and are purified."""
 
-import io
 import shutil
 import struct
 import zlib
@@ -9,19 +8,10 @@ import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Value
 from hostile import NAMES, Case, content
+from pictures import encoded, noise
 from PIL import Image
 
 ALL = "--retain_count 12"  # every training image
-
-
-def noise(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def encoded(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def good_images(here):

@@ -1,6 +1,5 @@
 """Sources, columns, labels, retain sets, decoding and augmented batches."""
 
-import io
 import logging
 
 import datasets
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from pictures import encoded, noise
 from PIL import Image
 from transformers import PretrainedConfig, ViTImageProcessor
 
@@ -21,16 +21,6 @@ NAMES = ["cat", "dog", "frog"]
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def noise(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def table(labels, names=NAMES, picture="img", label="fine", size=(6, 5), **columns) -> Dataset:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from hostile import CHECKPOINTS, CONFIGS, NAMES, PURIFY, SURROUNDINGS, Case
-from hostile_data import DATA, good_images, noise
+from hostile_data import DATA, good_images
+from pictures import noise
 from tiny import tiny_vit
 
 from d3_hf.cli import COMMANDS, run

@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
-from test_data import NAMES, noise
+from pictures import noise
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import ViTImageProcessor
 
 from d3_hf.augmentation import Augmentation
 from d3_hf.data import RawImages, TrainingImages, content_hashes
 from d3_hf.preprocessing import Preprocessing
+
+NAMES = ["cat", "dog", "frog"]
 
 
 def raw_images(count: int = 10, height: int = 6, width: int = 5) -> RawImages:
