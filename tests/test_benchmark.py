@@ -273,6 +273,7 @@ def test_peak_memory_is_that_of_what_ran_since():
     [
         ({"seeds": []}, "the grid has no seeds"),
         ({"victims": []}, "the grid has no victims"),
+        ({"watch_images": 0}, "watch_images must be at least 1"),
         ({"defences": {"x": {"defence": "magic"}}}, "unknown defence 'magic'"),
         ({"defences": {"x": {"defence": "d3", "lamda": 1}}}, "defence 'x': D3Config has no option lamda"),
         ({"retain": {"x": {"number": 1}}}, "retain set 'x' has no option number"),

@@ -24,6 +24,7 @@ class BenchmarkArguments:
         dataset_name: Data set in place of the file's.
         victims_dir: Folder of the victims in place of the file's.
         output_dir: Folder in place of the file's.
+        watch_images: See `Grid`, in place of the file's.
         model_name_or_path: Where the one checkpoint of other people lies, in place of the file's.
     """
 
@@ -33,6 +34,7 @@ class BenchmarkArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "Data set in place of the file's."})
     victims_dir: str | None = field(default=None, metadata={"help": "Folder of the victims in place of the file's."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder in place of the file's."})
+    watch_images: int | None = field(default=None, metadata={"help": "After each epoch measure ASR on so many test images."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "The one checkpoint of other people's."})
 
 
@@ -54,8 +56,8 @@ def main(argv: list[str]) -> pandas.DataFrame:
         folder = Path(options.grid).parent
         rows = pandas.read_parquet(options.grid)
     else:
-        places = {name: getattr(options, name) for name in ("dataset_name", "victims_dir", "output_dir")}
-        grid = read_grid(options.grid, **places)
+        given = {name: getattr(options, name) for name in ("dataset_name", "victims_dir", "output_dir", "watch_images")}
+        grid = read_grid(options.grid, **given)
         if options.model_name_or_path:
             grid.checkpoint_at(options.model_name_or_path)
         folder = Path(grid.output_dir)

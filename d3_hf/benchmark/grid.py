@@ -43,8 +43,8 @@ class Grid:
         save_models: Keep each purified model in its cell's folder, for ``recipes/figures.py``.
 
     Raises:
-        ValueError: No victim, defence, seed or retain set; an unknown defence or a wrong key; or a retain set is larger than
-            ``held_out``.
+        ValueError: No victim, defence, seed or retain set; ``watch_images`` below 1; an unknown defence or a wrong key; or a
+            retain set is larger than ``held_out``.
     """
 
     output_dir: str
@@ -64,6 +64,8 @@ class Grid:
         for name in ("victims", "defences", "retain", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"the grid has no {name}")
+        if self.watch_images is not None and self.watch_images < 1:
+            raise ValueError(f"watch_images must be at least 1, or left out; got {self.watch_images}")
         for name, options in self.defences.items():
             config_class, _ = load_defence(options.get("defence", ""))
             known = {f.name for f in fields(config_class)} | {"defence", "curve"}
