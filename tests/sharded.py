@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
+from streamed import NAMES, stream, write_files
 from tiny import tiny_samples, tiny_timm_vit, tiny_vit
 
 from d3_hf.defenses.d3 import HINGES, D3Config, D3Trainer
@@ -22,10 +23,11 @@ BEST = CHECKPOINTS | {"eval_strategy": "steps", "eval_steps": 2, "load_best_mode
 RUNS = {f"{name} {hinge}": (name, D3Trainer, {"hinge": hinge} | CHECKPOINTS) for name in NETWORKS for hinge in HINGES}
 RUNS |= {
     "hf additions": ("hf", D3Trainer, {"distillation": 0.5, "dual_rate": 0.1, "epsilon": None}),
+    "hf streamed": ("hf", D3Trainer, CHECKPOINTS | {"crop_padding": 2, "horizontal_flip": True}),
     "hf best": ("hf", D3Trainer, BEST | {"metric_for_best_model": "accuracy", "greater_is_better": False}),
     "timm new head": ("timm", FineTuningTrainer, {"reinitialize_head": True}),
 }
-RESUMED, TWICE = ("hf sample", "timm batch"), ("hf additions", "timm new head")
+RESUMED, TWICE = ("hf sample", "timm batch", "hf streamed"), ("hf additions", "timm new head")
 
 
 def run(folder, name, accumulation, resume=None, **launch):
@@ -38,7 +40,11 @@ def run(folder, name, accumulation, resume=None, **launch):
         args = D3Config(str(folder), **(defaults | options))
     else:
         args = FineTuningConfig(str(folder), **options)
-    trainer = kind(make(), args, tiny_samples(32), tiny_samples(8, seed=1))
+    model, images = make(), tiny_samples(32)
+    if name == "hf streamed":
+        model.config.id2label = dict(enumerate(NAMES))
+        images = stream(write_files(folder.parent / f"data{args.process_index}", files=1))
+    trainer = kind(model, args, images, tiny_samples(8, seed=1))
     if trainer.is_deepspeed_enabled and network == "hf":  # by default ZeRO-3 partitions no weights as small as these
         zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = 0
