@@ -20,7 +20,7 @@ OPTIONS = {
     "sau": EPOCH | {"pgd_steps": 2},
     "tsbd": EPOCH | {"unlearn_epochs": 20, "unlearn_learning_rate": 0.02, "unlearn_accuracy": 0.3, "max_validation_drop": 0.5},
     "tsc": {"rounds": 1, "curve_epochs": 1, "finetune_epochs": 1, "learning_rate": 0.02},
-    "anp": {"max_steps": 12, "max_validation_drop": 0.5},
+    "anp": {"max_steps": 12, "learning_rate": 0.2, "max_validation_drop": 0.5},
     "fine_pruning": EPOCH,
     "nad": EPOCH | {"teacher_epochs": 1, "attention_weights": [1.0]},
     "neural_cleanse": EPOCH | {"inversion_epochs": 2, "anomaly_threshold": 1e-6},

@@ -2,7 +2,7 @@
 
 A neuron is a channel of a BatchNorm layer. Its mask m multiplies the scale gamma; a neuron with m <= threshold is pruned by
 gamma = 0 in the victim itself (its shift beta stays, as in both authors' codes). The threshold is the largest of 0, 0.05, ...,
-0.9 up to which the pruned victim keeps its accuracy on the validation images; BackdoorBench picks it by test ASR, the ANP
+0.9 at which the pruned victim keeps its accuracy on the validation images; BackdoorBench picks it by test ASR, the ANP
 authors fix 0.2 and BackdoorBench saves RNP at 0.7.
 """
 
@@ -143,7 +143,9 @@ class MaskPruningTrainer(StagedTrainer, ABC):
         return {name: mask.detach() for name, mask in masks.items()}, total.item() / max(steps, 1)
 
     def choose_threshold(self, masks: dict[str, Tensor]) -> dict[str, Any]:
-        """The largest threshold up to which validation accuracy never falls further than tolerated, and what it prunes.
+        """The largest threshold at which validation accuracy is tolerable, and what it prunes.
+
+        Accuracy need not fall evenly: on a ResNet-20 20 pruned channels cost less than 5 of them.
 
         Raises:
             RuntimeError: There is none that prunes a neuron.
@@ -155,9 +157,7 @@ class MaskPruningTrainer(StagedTrainer, ABC):
             if (larger := sum(int(p.sum()) for p in pruned.values())) > count:
                 count = larger
                 accuracy = self.accuracy(self.validate, masked(self.scales, {name: ~p for name, p in pruned.items()}))
-                if not self.is_tolerable(accuracy, before):
-                    break
-            if count:
+            if count and self.is_tolerable(accuracy, before):
                 found = {"threshold": threshold, "pruned": count, "validation_accuracy_after": accuracy}
         if not found:
             lowest = min(mask.min().item() for mask in masks.values())
