@@ -3,22 +3,33 @@
 import json
 import sys
 import types
-from argparse import SUPPRESS
+from argparse import SUPPRESS, Action
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
+from inspect import get_annotations
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from datasets import Dataset
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
 
 from .data import RawImages, load_images, retain_split
 from .models import load_classifier
 
+# What most runs need of a training's options, of which there are nearly two hundred.
+FREQUENT = {
+    *("model_name_or_path", "architecture", "dataset_name", "retain_fraction", "retain_count", "attack", "poison_ratio"),
+    *("output_dir", "overwrite_output_dir", "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
+    *("horizontal_flip", "batch_norm", "sam_rho", "seed", "bf16", "save_strategy", "resume_from_checkpoint"),
+    *("max_accuracy_drop", "push_to_hub", "hub_model_id", "hub_create_pr"),
+}
+
 
 class Parser(HfArgumentParser):
     """`HfArgumentParser` that raises a ValueError of one line where argparse prints every option and exits.
+
+    The help of a training has a line for each of `FREQUENT` and what its method declares; ``--help_all`` prints all options.
 
     Args:
         dataclass_types: Dataclasses with disjoint field names.
@@ -27,6 +38,26 @@ class Parser(HfArgumentParser):
 
     def __init__(self, dataclass_types: list[type], **kwargs):
         super().__init__(dataclass_types, usage=SUPPRESS, **kwargs)
+        trainings = [kind for kind in self.dataclass_types if issubclass(kind, TrainingArguments)]
+        self._shown = {action.dest for action in self._actions}
+        if trainings:
+            self._shown &= FREQUENT.union({"help"}, *map(get_annotations, trainings))
+            self.add_argument("--help_all", action=_WholeHelp, nargs=0, dest="help", default=SUPPRESS, help="show every option")
+
+    def format_help(self) -> str:
+        """A line for each option that is shown, with its default."""
+        lines = ["options:"]
+        for action in self._actions:
+            if action.dest in self._shown and not (names := action.option_strings)[0].startswith("--no_"):
+                name = ", ".join(names) if action.dest == "help" else names[0]
+                choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices else ""
+                default = f" [{action.default}]" if action.default not in (None, SUPPRESS, False, []) else ""
+                lines.append(f"  {name + choices:<32} {action.help.partition('. ')[0].rstrip('.')}{default}")
+        return "\n".join(lines) + "\n"
+
+    def format_whole_help(self) -> str:
+        """What argparse would print."""
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse complains about."""
@@ -44,6 +75,12 @@ class Parser(HfArgumentParser):
             advice = f"did you mean {near[0]}?" if near else "--help lists the options"
             raise ValueError(f"unknown argument {unknown[0]!r}: {advice}")
         return self.parse_args_into_dataclasses(argv, look_for_args_file=False)
+
+
+class _WholeHelp(Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(parser.format_whole_help(), end="")
+        parser.exit()
 
 
 def parse_arguments(

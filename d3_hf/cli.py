@@ -59,7 +59,7 @@ USAGE = """usage: d3-hf COMMAND ...
 exit codes: 0 done, 1 failure, 2 mistake in what was given, 3 a guard rail broke (the model is in rejected/), 130 interrupted"""
 
 FURTHER = {  # options that a command's own parser does not know
-    "purify": [f"  --defence  one of {', '.join(DEFENCES)}"],
+    "purify": [f"  --defence  {', '.join(DEFENCES)}"],
     "victim": ["  --set FILE.yaml [--only GROUP/VICTIM ...]  the victims of a set, see recipes/victims.yaml"],
 }
 
@@ -148,7 +148,7 @@ def run(function: Callable[[list[str]], Any], argv: list[str]) -> NoReturn:
     debug, argv = _take_debug(argv)
     as_json = name is not None and "--json" in argv
     argv = [argument for argument in argv if not as_json or argument != "--json"]
-    if name and {"-h", "--help"} & set(argv):
+    if name and {"-h", "--help", "--help_all"} & set(argv):
         print(_header(name))
     code, found = 0, None
     try:

@@ -1,6 +1,8 @@
 """The command line: how each command ends, what goes to stdout, and that every command of the README exists."""
 
+import contextlib
 import errno
+import io
 import json
 import re
 import runpy
@@ -8,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
+from inspect import get_annotations
 from pathlib import Path
 
 import pandas
@@ -283,17 +286,21 @@ def test_help_fits_a_screen(capsys):
 
 @pytest.fixture(scope="module")
 def helps():
-    """What each command's --help prints, by the command or by the recipe's file."""
-    import contextlib
-    import io
+    """What each command's --help prints, by the command."""
+    return {name: shown(name, "--help") for name in COMMANDS}
 
-    commands = {name: [name, "--help"] for name in COMMANDS} | {"set": ["victim", "--set", "x", "--help"]}
-    found = {}
-    for name, argv in commands.items():
-        with contextlib.redirect_stdout(io.StringIO()) as shown:
-            assert command(*argv) == 0
-        found[name] = shown.getvalue()
-    found["victim"] += found.pop("set")
+
+def shown(*argv):
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        assert command(*argv) == 0
+    return text.getvalue()
+
+
+@pytest.fixture(scope="module")
+def every_help(helps):
+    """All options of each command, by the command or by the recipe's file."""
+    found = helps | {name: shown(name, "--help_all") for name in ("purify", "victim")}
+    found["victim"] += shown("victim", "--set", "x", "--help")
     recipes = {"d3_vit": "purify", "d3_resnet": "purify", "make_victim": "victim", "benchmark": "benchmark"}
     return found | {f"recipes/{recipe}.py": found[name] for recipe, name in recipes.items()}
 
@@ -308,6 +315,14 @@ def test_help_of_a_command_begins_with_a_real_example(helps, name):
     assert first == "example:" and example.startswith(f"      d3-hf {name} ")
     assert options_in(example) <= options_in(helps[name])
     assert "--json" in helps[name] and "\n  -h, --help" in helps[name]
+    assert len(helps[name].splitlines()) <= 45 and max(map(len, helps[name].splitlines())) <= 128
+
+
+@pytest.mark.parametrize("name", DEFENCES)
+def test_help_shows_what_a_method_adds(name):
+    short, whole = shown("purify", "--defence", name, "--help"), shown("purify", "--defence", name, "--help_all")
+    own = {f"--{option}" for option in get_annotations(defence(name)[0])}
+    assert own <= options_in(short) < options_in(whole) and "--weight_decay" in whole
 
 
 def readme_commands():
@@ -318,19 +333,19 @@ def readme_commands():
 
 
 @pytest.mark.parametrize("line", readme_commands())
-def test_commands_of_the_readme_exist(helps, line):
+def test_commands_of_the_readme_exist(every_help, line):
     words = shlex.split(line)
     words = words[2:] if words[:2] == ["accelerate", "launch"] else words[1:] if words[0] == "python" else words
     assert words[0] == "d3-hf" or (ROOT / words[0]).is_file(), words[0]
-    known = helps[words[1] if words[0] == "d3-hf" else words[0]]
+    known = every_help[words[1] if words[0] == "d3-hf" else words[0]]
     assert {word for word in words if word.startswith("--")} <= options_in(known)
     for word in words:
         if word.startswith("recipes/"):
             assert (ROOT / word).is_file(), word
 
 
-def test_options_named_in_the_readme_exist(helps):
-    ours = options_in("\n".join(helps.values()))
+def test_options_named_in_the_readme_exist(every_help):
+    ours = options_in("\n".join(every_help.values()))
     recipes = {"--rounds", "--steps", "--active_steps", "--purified", "--output", "--victim"}  # bench, figures
     theirs = {"--config_file", "--num_processes", "--signature", "--ignore-paths", "--private_key", "--public_key"}
     known = ours | recipes | theirs  # accelerate, model-signing

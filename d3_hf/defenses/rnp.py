@@ -39,7 +39,7 @@ class RNPConfig(MaskConfig):
 
     output_dir: str | None = field(default="outputs/rnp", metadata={"help": "Folder for the pruned model."})
     learning_rate: float = field(default=0.04, metadata={"help": "Learning rate of the masks."})
-    num_train_epochs: float = field(default=20, metadata={"help": "Passes of the recovery over 80 % of the retain set."})
+    num_train_epochs: float = field(default=20, metadata={"help": "Passes of the recovery over four fifths of the retain set."})
     unlearn_learning_rate: float = field(default=0.01, metadata={"help": "Learning rate of the unlearning."})
     unlearn_epochs: int = field(default=20, metadata={"help": "Largest number of passes of the unlearning."})
     unlearn_accuracy: float = field(default=0.2, metadata={"help": "Accuracy at which the unlearning stops."})
