@@ -23,6 +23,7 @@ from d3_hf.models import new_model
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+KEPT = ("twin", "badnets", "blended-sam3")
 SMALL = {"max_steps": 2, "use_cpu": True, "disable_tqdm": True}
 
 
@@ -98,7 +99,8 @@ def place(tmp_path_factory):
         guard = {} if file.stem.endswith("victim") else {"max_accuracy_drop": 1}
         file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | SMALL | guard))
     shrink_set(folder / "recipes" / "victims.yaml")
-    shrink_grid(folder / "recipes" / "grids" / "cpu.yaml")
+    shrink_grid(folder / "recipes" / "grids" / "cpu.yaml", "cifar10-resnet20/badnets")
+    shrink_grid(folder / "recipes" / "grids" / "sam.yaml", "cifar10-resnet20-hardened/blended-sam3")
     return folder
 
 
@@ -106,13 +108,13 @@ def shrink_set(file):
     content = yaml.safe_load(file.read_text())
     for group in content["groups"].values():
         group["base"] |= SMALL
-        group["victims"] = {name: group["victims"][name] for name in ("twin", "badnets") if name in group["victims"]}
+        group["victims"] = {name: group["victims"][name] for name in KEPT if name in group["victims"]}
     file.write_text(yaml.safe_dump(content))
 
 
-def shrink_grid(file):
+def shrink_grid(file, victim):
     content = yaml.safe_load(file.read_text())
-    content["victims"], content["common"] = ["cifar10-resnet20/badnets"], content["common"] | SMALL
+    content["victims"], content["common"] = [victim], content["common"] | SMALL
     content["defences"] = {name: content["defences"][name] for name in ("D3", "FT")}
     file.write_text(yaml.safe_dump(content))
 
