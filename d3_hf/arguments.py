@@ -46,14 +46,8 @@ class Parser(HfArgumentParser):
 
     def format_help(self) -> str:
         """A line for each option that is shown, with its default."""
-        lines = ["options:"]
-        for action in self._actions:
-            if action.dest in self._shown and not (names := action.option_strings)[0].startswith("--no_"):
-                name = ", ".join(names) if action.dest == "help" else names[0]
-                choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices else ""
-                default = f" [{action.default}]" if action.default not in (None, SUPPRESS, False, []) else ""
-                lines.append(f"  {name + choices:<32} {action.help.partition('. ')[0].rstrip('.')}{default}")
-        return "\n".join(lines) + "\n"
+        shown = [a for a in self._actions if a.dest in self._shown and not a.option_strings[0].startswith("--no_")]
+        return "\n".join(["options:", *map(_help_line, shown)]) + "\n"
 
     def format_whole_help(self) -> str:
         """What argparse would print."""
@@ -75,6 +69,14 @@ class Parser(HfArgumentParser):
             advice = f"did you mean {near[0]}?" if near else "--help lists the options"
             raise ValueError(f"unknown argument {unknown[0]!r}: {advice}")
         return self.parse_args_into_dataclasses(argv, look_for_args_file=False)
+
+
+def _help_line(action: Action) -> str:
+    """An option's name and choices, the first sentence of its help, and its default where that says something."""
+    names = action.option_strings if action.dest == "help" else action.option_strings[:1]  # without the alias with dashes
+    choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices else ""
+    default = f" [{action.default}]" if action.default and action.default != SUPPRESS else ""
+    return f"  {', '.join(names) + choices:<32} {action.help.partition('. ')[0].rstrip('.')}{default}"
 
 
 class _WholeHelp(Action):
