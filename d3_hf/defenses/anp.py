@@ -48,8 +48,8 @@ class ANPConfig(MaskConfig):
     """Arguments of ANP; see also `MaskConfig`.
 
     Args:
-        learning_rate: Of the masks; 0.01 (BackdoorBench). The authors' 0.2 brings so many masks of a ResNet-20 to exactly 0
-            that pruning them costs a sixth of its accuracy, and no threshold can tell them apart.
+        learning_rate: Of the masks; 0.01 (BackdoorBench; authors' code 0.2, at which masks soon end at exactly 0, where no
+            threshold tells them apart).
         max_steps: Updates of the masks; 2,000 (authors' code and BackdoorBench).
         anp_eps: eps > 0, size of the noise relative to each weight; 0.4 (authors' code).
         anp_steps: K >= 1 sign steps; 1 (authors' code).

@@ -145,7 +145,7 @@ class MaskPruningTrainer(StagedTrainer, ABC):
     def choose_threshold(self, masks: dict[str, Tensor]) -> dict[str, Any]:
         """The largest threshold at which validation accuracy is tolerable, and what it prunes.
 
-        Accuracy need not fall evenly: on a ResNet-20 20 pruned channels cost less than 5 of them.
+        Accuracy need not fall evenly with the number of pruned channels.
 
         Raises:
             RuntimeError: There is none that prunes a neuron.
