@@ -1,6 +1,5 @@
 """Every command and the Python of the README, run in its order in a folder where its names stand for small things."""
 
-import io
 import re
 import runpy
 import shlex
@@ -12,7 +11,7 @@ import pytest
 import torch
 import yaml
 from fake_hub import logged_in
-from PIL import Image
+from pictures import encoded
 from tiny import CLASSES, tiny_vit
 from tiny import SIZE as SIDE
 from transformers import ViTConfig, ViTForImageClassification
@@ -61,13 +60,8 @@ def coloured(count, names, side):
     noise = torch.randint(0, 60, (count, side, side, 3), generator=torch.Generator().manual_seed(0))
     pixels = (shades[:, None, None] + noise).to(torch.uint8).numpy()
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-    return datasets.Dataset.from_dict({"image": [png(p) for p in pixels], "label": labels.tolist()}, features=features)
-
-
-def png(pixels):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png")
-    return {"bytes": buffer.getvalue(), "path": None}
+    files = [{"bytes": encoded(p), "path": None} for p in pixels]
+    return datasets.Dataset.from_dict({"image": files, "label": labels.tolist()}, features=features)
 
 
 def classifier(folder, names, side):
