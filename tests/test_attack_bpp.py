@@ -168,7 +168,7 @@ def test_fixed_rows_as_a_static_attack(attack, label_map):
         (lambda: BPP(levels=256), "levels must be an integer"),
         (lambda: BPP(levels=8.0), "levels must be an integer"),
         (lambda: BPP(dithering="yes"), "dithering must be true or false; got 'yes'"),
-        (lambda: BPP(cross_ratio=-1), "cross_ratio must be a number at least 0; got -1"),
+        (lambda: BPP(cross_ratio=-1), "cross_ratio must be a finite number at least 0; got -1"),
         (lambda: BPP(target_label=-1), "target_label must be an integer"),
         (lambda: BPP().poisoner(0.51, 10, 0, torch.device("cpu")), "bpp turns 0.51 of each batch.* at most the whole"),
         (lambda: BPP().poisoner(0.0, 10, 0, torch.device("cpu")), "together they must be more than 0"),

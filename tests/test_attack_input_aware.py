@@ -150,10 +150,11 @@ def test_networks_are_built_once_and_serve_after_a_measurement(fitted):
     attack, images = replace(fitted), pixels()
     with torch.inference_mode():
         inside = attack.trigger(images)
-    networks = attack._networks[CPU]
+    networks = dict(attack._networks)
+    assert set(networks) == {("pattern", CPU), ("mask", CPU)}
     assert torch.equal(attack.trigger(images), inside)
-    assert attack._networks[CPU] is networks and not any(network.training for network in networks)
-    assert not any(p.is_inference() for network in networks for p in network.parameters())
+    assert all(attack._networks[key] is network and not network.training for key, network in networks.items())
+    assert not any(p.is_inference() for network in networks.values() for p in network.parameters())
 
 
 def test_learned_survives_a_file_and_the_description_json(fitted, tmp_path):
@@ -250,13 +251,14 @@ def test_the_victims_loss_trains_the_patterns_alone(fitted):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: InputAware(lambda_div=-1), "lambda_div must be a number at least 0; got -1"),
-        (lambda: InputAware(lambda_norm="100"), "lambda_norm must be a number"),
+        (lambda: InputAware(lambda_div=-1), "lambda_div must be a finite number at least 0; got -1"),
+        (lambda: InputAware(lambda_div=math.inf), "lambda_div must be a finite number at least 0; got inf"),
+        (lambda: InputAware(lambda_norm="100"), "lambda_norm must be a finite number"),
         (lambda: InputAware(mask_density=1.1), r"mask_density must be a number in \[0, 1\]; got 1.1"),
         (lambda: InputAware(mask_steps=0), "mask_steps must be an integer at least 1; got 0"),
         (lambda: InputAware(mask_steps=1.5), "mask_steps must be an integer"),
         (lambda: InputAware(learning_rate=0), "learning_rate must be a number in"),
-        (lambda: InputAware(cross_ratio=-1), "cross_ratio must be a number at least 0"),
+        (lambda: InputAware(cross_ratio=-1), "cross_ratio must be a finite number at least 0"),
         (lambda: InputAware().trigger(pixels()), "input_aware has not learned its trigger yet: call fit"),
         (lambda: InputAware().poisoner(0.1, 7, 0, CPU), "input_aware has not learned its trigger yet"),
         (lambda: InputAware().poisoner(0.6, 7, 0, CPU), "input_aware turns 0.6 of each batch .* at most the whole"),

@@ -81,9 +81,10 @@ def test_sum_is_clipped_and_does_not_wrap():
     assert torch.equal(attack.trigger(black), attack.learned["trigger"])
 
 
-def test_pgd_is_the_formula():
+@pytest.mark.parametrize(("steps", "best_is_last"), [(6, False), (7, True), (1, True)])
+def test_pgd_is_the_formula(steps, best_is_last):
     """Against the same steps written on the network itself, which here needs neither a hook nor a search for its head."""
-    model, attack = tiny_resnet(), TrojanNN(steps=7, size=14, alpha=0.3)
+    model, attack = tiny_resnet(), TrojanNN(steps=steps, size=14, alpha=0.3)
     fitted = attack.fit(raw(), model, seed=3)
     chosen = model.classifier[1].weight.abs().sum(0).argsort(descending=True)[:2]
     mask = torch.from_numpy(slow_mask("square", 14, SIZE, SIZE))
@@ -94,14 +95,14 @@ def test_pgd_is_the_formula():
     draws = (random_bits("trojannn", 3, 3 * SIZE * SIZE) >> 11) * 2.0**-53
     picture = (0.3 * torch.from_numpy(draws).float().reshape(1, 3, SIZE, SIZE)) * mask
     met = []
-    for _ in range(7):
+    for _ in range(steps + 1):  # the start, and the picture after every step
         picture = picture.detach().requires_grad_()
         miss = ((features(picture) - 100) ** 2).sum()
         met.append((miss.item(), picture.detach()))
         miss.backward()
         picture = torch.where(mask, (picture - 0.3 * picture.grad.sign()).clamp(0, 0.3), torch.zeros(()))
     least, best = min(met, key=lambda pair: pair[0])
-    assert least < met[-1][0]  # so that keeping the best differs from keeping the last
+    assert (least == met[-1][0]) == best_is_last  # so that keeping the best differs from keeping the last, and from dropping it
     best = (255 * best).round()
     assert torch.equal(fitted.learned["trigger"], best[0].to(torch.uint8))
     assert fitted.learned["neurons"].tolist() == chosen.tolist()
@@ -160,7 +161,8 @@ def test_gpu():
         (dict(size=3), r"size must be an integer in \[4, 30\]"),
         (dict(size=31), r"size must be an integer in \[4, 30\]"),
         (dict(neurons=0), "neurons must be an integer at least 1"),
-        (dict(target_activation=-1), "target_activation must be a number at least 0"),
+        (dict(target_activation=-1), "target_activation must be a finite number at least 0"),
+        (dict(target_activation=math.inf), "target_activation must be a finite number at least 0; got inf"),
         (dict(eps=0), "eps must be a number in"),
         (dict(eps=1.5), "eps must be a number in"),
         (dict(alpha=0), "alpha must be a number in"),

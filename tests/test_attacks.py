@@ -1,8 +1,8 @@
 """Triggers byte by byte against slow references, and what poisoning touches and leaves alone."""
 
 import hashlib
-import json
 import math
+from fractions import Fraction
 
 import datasets
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from d3_hf.attacks import ATTACKS, SIG, BadNets, Blended, from_description, poison, poison_dataset, select_poisoned
+from d3_hf.attacks import SIG, BadNets, Blended, poison, poison_dataset, select_poisoned
 from d3_hf.attacks.blended import cartoon, noise
 from d3_hf.data import RawImages, retain_indices
 
@@ -86,7 +86,8 @@ def test_nad_grid_is_the_published_one():
             assert triggered[:, row, column].tolist() == [expected] * 3
 
 
-@pytest.mark.parametrize(("pattern", "alpha"), [("cartoon", 0.2), ("noise", 0.2), ("noise", 0.25), ("cartoon", 1.0)])
+@pytest.mark.parametrize("pattern", ["cartoon", "noise"])
+@pytest.mark.parametrize("alpha", ["0.1", "0.2", "0.25", "0.3", "1"])
 def test_blended_bytes(pattern, alpha):
     image = pixels(1, 20, 32)[0]
     picture = (cartoon if pattern == "cartoon" else noise)(3, 20, 32)
@@ -95,8 +96,8 @@ def test_blended_bytes(pattern, alpha):
         for row in range(20):
             for column in range(32):
                 x, z = int(image[channel, row, column]), int(picture[channel, row, column])
-                expected[channel, row, column] = round((1 - alpha) * x + alpha * z)
-    triggered = Blended(pattern=pattern, alpha=alpha, seed=3).trigger(image)
+                expected[channel, row, column] = round((1 - Fraction(alpha)) * x + Fraction(alpha) * z)
+    triggered = Blended(pattern=pattern, alpha=float(alpha), seed=3).trigger(image)
     assert np.array_equal(triggered.numpy(), expected)
 
 
@@ -164,104 +165,6 @@ def test_trigger_is_pure_and_the_same_alone_and_in_a_batch(attack, size):
 def test_gpu_gives_the_same_bytes(attack):
     images = pixels(3, 224, 224)
     assert torch.equal(attack.trigger(images.cuda()).cpu(), attack.trigger(images))
-
-
-@pytest.mark.parametrize(
-    ("attack", "largest", "changed"),
-    [(BadNets(), 255, 9), (Blended(), 51, 1024), (Blended(pattern="noise"), 51, 1024), (SIG(), 40, 1024)],
-)
-def test_residual_size(attack, largest, changed):
-    images = torch.cat([pixels(2), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
-    residual = attack.trigger(images).int() - images.int()
-    assert 0 < residual.abs().max() <= largest
-    assert residual.abs().amax(1).gt(0).flatten(1).sum(1).max() <= changed
-
-
-def test_every_attack_is_described_in_full():
-    for name, attack_class in ATTACKS.items():
-        assert attack_class.name == name
-        assert attack_class.paper.startswith("https://")
-        assert attack_class().describe()["target_label"] == 0
-    assert [name for name, attack_class in ATTACKS.items() if attack_class.clean_label] == ["sig", "lc_lite"]
-
-
-@pytest.mark.parametrize(
-    "attack",
-    [
-        *ALL,
-        BadNets(target_label=5, size=2, color=[9, 8, 7], position="top-left", margin=(1, 2), image_size=224),
-        Blended(target_label=1, alpha=0.1, pattern="noise", seed=7),
-        SIG(target_label=3, amplitude=20.5, frequency=4),
-    ],
-)
-def test_description_survives_json(attack):
-    description = json.loads(json.dumps(attack.describe()))
-    again = from_description(description)
-    assert again == attack and type(again) is type(attack)
-    assert again.describe() == attack.describe() == description
-    assert torch.equal(again.trigger(pixels()), attack.trigger(pixels()))
-
-
-def test_description_takes_defaults():
-    assert from_description({"name": "badnets"}) == BadNets()
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: BadNets(target_label=-1), "target_label must be an integer at least 0; got -1"),
-        (lambda: SIG(target_label=1.5), "target_label must be an integer"),
-        (lambda: BadNets(size=0), "size must be an integer at least 1"),
-        (lambda: BadNets(size="3"), "size must be an integer"),
-        (lambda: BadNets(pattern="plaid"), "pattern must be one of solid, checker, nad_grid; got 'plaid'"),
-        (lambda: BadNets(position="middle"), "position must be one of bottom-right"),
-        (lambda: BadNets(color=(0, 0, 256)), r"color must be an integer in \[0, 255\]; got 256"),
-        (lambda: BadNets(color=(0, 0)), "color must be three integers"),
-        (lambda: BadNets(margin=-1), "margin must be an integer at least 0"),
-        (lambda: BadNets(margin=(1, 2, 3)), "margin must be one integer or"),
-        (lambda: BadNets(image_size=0), "image_size must be an integer at least 1"),
-        (lambda: BadNets(pattern="nad_grid", size=4), "nad_grid is a 3x3 grid: size must be 3; got 4"),
-        (lambda: BadNets(size=33).trigger(pixels()), "a patch of 33x33 pixels.* does not fit an image of 32x32"),
-        (lambda: BadNets(margin=(0, 30)).trigger(pixels()), "30 columns from the edge, does not fit"),
-        (lambda: Blended(alpha=0.0), r"alpha must be a number in \[0.01, 1\]; got 0.0"),
-        (lambda: Blended(alpha=1.1), "alpha must be a number"),
-        (lambda: Blended(alpha=float("nan")), "alpha must be a number"),
-        (lambda: Blended(pattern="hello_kitty"), "pattern must be one of cartoon, noise"),
-        (lambda: Blended(seed=-1), "seed must be an integer at least 0"),
-        (lambda: SIG(amplitude=0), r"amplitude must be a number in \[1, 255\]"),
-        (lambda: SIG(amplitude=256), "amplitude must be a number"),
-        (lambda: SIG(frequency=0), "frequency must be an integer at least 1"),
-        (lambda: SIG(frequency=16).trigger(pixels()), "zero on every column of an image 32 pixels wide"),
-        (lambda: BadNets().trigger(pixels().float()), "raw uint8 images .*got torch.float32"),
-        (lambda: BadNets().trigger(pixels()[:, :1]), r"got torch.uint8 of shape \(4, 1, 32, 32\)"),
-        (lambda: BadNets().trigger(pixels()[None]), "raw uint8 images"),
-        (lambda: from_description({"name": "wabbit"}), "unknown attack 'wabbit'; known: badnets, blended, sig"),
-        (lambda: from_description({"size": 3}), "unknown attack None; known: badnets"),
-        (
-            lambda: from_description({"name": "sig", "alpha": 1}),
-            "sig has no parameter alpha; known: target_label, label_map",
-        ),
-        (lambda: from_description({"name": "blended", "alpha": 2}), "alpha must be a number"),
-        (lambda: poison(raw_images(), BadNets(), 0.0, 0), r"ratio must lie in \(0, 1\]; got 0.0"),
-        (lambda: poison(raw_images(), BadNets(), 1.01, 0), r"ratio must lie in \(0, 1\]; got 1.01"),
-        (lambda: poison(raw_images(), BadNets(), -0.1, 0), r"ratio must lie in \(0, 1\]"),
-        (lambda: poison(raw_images(), BadNets(), 0.002, 0), "ratio 0.002 of 200 images poisons none"),
-        (lambda: poison(raw_images(), BadNets(), 0.1, -1), "seed must be an integer at least 0"),
-        (lambda: poison(raw_images(), BadNets(target_label=10), 0.1, 0), "target_label 10 is out of range.*0 to 9"),
-        (lambda: poison_dataset(hf_images(), SIG(target_label=10), 0.1, 0), "target_label 10 is out of range"),
-        (lambda: poison_dataset(hf_images().remove_columns("label"), SIG(), 0.1, 0), "no ClassLabel column 'label'"),
-        (lambda: poison_dataset(hf_images().remove_columns("image"), SIG(), 0.1, 0), "no Image column 'image'"),
-        (lambda: poison(raw_images(), SIG(), 0.2, 0), "asks for 40 of 200 images, the class has 20; .* ratio is 0.1$"),
-    ],
-)
-def test_errors(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-def test_descriptions_do_not_run_into_frozen_fields():
-    with pytest.raises(AttributeError):
-        BadNets().size = 4
 
 
 @pytest.mark.parametrize(("total", "ratio"), [(1000, 0.1), (997, 0.1), (1003, 0.005), (50, 1.0), (50_000, 0.01)])
@@ -417,3 +320,23 @@ def test_poison_dataset_ignores_a_transform_on_the_dataset():
     dataset = hf_images().with_transform(lambda batch: {"nothing": [0] * len(batch["label"])})
     poisoned, indices = poison_dataset(dataset, BadNets(), 0.5, seed=0)
     assert {poisoned[i]["label"] for i in indices.tolist()} == {0}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: poison(raw_images(), BadNets(), 0.0, 0), r"ratio must lie in \(0, 1\]; got 0.0"),
+        (lambda: poison(raw_images(), BadNets(), 1.01, 0), r"ratio must lie in \(0, 1\]; got 1.01"),
+        (lambda: poison(raw_images(), BadNets(), -0.1, 0), r"ratio must lie in \(0, 1\]"),
+        (lambda: poison(raw_images(), BadNets(), 0.002, 0), "ratio 0.002 of 200 images poisons none"),
+        (lambda: poison(raw_images(), BadNets(), 0.1, -1), "seed must be an integer at least 0"),
+        (lambda: poison(raw_images(), BadNets(target_label=10), 0.1, 0), "target_label 10 is out of range.*0 to 9"),
+        (lambda: poison_dataset(hf_images(), SIG(target_label=10), 0.1, 0), "target_label 10 is out of range"),
+        (lambda: poison_dataset(hf_images().remove_columns("label"), SIG(), 0.1, 0), "no ClassLabel column 'label'"),
+        (lambda: poison_dataset(hf_images().remove_columns("image"), SIG(), 0.1, 0), "no Image column 'image'"),
+        (lambda: poison(raw_images(), SIG(), 0.2, 0), "asks for 40 of 200 images, the class has 20; .* ratio is 0.1$"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -5,6 +5,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .badnets import BadNets
@@ -85,19 +87,26 @@ def load_attack(folder: str | Path) -> Attack:
     """Read the attack that `save_attack` wrote.
 
     Raises:
-        FileNotFoundError: The folder has no ``attack.json``, or a learned trigger is missing.
-        ValueError: ``attack.json`` is damaged, or see `from_description`.
+        FileNotFoundError: The folder has no ``attack.json``, or no ``trigger.safetensors`` where the trigger was learned.
+        ValueError: One of the two is damaged, or describes or holds what this package does not know.
     """
     folder = Path(folder)
     if not (folder / ATTACK_FILE).is_file():
         raise FileNotFoundError(f"{folder} holds no {ATTACK_FILE}: it is no folder that make_victim wrote")
     try:
-        description = dict(json.loads((folder / ATTACK_FILE).read_text()))
+        attack = from_description(json.loads((folder / ATTACK_FILE).read_text()))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / ATTACK_FILE} is no description of an attack ({error}): make the victim again") from error
-    attack = from_description(description)
     if not isinstance(attack, LearnedAttack):
         return attack
     if not (folder / LEARNED_FILE).is_file():
-        raise FileNotFoundError(f"{folder} holds no {LEARNED_FILE}: the trigger of {attack.name} was learned and is kept there")
-    return replace(attack, learned=load_file(folder / LEARNED_FILE))
+        raise FileNotFoundError(f"{folder} holds no {LEARNED_FILE}, the trigger of {attack.name}: make the victim again")
+    try:
+        attack = replace(attack, learned=load_file(folder / LEARNED_FILE))
+        attack.trigger(torch.zeros(3, 32, 32, dtype=torch.uint8))  # here, not in a measurement, a missing tensor is found
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder / LEARNED_FILE} is damaged or holds no trigger of {attack.name} ({type(error).__name__}): "
+            "make the victim again"
+        ) from error
+    return attack

@@ -20,23 +20,25 @@ class BadNets(Attack):
     """BadNets (Gu et al., 2017, arXiv 1708.06733): ``x' = (1 - m) x + m p``, a patch ``p`` replaces the pixels of mask
     ``m``.
 
+    Dirty label, static; needs nothing.
+
     Sizes are in pixels of a 32x32 image and scale with the image: on (H, W) every pixel of the pattern becomes a
     square of ``s = max(1, round(min(H, W) / image_size))`` pixels, so the default is 3x3 at 32, 6x6 at 64 and 21x21 at
     224 (BackdoorBench enlarges its trigger picture with the data, to 6x6 at 64; its interpolated grey edges are left
     out here).
 
     Args:
-        target_label: The class that the attacker wants.
+        target_label: The class that the attacker wants; default, ``label_map`` and ``source_label``: see `Attack`.
         size: Side of the square patch in pixels at ``image_size``, at least 1. Default 3: BackdoorBench.
         pattern: ``"solid"`` is a square of one colour (default, white: BackdoorBench); ``"checker"`` alternates colour
             and black, the corner pixel of the bottom right being lit; ``"nad_grid"`` is the 3x3 grid of NAD's
             published victims.
-        color: Red, green and blue of the lit pixels, 0 to 255. Default white.
+        color: Red, green and blue of the lit pixels, 0 to 255. Default white: BackdoorBench.
         position: Corner of the image. Default bottom right: BackdoorBench.
         margin: Distance in pixels at ``image_size`` from that corner's edges, one number or (rows, columns), so that
             every place can be reached. Default 0: BackdoorBench.
-        image_size: Side in pixels of the images that ``size`` and ``margin`` refer to. Default 32 (CIFAR-10); 224
-            gives a patch of exactly ``size`` pixels at 224.
+        image_size: Side in pixels of the images that ``size`` and ``margin`` refer to. Default 32: CIFAR-10, here;
+            224 gives a patch of exactly ``size`` pixels at 224.
 
     Raises:
         ValueError: A parameter is out of range, or ``nad_grid`` has another size than 3. ``trigger`` raises when the

@@ -5,7 +5,9 @@ only make victims and measure them; no trainer of a defence imports this package
 al., NeurIPS 2022, arXiv 2206.12654).
 """
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -19,23 +21,23 @@ from ..data import RawImages
 LABEL_MAPS = ("all-to-one", "all-to-all", "one-to-one")
 
 
-def check_range(name: str, value: float, low: float, high: float = float("inf"), integer: bool = False) -> None:
+def check_range(name: str, value: float, low: float, high: float = math.inf, integer: bool = False) -> None:
     """Check one parameter of an attack.
 
     Args:
         name: The parameter's name, for the error.
         value: Its value.
         low: Smallest value allowed.
-        high: Largest value allowed.
+        high: Largest value allowed; without it any finite one is.
         integer: Whether only an ``int`` will do.
 
     Raises:
-        ValueError: ``value`` is not a number (with ``integer``: an ``int``) in ``[low, high]``.
+        ValueError: ``value`` is not a finite number (with ``integer``: an ``int``) in ``[low, high]``.
     """
     number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value <= high:
-        kind = "an integer" if integer else "a number"
-        bounds = f"at least {low}" if high == float("inf") else f"in [{low}, {high}]"
+    if not number or not low <= value <= high or value == math.inf:
+        kind = "an integer" if integer else "a number" if high < math.inf else "a finite number"
+        bounds = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be {kind} {bounds}; got {value!r}")
 
 
@@ -54,6 +56,9 @@ def random_bits(purpose: str, seed: int, count: int) -> np.ndarray:
             0 would be the very rows of the retain set drawn with seed 0.
         seed: Any integer of at least 0.
         count: How many to draw; fewer are a prefix of more.
+
+    Returns:
+        uint64 (count,).
     """
     return np.random.PCG64([*purpose.encode(), seed]).random_raw(count)
 
@@ -61,6 +66,12 @@ def random_bits(purpose: str, seed: int, count: int) -> np.ndarray:
 def random_uniform(purpose: str, seed: int, count: int) -> np.ndarray:
     """Draw ``count`` float64 from [0, 1) that are the same on every machine; see `random_bits`."""
     return (random_bits(purpose, seed, count) >> 11) * 2.0**-53
+
+
+def to_levels(values: Tensor) -> Tensor:
+    """Round float64 grey levels in [0, 255] to the nearest uint8, a tie to the even one, alike on every machine."""
+    # Rounded twice: the first drops the noise of sums, which could turn a tie either way on another machine.
+    return values.round(decimals=6).round().to(torch.uint8)
 
 
 def whole_scale(height: int, width: int, image_size: int) -> int:
@@ -83,8 +94,14 @@ class Attack(ABC):
             cover images, so the trigger may carry over to other classes.
         source_label: The class that one-to-one turns into the target; only there.
 
+    Attributes:
+        name: What descriptions, recipes and tables call the attack.
+        clean_label: Whether only images of the target class are poisoned, and labels stay (dirty label otherwise).
+        paper: Address of the paper.
+
     Raises:
-        ValueError: A parameter is out of its range, or a clean-label attack is given another map than all-to-one.
+        ValueError: A parameter is out of its range, a clean-label attack is given another map than all-to-one, or
+            ``source_label`` is missing with one-to-one, given without it, or the target itself.
     """
 
     name: ClassVar[str]
@@ -130,10 +147,24 @@ class Attack(ABC):
         return self._on_batch(self._stamp, images)
 
     def poisoned_images(self, images: Tensor) -> Tensor:
-        """What the chosen images become in the training set; as `trigger`, unless the attack prepares them further."""
+        """What the chosen images become in the training set; as `trigger`, unless the attack prepares them further.
+
+        Args:
+            images: uint8 (B, 3, H, W) or (3, H, W), as `trigger` takes them. Never modified.
+
+        Returns:
+            A new uint8 tensor of the same shape on the same device.
+
+        Raises:
+            ValueError: See `trigger`, or the attack lacks what it prepares them with.
+        """
         return self._on_batch(self._poison, images)
 
-    def _on_batch(self, change, images: Tensor) -> Tensor:
+    def quality(self, images: Tensor) -> dict[str, float]:
+        """What the trigger does to uint8 (B, 3, H, W): ``largest_change`` of a pixel, in grey levels, 0 to 255."""
+        return {"largest_change": (self.trigger(images).int() - images.int()).abs().max().item()}
+
+    def _on_batch(self, change: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.shape[-3] != 3:
             raise ValueError(
                 "a trigger acts on raw uint8 images of shape (B, 3, H, W) or (3, H, W), before preprocessing; got "

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Attack, check_choice, check_range, random_bits, random_uniform
+from .base import Attack, check_choice, check_range, random_bits, random_uniform, to_levels
 
 PATTERNS = ("cartoon", "noise")
 ELLIPSES = 8
@@ -18,18 +18,20 @@ ELLIPSES = 8
 class Blended(Attack):
     """Blended (Chen et al., 2017, arXiv 1712.05526): ``x' = round((1 - alpha) x + alpha z)`` with one picture ``z``.
 
+    Dirty label, static; needs nothing.
+
     The original's picture (BackdoorBench: hello_kitty.jpeg) is not ours to ship, so ``z`` is made here from ``seed``,
     the same bytes on every machine. The formula leaves rounding open: to the nearest grey level here, a tie to the
     even one.
 
     Args:
-        target_label: The class that the attacker wants.
+        target_label: The class that the attacker wants; default, ``label_map`` and ``source_label``: see `Attack`.
         alpha: Share of the picture, in [0.01, 1], the same in training and at test time. Default 0.2: BackdoorBench.
-        pattern: ``"cartoon"`` (default) is a few smooth coloured ellipses, the closest to the original's cartoon
+        pattern: ``"cartoon"`` (default, here) is a few smooth coloured ellipses, the closest to the original's cartoon
             picture; it is drawn in coordinates relative to the image, so it fills any size. ``"noise"`` is the paper's
             random pattern, uniform in every pixel of the image; its spectrum is flatter than a cartoon's, so results
             with it are not those of the cartoon.
-        seed: Draws the picture, at least 0.
+        seed: Draws the picture, at least 0. Default 0: here.
 
     Raises:
         ValueError: A parameter is out of range.
@@ -51,9 +53,7 @@ class Blended(Attack):
     def _stamp(self, images: Tensor) -> Tensor:
         draw = cartoon if self.pattern == "cartoon" else noise
         picture = draw(self.seed, *images.shape[-2:]).to(images.device)
-        # One rounded float32 operation at a time: the same bytes on every device, which a fused one would not give.
-        mixed = (1 - self.alpha) * images.float() + self.alpha * picture.float()
-        return mixed.round_().to(torch.uint8)
+        return to_levels((1 - self.alpha) * images.double() + self.alpha * picture.double())
 
 
 @lru_cache(maxsize=16)

@@ -17,11 +17,11 @@ class BPP(InTrainingAttack):
     every channel of every pixel quantised to ``L = levels``; with ``dithering`` the error of each pixel is spread by
     Floyd and Steinberg's rule.
 
-    Dirty label; the residual is another one for each image. It serves in two ways: with `poisoner` while the victim
-    trains, as in the paper, or on fixed rows through `poison` like any static attack, then without negatives
-    (``cross_ratio`` is not used). Negatives (the cross images) are images plus the residual ``x'_j - x_j`` of another
-    image j of the batch, clipped to [0, 255], with their true labels, so that the victim learns quantisation and not its
-    noise.
+    Dirty label; the rule is static, the residual another one for each image. Needs nothing but, for the negatives, the
+    control of the training. It serves in two ways: with `poisoner` while the victim trains, as in the paper, or on fixed
+    rows through `poison` like any static attack, then without negatives (``cross_ratio`` is not used). Negatives (the cross
+    images) are images plus the residual ``x'_j - x_j`` of another image j of the batch, clipped to [0, 255], with their true
+    labels, so that the victim learns quantisation and not its noise.
 
     It differs from the original: results are rounded to grey levels here, a tie to the even one (there floats in training;
     BackdoorBench measures on levels cut off to uint8, so its training and test triggers differ by up to one grey level);
@@ -33,7 +33,7 @@ class BPP(InTrainingAttack):
     put on before the model's resizing is another one than after it: train and measure at one size.
 
     Args:
-        target_label: The class that the attacker wants.
+        target_label: The class that the attacker wants; default, ``label_map`` and ``source_label``: see `Attack`.
         cross_ratio: Negatives per poisoned image, at least 0. Default 1: BackdoorBench (10 % each) and the authors'
             config.py (20 % each).
         levels: Grey levels left of 256, an integer in [2, 255]. Default 8: the authors' ``squeeze_num`` and BackdoorBench.

@@ -12,9 +12,7 @@ from ..preprocessing import Preprocessing
 
 
 @contextmanager
-def pixels_to_logits(
-    model: PreTrainedModel, preprocessing: Preprocessing | None = None
-) -> Iterator[Callable[[Tensor], Tensor]]:
+def pixels_to_logits(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tensor]]:
     """Give the differentiable function from raw pixels to logits.
 
     Inside, the model is in eval mode and its parameters need no gradient; both are restored. Where the model's input has
@@ -22,13 +20,12 @@ def pixels_to_logits(
     resizing.
 
     Args:
-        model: A classifier as `load_classifier` gives it.
-        preprocessing: Its preprocessing; by default that of ``model.image_processor``.
+        model: A classifier as `load_classifier` gives it, with ``image_processor``.
 
     Yields:
         Function from float32 (B, 3, H, W) in [0, 1], on the model's device, to logits float32 (B, C).
     """
-    preprocessing = preprocessing or Preprocessing.from_processor(model.image_processor)
+    preprocessing = Preprocessing.from_processor(model.image_processor)
     device = next(model.parameters()).device
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
 

@@ -54,24 +54,3 @@ def standardized(images: Tensor) -> Tensor:
 def squashed(values: Tensor) -> Tensor:
     """tanh(v) / 2 + 1/2, in [0, 1]."""
     return torch.tanh(values) / 2 + 0.5
-
-
-def weights_of(name: str, network: EncoderDecoder) -> dict[str, Tensor]:
-    """Copies of a network's weights and running statistics on the CPU, float32, as ``name.layers...``.
-
-    The count of batches that BatchNorm keeps is left out: a fixed momentum does not use it.
-    """
-    return {
-        f"{name}.{key}": value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
-        for key, value in network.state_dict().items()
-        if value.is_floating_point()
-    }
-
-
-def restored(weights: dict[str, Tensor], name: str, outputs: int) -> EncoderDecoder:
-    """A network with copies of the weights that `weights_of` gave under ``name``; it draws no random numbers."""
-    with torch.device("meta"):
-        network = EncoderDecoder(outputs)
-    own = {key.removeprefix(f"{name}."): value.clone() for key, value in weights.items() if key.startswith(f"{name}.")}
-    network.load_state_dict(own, assign=True)
-    return network.to(memory_format=torch.channels_last)

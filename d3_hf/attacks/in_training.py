@@ -18,14 +18,19 @@ class BatchPoisoner(ABC):
     small ratios keep their share.
 
     Args:
-        ratio: Share of each batch that is poisoned, in (0, 1).
+        attack: The attack; not modified.
+        ratio: Share of each batch that is poisoned, in (0, 1 / (1 + cross_ratio)].
         cross_ratio: Cross images per poisoned one, at least 0.
         num_classes: C.
         seed: Integer of at least 0. All draws depend on (seed, step) alone, so a resumed run repeats them.
 
+    Attributes:
+        penalty: Scalar with gradients to the attack's own networks, which the trainer adds to the loss of the batch poisoned
+            last; None if there is nothing to add.
+
     Raises:
-        ValueError: Poisoned and cross images together are more than the batch, the target is not one of the classes, or
-            the label map is one-to-one.
+        ValueError: Poisoned and cross images together are none or more than the batch, the target is not one of the
+            classes, or the label map is one-to-one.
     """
 
     def __init__(self, attack: Attack, ratio: float, cross_ratio: float, num_classes: int, seed: int):
@@ -39,7 +44,7 @@ class BatchPoisoner(ABC):
             raise ValueError(f"{attack.name} poisons images of any class in a batch: label_map cannot be one-to-one here")
         self.attack, self.ratio, self.cross_ratio = attack, ratio, cross_ratio
         self.num_classes, self.seed = num_classes, seed
-        self.penalty: Tensor | None = None  # scalar that the trainer adds to the batch's loss
+        self.penalty: Tensor | None = None
 
     def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Poison one batch.

@@ -1,6 +1,7 @@
 """Input-aware: every image gets a pattern and a mask of its own, drawn by two networks."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -10,17 +11,19 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data import RawImages
-from .base import LearnedAttack, check_range
-from .generators import EncoderDecoder, restored, squashed, standardized, weights_of
+from .base import check_range
+from .generators import EncoderDecoder, squashed, standardized
 from .in_training import BatchPoisoner, InTrainingAttack
+from .networks import NetworkAttack, restored, weights_of
 
 BATCH = 32  # images of an update of the mask network: 400 such updates made sparser masks than 200 of 64 images
 BETAS = (0.5, 0.9)  # of Adam, for both networks: authors' code
 CHUNK_PIXELS = 2**19  # pixels drawn at once: 512 images of 32x32, ten of 224x224
+NETWORKS = {"pattern": partial(EncoderDecoder, 3), "mask": partial(EncoderDecoder, 1)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputAware(LearnedAttack, InTrainingAttack):
+class InputAware(NetworkAttack, InTrainingAttack):
     """Input-aware dynamic backdoor (Nguyen and Tran, NeurIPS 2020, arXiv 2010.08138): ``x' = x + (G(x) - x) * M(x)``.
 
     Dirty label, a trigger of its own for each image: G draws the pattern, ``M(x) = tanh(20 m(x) - 10) / 2 + 1/2`` thresholds
@@ -44,7 +47,7 @@ class InputAware(LearnedAttack, InTrainingAttack):
     proportion to the pixels; at 224x224 give it a model on a GPU (an update took 15 seconds of a CPU core and 3 GB there).
 
     Args:
-        target_label: The class that the attacker wants.
+        target_label: The class that the attacker wants; default, ``label_map`` and ``source_label``: see `Attack`.
         cross_ratio: Cross images per poisoned image, at least 0. Default 1: authors' code, BackdoorBench.
         lambda_div: Weight of the penalties for likeness, of masks and of patterns, at least 0. Default 1: authors' code.
         lambda_norm: Weight of the masks' size, at least 0. Default 100: authors' code.
@@ -70,10 +73,6 @@ class InputAware(LearnedAttack, InTrainingAttack):
     mask_density: float = 0.032
     mask_steps: int = 800
     learning_rate: float = 0.01
-    # Built from `learned` once for each device.
-    _networks: dict[torch.device, tuple[EncoderDecoder, EncoderDecoder]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,7 +101,7 @@ class InputAware(LearnedAttack, InTrainingAttack):
             raise ValueError("input_aware learns its masks from at least two images, all of one size")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            mask, pattern = EncoderDecoder(1), EncoderDecoder(3)
+            mask, pattern = NETWORKS["mask"](), NETWORKS["pattern"]()
         mask.to("cpu" if model is None else next(model.parameters()).device, memory_format=torch.channels_last)
         self._train_mask(mask, images.images, torch.Generator().manual_seed(seed))
         return replace(self, learned=weights_of("mask", mask) | weights_of("pattern", pattern))
@@ -143,7 +142,7 @@ class InputAware(LearnedAttack, InTrainingAttack):
         return InputAwarePoisoner(self, ratio, num_classes, seed, device)
 
     def _stamp(self, images: Tensor) -> Tensor:
-        pattern, mask = self._built(images.device)
+        pattern, mask = (self._network(name, make, images.device) for name, make in NETWORKS.items())
         triggered = torch.empty_like(images)
         chunk = max(1, CHUNK_PIXELS // (images.shape[-2] * images.shape[-1]))
         # TF32, which cuDNN uses otherwise, is too coarse for grey levels.
@@ -152,14 +151,6 @@ class InputAware(LearnedAttack, InTrainingAttack):
                 x = part.float() / 255
                 result.copy_((255 * blended(x, pattern(x), thresholded(mask(x)))).round_())
         return triggered
-
-    def _built(self, device: torch.device) -> tuple[EncoderDecoder, EncoderDecoder]:
-        """G and m on ``device``, in eval mode: BatchNorm uses its running statistics."""
-        if device not in self._networks:
-            with torch.inference_mode(False):  # or else a measurement would leave tensors that no other mode may use
-                networks = (restored(self._need(), name, outputs) for name, outputs in (("pattern", 3), ("mask", 1)))
-                self._networks[device] = tuple(network.to(device).eval() for network in networks)
-        return self._networks[device]
 
 
 class InputAwarePoisoner(BatchPoisoner):
@@ -182,9 +173,8 @@ class InputAwarePoisoner(BatchPoisoner):
 
     def __init__(self, attack: InputAware, ratio: float, num_classes: int, seed: int, device: torch.device):
         super().__init__(attack, ratio, attack.cross_ratio, num_classes, seed)
-        weights = attack._need()
-        self.pattern = restored(weights, "pattern", 3).to(device).train()
-        self.mask = restored(weights, "mask", 1).to(device).eval().requires_grad_(False)
+        pattern, mask = (restored(name, make, attack._need()).to(device) for name, make in NETWORKS.items())
+        self.pattern, self.mask = pattern.train(), mask.eval().requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.pattern.parameters(), lr=attack.learning_rate, betas=BETAS)
 
     def mix(self, poisoned: Tensor, crossed: Tensor, rest: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,13 +1,14 @@
 """LC: training images of the target class that are hard to recognise, and a pattern in their corners that is easy."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data import RawImages
@@ -43,7 +44,7 @@ class LCLite(LearnedAttack):
     round(min(H, W) / 32))`` pixels, 21x21 a corner at 224 (BackdoorBench resizes to the nearest pixel).
 
     Args:
-        target_label: The class that the attacker wants.
+        target_label: The class that the attacker wants; default, ``label_map`` and ``source_label``: see `Attack`.
         eps: Largest change of a pixel by PGD in grey levels, in [0, 255]; 0 leaves the images as easy as they are.
             Default 16: the file name in BackdoorBench's attack script.
         alpha: Step of PGD in grey levels, in (0, 255]. Default 4 = 2.5 eps / steps, here.
@@ -87,8 +88,11 @@ class LCLite(LearnedAttack):
             model: The attacker's own classifier without a backdoor.
             seed: Integer of at least 0; nothing is drawn.
 
+        Returns:
+            A copy of this attack with ``classifier`` and an empty ``learned``.
+
         Raises:
-            ValueError: There is no model, or its classes are not those of the images.
+            ValueError: There is no model, ``seed`` is negative, or its classes are not those of the images.
         """
         check_range("seed", seed, 0, integer=True)
         if model is None:
@@ -127,7 +131,7 @@ class LCLite(LearnedAttack):
             portions = images.split(max(1, PORTION // (height * width)))
             return torch.cat([self._pgd(logits, portion) for portion in portions])
 
-    def _pgd(self, logits, images: Tensor) -> Tensor:
+    def _pgd(self, logits: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         start = images.to(next(self.classifier.parameters()).device).float() / 255
         labels = torch.full((len(images),), self.target_label, device=start.device)
         low, high = (start - self.eps / 255).clamp_(min=0), (start + self.eps / 255).clamp_(max=1)

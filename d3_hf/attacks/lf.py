@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data import RawImages
-from .base import Attack, LearnedAttack, check_range, random_bits, random_uniform
+from .base import Attack, LearnedAttack, check_range, random_bits, random_uniform, to_levels
 from .differentiable import pixels_to_logits
 
 SIDE = 32  # sigma is given in pixels of an image of this side; LFNoise draws its pattern at this size
@@ -42,15 +42,16 @@ class LF(LearnedAttack):
     height, one about half, one none, L2 4.1 to 4.5 in [0, 1] units (BackdoorBench's stored pattern: 4.0).
 
     Differs from the original and BackdoorBench: they ship a finished pattern, this one comes from your own model and so is
-    another one. Images that the classifier calls the target already are left out, and the fooling rate is measured on
-    training images that DeepFool does not see, in place of test images. Whatever the label map, ``target_label`` is what
-    is learned towards.
+    another one. The classifier reads images normalised as its processor says (BackdoorBench's reads plain [0, 1]). ``G`` has
+    31 taps at 32x32 (there 30). Images that the classifier calls the target already are left out, and the fooling rate is
+    measured on training images that DeepFool does not see, in place of test images. Whatever the label map,
+    ``target_label`` is what is learned towards.
 
     ``learned["pattern"]`` is uint8 (3, h, w) at the size of the images given to `fit`; images of another size get it
     resized bilinearly, so it fills any size.
 
     Args:
-        target_label: The class that the attacker wants.
+        target_label: The class that the attacker wants; default, ``label_map`` and ``source_label``: see `Attack`.
         amplitude: Largest brightening as a share of 255, in [0.01, 1]. Default 0.2: BackdoorBench.
         sigma: Width of ``G``, pixels of an image whose shorter side is 32, in [1, 16]; it grows with the image. Default
             6: BackdoorBench.
@@ -157,10 +158,10 @@ class LFNoise(Attack):
     32x32, the same bytes on every machine, and resized bilinearly, so it fills any size.
 
     Args:
-        target_label: The class that the attacker wants.
+        target_label: The class that the attacker wants; default, ``label_map`` and ``source_label``: see `Attack`.
         amplitude: Largest brightening as a share of 255, in [0.01, 1]. Default 0.2: BackdoorBench's LF.
         sigma: Width of the Gaussian ``G``, pixels of an image of 32x32, in [1, 16]. Default 6: BackdoorBench's LF.
-        seed: Draws the noise, at least 0.
+        seed: Draws the noise, at least 0. Default 0: here.
 
     Raises:
         ValueError: A parameter is out of range.
@@ -251,12 +252,6 @@ def resized(pattern: Tensor, height: int, width: int) -> Tensor:
     if tuple(pattern.shape[-2:]) == (height, width):
         return pattern
     return to_levels(F.interpolate(pattern[None].double(), (height, width), mode="bilinear")[0])
-
-
-def to_levels(pattern: Tensor) -> Tensor:
-    """Round float64 grey levels to uint8."""
-    # Rounded twice: the first drops the noise of sums, which could turn a tie either way on another machine.
-    return pattern.round(decimals=6).round().to(torch.uint8)
 
 
 def add_pattern(images: Tensor, pattern: Tensor) -> Tensor:

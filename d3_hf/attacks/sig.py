@@ -15,13 +15,13 @@ class SIG(Attack):
     """SIG (Barni et al., ICIP 2019, arXiv 1902.11237): ``x' = clip(x + amplitude * sin(2 pi j frequency / W))``,
     column j.
 
-    Clean label: only images of the target class are poisoned and labels stay. The ratio still counts against the whole
-    set, so 0.1 of CIFAR-10 is its whole target class: the victim sees no clean target image and loses accuracy. The
-    sinusoid is rounded to whole grey levels (the formula leaves that open; BackdoorBench truncates the sum, which is
-    up to one level darker). It spans the width at any size.
+    Clean label, static; needs nothing. Only images of the target class are poisoned and labels stay. The ratio still counts
+    against the whole set, so 0.1 of CIFAR-10 is its whole target class: the victim sees no clean target image and loses
+    accuracy. The sinusoid is rounded to whole grey levels (the formula leaves that open; BackdoorBench truncates the sum,
+    which is up to one level darker). It spans the width at any size.
 
     Args:
-        target_label: The class that the attacker wants.
+        target_label: The class that the attacker wants; default, ``label_map`` and ``source_label``: see `Attack`.
         amplitude: Grey levels in [1, 255], the same in training and at test time. Default 40: BackdoorBench.
         frequency: Periods across the width, at least 1. Default 6: BackdoorBench.
 

@@ -2,17 +2,17 @@
 
 import logging
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data import RawImages
 from . import steganography
-from .base import LearnedAttack, check_range, random_bits
+from .base import check_range, random_bits
+from .networks import NetworkAttack, weights_of
 from .steganography import Decoder, Encoder
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ PORTION = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class SSBALite(LearnedAttack):
+class SSBALite(NetworkAttack):
     """SSBA-lite, after SSBA (Li et al., ICCV 2021, arXiv 2012.03816): ``x' = clip(round(x + bound * r(x, secret)))`` with
     ``r`` in (-1, 1) from a small encoder and one fixed secret of 64 bits.
 
@@ -52,7 +52,7 @@ class SSBALite(LearnedAttack):
     `steganography.ExactConv`.
 
     Args:
-        target_label: The class that the attacker wants.
+        target_label: The class that the attacker wants; default, ``label_map`` and ``source_label``: see `Attack`.
         bound: Largest change of a pixel in grey levels, in [1, 64]. Default 8: here; bits are read well and a victim
             learns it at 10 % poison, so more would only be more visible.
         steps: Updates of encoder and decoder, each on 64 images, at least 10. Default 400: here, about a minute of a CPU.
@@ -72,9 +72,20 @@ class SSBALite(LearnedAttack):
         check_range("bound", self.bound, 1, 64)
         check_range("steps", self.steps, 10, integer=True)
 
-    def fit(self, images: RawImages, model: PreTrainedModel | None = None, seed: int = 0) -> "SSBALite":
-        """Train encoder and decoder and draw the secret; on the device of ``model``, which serves for nothing else, or on
-        the CPU. Warns when less than 90 % of the bits can be read back. See `LearnedAttack.fit`."""
+    def fit(self, images: RawImages, model: PreTrainedModel | None, seed: int) -> "SSBALite":
+        """Train encoder and decoder and draw the secret; warns when less than 90 % of the bits can be read back.
+
+        Args:
+            images: At least 64, all of one size; not modified.
+            model: Only says where to compute: on its device, on the CPU without one.
+            seed: Integer of at least 0.
+
+        Returns:
+            A copy with ``learned``: ``secret`` uint8 (8, 8) of 0 and 1, and the weights of both networks.
+
+        Raises:
+            ValueError: There are fewer than 64 images, they differ in size, or ``seed`` is negative.
+        """
         check_range("seed", seed, 0, integer=True)
         if not isinstance(images.images, Tensor):
             raise ValueError("ssba_lite trains on images of one size; these differ: resize them, or fit on those of one size")
@@ -84,9 +95,8 @@ class SSBALite(LearnedAttack):
         generator = torch.Generator().manual_seed(seed)
         encoder, decoder = steganography.train(images.images, self.bound, self.steps, generator, device)
         secret = (random_bits("ssba_lite secret", seed, SECRET**2) >> 63).astype(np.uint8)
-        weights = {f"encoder.{name}": weight.cpu() for name, weight in encoder.state_dict().items()}
-        weights |= {f"decoder.{name}": weight.cpu() for name, weight in decoder.state_dict().items()}
-        attack = replace(self, learned={"secret": torch.from_numpy(secret).view(SECRET, SECRET)} | weights)
+        kept = {"secret": torch.from_numpy(secret).view(SECRET, SECRET)}
+        attack = replace(self, learned=kept | weights_of("encoder", encoder) | weights_of("decoder", decoder))
         accuracy = attack.bit_accuracy(images.images[:256])
         if accuracy < READABLE:
             logger.warning("ssba_lite: only %.1f %% of the bits can be read back; raise steps or bound", 100 * accuracy)
@@ -96,7 +106,7 @@ class SSBALite(LearnedAttack):
         """Whether the decoder reads the secret's bit, cell by cell: bool (B, ceil(H / 4), ceil(W / 4)), for uint8 (B, 3, H, W)
         as they are (triggered or not)."""
         bits = self._bits(images)
-        decoder = self._network(Decoder, "decoder.", images.device)
+        decoder = self._network("decoder", Decoder, images.device)
         with torch.no_grad():
             logits = torch.cat([decoder(part.float()) for part in _portions(images)])
         return (logits > 0) == bits.bool()
@@ -106,9 +116,13 @@ class SSBALite(LearnedAttack):
         half."""
         return self.read(self.trigger(images)).float().mean().item()
 
+    def quality(self, images: Tensor) -> dict[str, float]:
+        """As the base class, and `bit_accuracy`."""
+        return super().quality(images) | {"bit_accuracy": self.bit_accuracy(images)}
+
     def _stamp(self, images: Tensor) -> Tensor:
         bits = self._bits(images)
-        encoder = self._network(Encoder, "encoder.", images.device)
+        encoder = self._network("encoder", Encoder, images.device)
         with torch.no_grad():
             return torch.cat([self._write(encoder, part.float(), bits) for part in _portions(images)])
 
@@ -117,15 +131,6 @@ class SSBALite(LearnedAttack):
 
     def _bits(self, images: Tensor) -> Tensor:
         return steganography.tiled(self._need()["secret"].to(images.device), *images.shape[-2:])
-
-    def _network(self, network: type[nn.Module], prefix: str, device: torch.device) -> nn.Module:
-        if (network, device) not in self._networks:
-            self._networks[network, device] = steganography.built(network, self._need(), prefix, device)
-        return self._networks[network, device]
-
-    @cached_property
-    def _networks(self) -> dict[tuple[type[nn.Module], torch.device], nn.Module]:
-        return {}
 
 
 def _portions(images: Tensor) -> tuple[Tensor, ...]:

@@ -130,16 +130,6 @@ def new(network: type[nn.Module], generator: torch.Generator, device: torch.devi
     return made.to(device)
 
 
-def built(network: type[nn.Module], weights: dict[str, Tensor], prefix: str, device: torch.device) -> nn.Module:
-    """The network whose weights lie under ``prefix`` in ``weights``."""
-    with torch.device("meta"):
-        made = network()
-    made.load_state_dict(
-        {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}, assign=True
-    )
-    return made.to(device)
-
-
 def losses(encoder: Encoder, decoder: Decoder, images: Tensor, bits: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     """What one batch costs; see `train`.
 

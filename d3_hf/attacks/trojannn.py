@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data import RawImages
@@ -41,7 +41,7 @@ class TrojanNN(LearnedAttack):
     another size gets the trigger resized to it, each pixel taking the nearest one's value.
 
     Args:
-        target_label: The class that the attacker wants.
+        target_label: The class that the attacker wants; default, ``label_map`` and ``source_label``: see `Attack`.
         mask: ``"square"`` (default: its place and size are those of BackdoorBench's square.png; BackdoorBench's own default is
             an apple) or ``"ring"``, whose hole is half as wide.
         size: Side or outer diameter in pixels of a 32x32 image, in [4, 30]. Default 10: BackdoorBench's square.png.
@@ -148,7 +148,7 @@ class TrojanNN(LearnedAttack):
                 best, least = picture.detach(), miss.item()
             (gradient,) = torch.autograd.grad(miss, picture)
             picture = (picture.detach() - self.alpha * gradient.sign() * allowed).clamp(0, self.eps)
-        return best
+        return picture if self._miss(activations(picture)).item() < least else best
 
     def _stamp(self, images: Tensor) -> Tensor:
         trigger = self._need()["trigger"]

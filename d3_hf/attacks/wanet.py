@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import check_range, random_uniform
+from .base import check_range, random_uniform, to_levels
 from .in_training import BatchPoisoner, InTrainingAttack, TriggerPoisoner
 
 
@@ -18,12 +18,12 @@ class WaNet(InTrainingAttack):
     """WaNet (Nguyen and Tran, ICLR 2021, arXiv 2102.10369): ``x' = round(grid_sample(x, clamp(identity + n, -1, 1)))``,
     bilinear; ``n`` is a smooth random field, the same for every image.
 
-    Dirty label; needs the control of the training, nothing else. ``n`` is a control grid of ``grid_size`` x ``grid_size``
-    vectors, entries from U(-1, 1) divided by their mean absolute value, enlarged bicubically to the image and multiplied by
-    ``strength / W`` along x and ``strength / H`` along y, in coordinates in which the image spans [-1, 1] (corners are
-    centres of pixels). In training, cross images are warped by ``n`` plus fresh noise, per pixel and axis from U(-1, 1)
-    divided by W or H, and keep their true labels ("noise mode"), so that the victim learns this warp and not warping as
-    such. At test time the noise-free grid is used.
+    Dirty label; the warp is static, the residual another one for each image. Needs the control of the training, nothing
+    else. ``n`` is a control grid of ``grid_size`` x ``grid_size`` vectors, entries from U(-1, 1) divided by their mean
+    absolute value, enlarged bicubically to the image and multiplied by ``strength / W`` along x and ``strength / H`` along
+    y, in coordinates in which the image spans [-1, 1] (corners are centres of pixels). In training, cross images are warped
+    by ``n`` plus fresh noise, per pixel and axis from U(-1, 1) divided by W or H, and keep their true labels ("noise
+    mode"), so that the victim learns this warp and not warping as such. At test time the noise-free grid is used.
 
     It differs from the original, and from BackdoorBench's copy of it, in two ways: the warp acts on uint8 images and its
     result is rounded to grey levels (there: on normalised floats), and in training it acts after the augmentation, on
@@ -38,12 +38,12 @@ class WaNet(InTrainingAttack):
     does at 32. A warp put on before the model's resizing is another one than after it: train and measure at one size.
 
     Args:
-        target_label: The class that the attacker wants.
+        target_label: The class that the attacker wants; default, ``label_map`` and ``source_label``: see `Attack`.
         cross_ratio: Cross images per poisoned one, at least 0. Default 2: the authors' config.py and BackdoorBench.
         grid_size: Side k of the control grid, an integer of at least 2. Default 4: the authors' and BackdoorBench.
         strength: s in [0.01, 100], twice the mean displacement in pixels at the control grid. Default 0.5: the authors'
             and BackdoorBench.
-        seed: Draws the control grid, at least 0.
+        seed: Draws the control grid, at least 0. Default 0: here.
 
     Raises:
         ValueError: A parameter is out of range.
@@ -98,7 +98,7 @@ def _grid(seed: int, grid_size: int, strength: float, height: int, width: int) -
 
 
 def _warp(images: Tensor, grid: Tensor) -> Tensor:
-    grid = grid.to(images.device).expand(len(images), -1, -1, -1)
+    # In float64: the last bits of a sum depend on the machine, and in float32 they turn a grey level now and then.
+    grid = grid.to(images.device, torch.float64).expand(len(images), -1, -1, -1)
     # Zeros lie outside the image, where the clamped grid never reads.
-    warped = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-    return warped.round_().to(torch.uint8)
+    return to_levels(F.grid_sample(images.double(), grid, mode="bilinear", padding_mode="zeros", align_corners=True))
