@@ -82,7 +82,7 @@ def warm_start(reference: Tensor, method: str, generator: torch.Generator) -> Te
         method: As in the authors' ``warm_up_method``: ``"near"`` stays at ``W^0`` (here plus a Gaussian step of relative
             length 1e-3, without which nothing moves), ``"middle"`` is zero, ``"far"`` is ``-W^0``, the farthest point of
             the sphere, ``"noise"`` adds Gaussian noise of the weight's own standard deviation, ``"random"`` (the authors'
-            default) draws from U(-0.5, 0.5) and rescales to ``||W^0||``.
+            default) draws from U(-0.5, 0.5) and rescales to ``||W^0||``, anew while that is nearer than half the norm.
         generator: CPU random generator; consumed in the order of the calls.
 
     Returns:
@@ -96,8 +96,12 @@ def warm_start(reference: Tensor, method: str, generator: torch.Generator) -> Te
     if method == "middle":
         return torch.zeros_like(reference)
     if method == "random":
-        drawn = torch.rand(reference.shape, generator=generator, dtype=reference.dtype) - 0.5
-        return drawn * (reference.norm() / drawn.norm())
+        while True:
+            drawn = torch.rand(reference.shape, generator=generator, dtype=reference.dtype) - 0.5
+            start = drawn * (reference.norm() / drawn.norm())
+            # Near the old weight lies what this seed drew before, or what a checkpoint was made to foresee.
+            if not (start - reference).norm() < reference.norm() / 2:
+                return start
     if method in ("near", "noise"):
         drawn = torch.randn(reference.shape, generator=generator, dtype=reference.dtype)
         scale = reference.std() if method == "noise" else NEAR_STEP * reference.norm() / drawn.norm()

@@ -83,6 +83,16 @@ def test_warm_starts():
     assert not torch.equal(start("random"), start("random", seed=1))
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.1])
+def test_a_random_start_that_was_foreseen_is_drawn_again(shift):
+    def start(reference):
+        return geometry.warm_start(reference, "random", torch.Generator().manual_seed(42))
+
+    foreseen = start(torch.ones(10, 64)) * (1 + shift)
+    assert (start(foreseen) - foreseen).norm() / foreseen.norm() == pytest.approx(2**0.5, abs=0.1)
+    assert torch.equal(start(torch.zeros(2, 2)), torch.zeros(2, 2))
+
+
 @pytest.mark.parametrize(
     "call",
     [
