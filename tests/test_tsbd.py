@@ -9,6 +9,7 @@ from tiny import tiny_resnet, tiny_samples, tiny_timm_vit, tiny_vit
 from tiny_trained import QUIET, assert_reloads, differing, right, trained
 
 from d3_hf.defenses.tsbd import TSBDConfig, TSBDTrainer, ascend, neuron_weight_changes, neuron_weights, subweights
+from d3_hf.models import new_model
 
 SAMPLES = tiny_samples(40)
 
@@ -38,6 +39,10 @@ def test_neurons_by_architecture():
     resnet, vit, timm_vit = (list(neuron_weights(make(), (16, 16))) for make in (tiny_resnet, tiny_vit, tiny_timm_vit))
     assert "resnet.embedder.embedder.convolution.weight" in resnet and not any("shortcut" in name for name in resnet)
     assert all(tiny_resnet().get_parameter(name).ndim == 4 for name in resnet)
+    wide = neuron_weights(
+        new_model(["a", "b"], "wrn16_1_cifar", [0.5] * 3, [0.5] * 3), (32, 32)
+    )  # the names are NAD's: convShortcut
+    assert len(wide) == 13 and not any("shortcut" in name.lower() for name in wide)
     parts = ("attention.o_proj", "mlp.fc1", "mlp.fc2")
     assert vit == [f"vit.layers.{block}.{part}.weight" for block in (0, 1) for part in parts]
     parts = ("attn.proj", "mlp.fc1", "mlp.fc2")

@@ -44,7 +44,9 @@ def neuron_weights(model: nn.Module, image_size: tuple[int, int]) -> dict[str, T
         ValueError: There are none; see `neuron_layers`.
     """
     _, layers = neuron_layers(model, image_size)
-    excluded = {name for name in layers if any(s in name for s in SHORTCUTS) or name.rpartition(".")[2] in ATTENTION_INPUTS}
+    excluded = {
+        name for name in layers if any(s in name.lower() for s in SHORTCUTS) or name.rpartition(".")[2] in ATTENTION_INPUTS
+    }
     weights = {f"{name}.weight": layer.weight.detach() for name, layer in layers.items() if name not in excluded}
     if not weights:
         raise ValueError(f"TSBD: all layers of {type(model).__name__} are shortcuts or attention inputs, no neurons are left")
