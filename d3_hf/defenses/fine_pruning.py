@@ -130,6 +130,8 @@ class FinePruningTrainer(StagedTrainer):
         """Prune, unless the weights come from a checkpoint."""
         if not resumed:
             self._prune()
+        self._pruned = torch.tensor(self.pruning["pruned"], device=self.args.device)
+        self.units.zero(self._pruned)
 
     def _prune(self) -> None:
         order = self.activations().argsort()
@@ -159,19 +161,15 @@ class FinePruningTrainer(StagedTrainer):
             "validation_accuracy_after": after,
             "validation_images": len(self.validate),
         }
-        self._zero_pruned()
         self.accelerator.print(
             f"Fine-Pruning pruned {len(pruned)} of {len(order)} {self.units.where}: accuracy on {len(self.validate)} held-out "
             f"retain images {before:.3f} -> {after:.3f}"
         )
 
-    def _zero_pruned(self) -> None:
-        self.units.zero(torch.tensor(self.pruning["pruned"]))
-
     def optimizer_step(self, step):
         """The optimizer's step; what was pruned is set to zero again."""
         result = step()
-        self._zero_pruned()
+        self.units.zero(self._pruned)
         return result
 
     def facts(self) -> dict[str, Any]:

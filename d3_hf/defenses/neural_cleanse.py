@@ -32,7 +32,7 @@ carry the trigger are drawn anew for every batch instead of once.
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,13 @@ from .. import reference
 from ..config import PurifyConfig, check_options
 from ..data import without_augmentation
 from ..trainer import PurifyTrainer
+from .neurons import VALIDATION_SHARE
 
 logger = logging.getLogger(__name__)
 
 TRIGGERS = "reversed_triggers.safetensors"
 COST_UP, COST_DOWN = 2.0, 2.0**1.5
 ADAM_BETAS = (0.5, 0.9)
-VALIDATION_SHARE = 0.2
 LEAST_GAIN = 0.01  # relative: a mask that shrinks by less does not delay the early stop
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 FEWEST_IMAGES, FEWEST_CLASSES = 5, 3
@@ -231,8 +231,9 @@ class NeuralCleanseTrainer(PurifyTrainer):
 
     def begin_purification(self, resumed: bool) -> None:
         """Reverse the triggers, unless they came with a checkpoint, and say which classes are flagged."""
-        if not resumed:
-            self.findings = self.find_triggers()
+        found = self.findings if resumed else self.find_triggers()
+        masks, patterns = found.masks.to(self.args.device), found.patterns.to(self.args.device)
+        self.findings = replace(found, masks=masks, patterns=patterns)
         indices = anomaly_indices(self.findings.norms).tolist()
         names = [f"{self.model.config.id2label[c]} (anomaly index {indices[c]:.2f})" for c in self.findings.flagged.tolist()]
         self.method = type(self).method
@@ -303,9 +304,9 @@ class NeuralCleanseTrainer(PurifyTrainer):
         generator = np.random.default_rng([self.args.seed, self.state.global_step, self.args.process_index])
         carries = torch.from_numpy(generator.random(len(pixel_values)) < self.args.unlearning_ratio)
         which = torch.from_numpy(generator.integers(len(self.findings.flagged), size=len(pixel_values)))
-        masks = (self.findings.masks[which] * carries[:, None, None, None]).to(pixel_values.device)
-        patterns = self.preprocessing.normalize(255 * self.findings.patterns[which].to(pixel_values.device))
-        return stamp(pixel_values, masks, patterns)
+        carries, which = carries.to(pixel_values.device), which.to(pixel_values.device)
+        masks = self.findings.masks[which] * carries[:, None, None, None]
+        return stamp(pixel_values, masks, self.preprocessing.normalize(255 * self.findings.patterns[which]))
 
     def end_purification(self) -> None:
         """Raise if no weight changed."""
