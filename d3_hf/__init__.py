@@ -21,6 +21,7 @@ _HOMES = {
     "FinePruningTrainer": "defenses.fine_pruning",
     "FineTuningConfig": "defenses.fine_tuning",
     "FineTuningTrainer": "defenses.fine_tuning",
+    "GuardArguments": "guard",
     "IBAUConfig": "defenses.ibau",
     "IBAUTrainer": "defenses.ibau",
     "LinearProbingConfig": "defenses.linear_probing",

@@ -1,6 +1,7 @@
 """Options of the recipes: a YAML file first, the command line over it; and the dataclasses they fill."""
 
 import json
+import logging
 import sys
 import types
 from argparse import SUPPRESS, Action
@@ -8,22 +9,30 @@ from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from inspect import get_annotations
 from pathlib import Path
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from datasets import Dataset
-from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
+from transformers import HfArgumentParser
 
-from .data import RawImages, load_images, retain_split
-from .models import load_classifier
+if TYPE_CHECKING:  # each takes seconds: what a command loads beyond its options it imports when it needs it
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedModel
+
+    from .attacks import Attack
+    from .data import RawImages
+
+logger = logging.getLogger(__name__)
 
 # What most runs need of a training's options, of which there are nearly two hundred.
 FREQUENT = {
-    *("model_name_or_path", "architecture", "dataset_name", "retain_fraction", "retain_count", "attack", "poison_ratio"),
+    *("model_name_or_path", "architecture", "image_mean", "image_std", "class_names"),
+    *("dataset_name", "retain_fraction", "retain_count", "test_split", "max_test_images", "attack", "poison_ratio"),
     *("output_dir", "overwrite_output_dir", "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
     *("horizontal_flip", "batch_norm", "sam_rho", "seed", "bf16", "save_strategy", "resume_from_checkpoint"),
-    *("max_accuracy_drop", "push_to_hub", "hub_model_id", "hub_create_pr"),
+    *("max_accuracy_drop", "min_class_accuracy", "push_to_hub", "hub_model_id", "hub_create_pr"),
 }
+NO_IMAGES = "no images: give --dataset_name (a Hub data set, a folder, a parquet file, or digits)"
+VALIDATION = ("validation", "val")  # measured on where there is no test split
 
 
 class Parser(HfArgumentParser):
@@ -38,11 +47,20 @@ class Parser(HfArgumentParser):
 
     def __init__(self, dataclass_types: list[type], **kwargs):
         super().__init__(dataclass_types, usage=SUPPRESS, **kwargs)
-        trainings = [kind for kind in self.dataclass_types if issubclass(kind, TrainingArguments)]
-        self._shown = {action.dest for action in self._actions}
+        # By name: importing the class would take seconds of every command's help.
+        trainings = [kind for kind in self.dataclass_types if "TrainingArguments" in (base.__name__ for base in kind.__mro__)]
+        if any(action.dest == "poison_ratio" for action in self._actions):
+            self._hide_pushing()
+        self._shown = {action.dest for action in self._actions if action.help != SUPPRESS}
         if trainings:
             self._shown &= FREQUENT.union({"help"}, *map(get_annotations, trainings))
             self.add_argument("--help_all", action=_WholeHelp, nargs=0, dest="help", default=SUPPRESS, help="show every option")
+
+    def _hide_pushing(self) -> None:
+        """A victim is never pushed: no help offers it."""
+        for action in self._actions:
+            if action.dest == "push_to_hub" or action.dest.startswith("hub_"):
+                action.help = SUPPRESS
 
     def format_help(self) -> str:
         """A line for each option that is shown, with its default."""
@@ -177,6 +195,7 @@ class ModelArguments:
         image_mean, image_std: Normalisation of a bare state dict, three numbers in units of [0, 1] each.
         image_size: Side of the square input in pixels.
         revision: Branch, tag or commit of a Hub id.
+        model_args: Arguments of the architecture's constructor, of a new network too (on the command line as JSON).
     """
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id, folder or file of the checkpoint."})
@@ -186,9 +205,16 @@ class ModelArguments:
     image_std: list[float] | None = field(default=None, metadata={"help": "Standard deviation of each channel, in [0, 1]."})
     image_size: int | None = field(default=None, metadata={"help": "Side of the square input in pixels."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
+    model_args: dict | str | None = field(default=None, metadata={"help": "Arguments of the architecture, as JSON."})
 
-    def load(self) -> PreTrainedModel:
+    def __post_init__(self):
+        if isinstance(self.model_args, str):
+            self.model_args = read_json(self.model_args, "model_args")
+
+    def load(self) -> "PreTrainedModel":
         """Load the checkpoint; see `load_classifier` for the errors."""
+        from .models import load_classifier
+
         given = {name: value for name, value in asdict(self).items() if value is not None}
         if "class_names" in given:  # TrainingArguments has a label_names that means something else
             given["label_names"] = given.pop("class_names")
@@ -201,55 +227,85 @@ class DataArguments:
 
     Args:
         dataset_name: Hub data set, folder of images or parquet files, parquet file, or ``digits``.
-        train_split, test_split: Splits to draw the retain set from and to measure on. Without a test split the images outside
-            the retain set are measured on.
+        train_split, test_split: Splits to draw the retain set from and to measure on. Where there is no ``test``, the default,
+            ``validation`` or ``val`` is measured on, and without these the images outside the retain set.
         image_column, label_column: Only needed when several columns qualify.
         retain_fraction, retain_count: Size of the retain set, one of the two; default 5 % (paper).
         retain_balanced: The same number of images of each class.
         retain_seed: Seed of the draw.
-        max_test_images: Measure on the first so many test images only.
+        max_test_images: Measure on so many test images, drawn with seed 0: the first ones of a folder are of one class.
+
+    Attributes:
+        is_default_size: Whether neither ``retain_fraction`` nor ``retain_count`` was given.
+        measured_split: What `load` has chosen to measure on: the name of a split, or ``rest of NAME``; None before.
+
+    Raises:
+        ValueError: ``max_test_images`` is below 1, or ``retain_seed`` below 0.
     """
 
-    dataset_name: str = field(default="digits", metadata={"help": "Hub data set, folder, parquet file or `digits`."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub data set, folder, parquet file or `digits`."})
     train_split: str = field(default="train", metadata={"help": "Split that the retain set is drawn from."})
     test_split: str = field(default="test", metadata={"help": "Split to measure on."})
     image_column: str | None = field(default=None, metadata={"help": "Image column, if several qualify."})
     label_column: str | None = field(default=None, metadata={"help": "Label column, if several qualify."})
-    retain_fraction: float | None = field(default=None, metadata={"help": "Share of the split that is the retain set."})
+    retain_fraction: float | None = field(
+        default=None, metadata={"help": "Share of the split that is the retain set; 0.05 unless one of the two is given."}
+    )
     retain_count: int | None = field(default=None, metadata={"help": "Number of images in the retain set."})
     retain_balanced: bool = field(default=False, metadata={"help": "Draw the same number of each class."})
     retain_seed: int = field(default=0, metadata={"help": "Seed of the retain set."})
-    max_test_images: int | None = field(default=None, metadata={"help": "Measure on the first so many test images."})
+    max_test_images: int | None = field(default=None, metadata={"help": "Measure on so many test images, drawn at random."})
 
     def __post_init__(self):
-        if self.retain_fraction is None and self.retain_count is None:
+        self.is_default_size = self.retain_fraction is None and self.retain_count is None
+        self.measured_split: str | None = None
+        if self.is_default_size:
             self.retain_fraction = 0.05
         if self.max_test_images is not None and self.max_test_images < 1:
             raise ValueError(f"max_test_images must be at least 1; got {self.max_test_images}")
         if self.retain_seed < 0:
             raise ValueError(f"retain_seed must be at least 0; got {self.retain_seed}")
 
-    def load(self) -> tuple[Dataset, Dataset, RawImages]:
+    def load(self) -> tuple["Dataset", "Dataset", "RawImages"]:
         """Load the images.
 
         Returns:
-            (retain, rest, test): the retain set, the remaining rows of its split, and what is measured on: the test split, or
-            the rest where there is none.
+            (retain, rest, test): the retain set, the remaining rows of its split, and what is measured on, see
+            ``measured_split``; which one is logged where it is not ``test_split``.
+
+        Raises:
+            ValueError: No data set is named, a split that is named is not there, nothing is left to measure on, or see
+                `load_images` and `retain_split`.
         """
+        from .data import RawImages, load_images, retain_split
+        from .labels import labels_of, retain_indices
+
+        if self.dataset_name is None:
+            raise ValueError(NO_IMAGES)
         images = load_images(self.dataset_name, self.image_column, self.label_column)
-        if self.train_split not in images:
-            raise ValueError(f"{self.dataset_name} has no split {self.train_split!r}; it has {', '.join(images)}")
+        named = [self.train_split] if self.test_split == "test" else [self.train_split, self.test_split]
+        if missing := [name for name in named if name not in images]:
+            raise ValueError(f"{self.dataset_name} has no split {missing[0]!r}; it has {', '.join(images)}")
         split = images[self.train_split]
         retain, rest = retain_split(split, self.retain_fraction, self.retain_count, self.retain_balanced, self.retain_seed)
-        test = images.get(self.test_split, rest)
+        test = self._to_measure_on(images, rest)
         if len(test) == 0:
             raise ValueError(
                 f"{self.dataset_name} has no split {self.test_split!r} and the retain set is all of {self.train_split!r}: "
                 "nothing is left to measure on; retain fewer"
             )
-        if self.max_test_images is not None:
-            test = test.select(range(min(self.max_test_images, len(test))))
+        if self.max_test_images is not None and self.max_test_images < len(test):
+            test = test.select(retain_indices(labels_of(test), test.features["label"].names, count=self.max_test_images))
         return retain, rest, RawImages.from_dataset(test)
+
+    def _to_measure_on(self, images: "DatasetDict", rest: "Dataset") -> "Dataset":
+        names = [name for name in (self.test_split, *VALIDATION) if name in images and name != self.train_split]
+        self.measured_split = names[0] if names else f"rest of {self.train_split}"
+        if self.measured_split != self.test_split:
+            logger.warning(
+                "%s has no separate split %r: measuring on its %s", self.dataset_name, self.test_split, self.measured_split
+            )
+        return images[names[0]] if names else rest
 
 
 @dataclass
@@ -257,12 +313,31 @@ class AttackArguments:
     """The trigger that is planted or measured.
 
     Args:
-        attack: Name of an attack, or a mapping with ``name`` and its parameters (on the command line as JSON).
+        attack: Name of an attack; a mapping with ``name`` and its parameters (on the command line as JSON); or, for a trigger
+            that was learned, the folder of the victim that holds it.
     """
 
-    attack: dict | str | None = field(default=None, metadata={"help": "Attack: a name, or JSON with name and parameters."})
+    attack: dict | str | None = field(
+        default=None, metadata={"help": "Attack: a name, JSON with name and parameters, or a victim's folder."}
+    )
 
     def __post_init__(self):
         if isinstance(self.attack, str):
             named = not self.attack.startswith("{")
             self.attack = {"name": self.attack} if named else read_json(self.attack, "attack")
+
+    def load(self) -> "Attack | None":
+        """The attack, with what it has learned where a folder is named; None where none is.
+
+        Raises:
+            FileNotFoundError: The folder holds no attack.
+            ValueError: See `from_description` and `load_attack`.
+        """
+        from .attacks import ATTACKS, from_description, load_attack
+
+        if not self.attack:
+            return None
+        name = str(self.attack.get("name"))
+        if self.attack.keys() == {"name"} and name not in ATTACKS and (folder := Path(name).expanduser()).is_dir():
+            return load_attack(folder)
+        return from_description(self.attack)

@@ -100,7 +100,7 @@ def render_card(facts: dict, results: dict | None, model_name: str, hub_model_id
     Returns:
         A card whose metadata carry the lineage and, when measured, a ``model-index``.
     """
-    source, data = facts["source"], facts["measured"].get("data") or "held-out images"
+    source = facts["source"]
     card_data = ModelCardData(
         base_model=source["name"] if source["kind"] == "hub" else None,
         base_model_relation="finetune" if source["kind"] == "hub" else None,
@@ -108,7 +108,7 @@ def render_card(facts: dict, results: dict | None, model_name: str, hub_model_id
         pipeline_tag="image-classification",
         tags=["image-classification", "backdoor-defense", "purified", "d3_hf"],
         model_name=model_name,
-        eval_results=_eval_results(results, data, facts["measured"].get("trigger")) if results else None,
+        eval_results=_eval_results(results, facts["measured"]) if results else None,
     )
     return ModelCard.from_template(
         card_data,
@@ -120,8 +120,8 @@ def render_card(facts: dict, results: dict | None, model_name: str, hub_model_id
     )
 
 
-def _eval_results(results: dict, data: str, trigger: dict | None) -> list[EvalResult]:
-    found = []
+def _eval_results(results: dict, measured: dict) -> list[EvalResult]:
+    data, found = measured.get("data") or "held-out images", []
     for key, (metric, short) in RESULT_NAMES.items():
         if f"{key}_after" in results:
             found.append(
@@ -129,7 +129,8 @@ def _eval_results(results: dict, data: str, trigger: dict | None) -> list[EvalRe
                     task_type="image-classification",
                     dataset_type=data,
                     dataset_name=data,
-                    dataset_config="as they are" if key == "accuracy" else f"triggered by {trigger['name']}",
+                    dataset_config="as they are" if key == "accuracy" else f"triggered by {measured['trigger']['name']}",
+                    dataset_split=measured.get("split"),
                     metric_type=metric,
                     metric_name=f"{short} after purification",
                     metric_value=results[f"{key}_after"],

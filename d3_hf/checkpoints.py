@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .config import PurifyConfig
-from .manifest import MANIFEST
+from .manifest import MANIFEST, REJECTED
 from .models.weights import first_line, sha256
 
 logger = logging.get_logger(__name__)
@@ -40,24 +40,31 @@ def check_output(args: PurifyConfig, source: Any) -> None:
         source: The `Source` of the model, or None.
 
     Raises:
-        ValueError: The folder is the model's own, or holds the results of another run and is not to be overwritten.
+        ValueError: The folder is the model's own, or it or its ``rejected`` holds the results of another run and is not to be
+            overwritten.
         OSError: It cannot be written to.
     """
     folder = Path(args.output_dir)
     if source is not None and source.kind in ("folder", "file"):
-        if Path(source.name).expanduser().resolve() in (folder.resolve(), (folder / SAFE_WEIGHTS_NAME).resolve()):
+        replaced = [place / file for place in (folder, folder / REJECTED) for file in ("", SAFE_WEIGHTS_NAME)]
+        if Path(source.name).expanduser().resolve() in [place.resolve() for place in replaced]:
             raise ValueError(f"output_dir {folder} is where the suspicious model lies, which must stay: choose another")
-    found = next((name for name in RESULTS if (folder / name).is_file() and (folder / "README.md").is_file()), None)
+    found = results_in(folder) or results_in(folder / REJECTED)
     if found and not (args.overwrite_output_dir or args.resume_from_checkpoint):
         raise ValueError(
-            f"output_dir {folder} holds the results of another run ({found}): choose another, or add --overwrite_output_dir "
-            "(overwrite_output_dir=True) to replace them"
+            f"output_dir {folder} holds the results of another run ({found.relative_to(folder)}): choose another, or add "
+            "--overwrite_output_dir (overwrite_output_dir=True) to replace them"
         )
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"output_dir {folder} cannot be made: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"output_dir {folder} cannot be written: no permission in {existing}")
+
+
+def results_in(folder: Path) -> Path | None:
+    """The file that says that a folder holds a finished run's results."""
+    return next((folder / name for name in RESULTS if (folder / name).is_file() and (folder / "README.md").is_file()), None)
 
 
 @contextlib.contextmanager

@@ -15,12 +15,12 @@ import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from .defenses import DEFENCES, defence
 from .errors import GuardRailBroken
 
-FAILURE, MISTAKE, REJECTED, INTERRUPTED = 1, 2, 3, 130
+FAILURE, MISTAKE, BROKEN_RAIL, INTERRUPTED = 1, 2, 3, 130
 MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError)
 RUN_AGAIN = "what is finished stays: run the same command again"
 LONGEST = 800  # characters of an error; libraries print pages
@@ -32,44 +32,62 @@ ADVICE = {
     errno.EROFS: "choose another folder",
 }
 
-USAGE = """usage: d3-hf COMMAND ...
 
-  purify [CONFIG.yaml] --option value ...   purify a checkpoint with D3; --defence NAME takes another method
-      d3-hf purify --model_name_or_path me/suspicious-vit --dataset_name path/to/images --retain_count 500
+class Command(NamedTuple):
+    """What the help says of a command.
 
-  measure FOLDER                            measure a victim again, from its folder alone
-      d3-hf measure outputs/victim
+    Attributes:
+        arguments: What follows its name.
+        summary: What it does.
+        example: A whole command line.
+        further: Lines about options that its own parser does not know.
+    """
 
-  victim [CONFIG.yaml] --option value ...   plant a backdoor, for research; --set FILE.yaml makes a set of victims
-      d3-hf victim recipes/configs/fire_drill_vit_victim.yaml --seed 0 --output_dir outputs/victim
+    arguments: str
+    summary: str
+    example: str
+    further: tuple[str, ...] = ()
 
-  benchmark GRID.yaml [--shard i/n]         victims x retain sets x defences x seeds: tables and plots
-      d3-hf benchmark recipes/grids/cpu.yaml --dataset_name uoft-cs/cifar10
 
-  push FOLDER --hub_model_id REPOSITORY     upload a purified folder, private by default
-      d3-hf push outputs/purified --hub_model_id me/model-purified
-
-  info SOURCE                               what a checkpoint is and what D3 could move of it
-      d3-hf info google/vit-base-patch16-224
-
-  --json     one JSON object on stdout and nothing else there
-  --debug    show where an error came from
-  --help     after a command: its options
-
-exit codes: 0 done, 1 failure, 2 mistake in what was given, 3 a guard rail broke (the model is in rejected/), 130 interrupted"""
-
-FURTHER = {  # options that a command's own parser does not know
-    "purify": [f"  --defence  {', '.join(DEFENCES)}"],
-    "victim": ["  --set FILE.yaml [--only GROUP/VICTIM ...]  the victims of a set, see recipes/victims.yaml"],
+ABOUT = {
+    "purify": Command(
+        "[CONFIG.yaml] --option value ...",
+        "purify a checkpoint with D3; --defence NAME takes another method",
+        "d3-hf purify --model_name_or_path me/suspicious-vit --dataset_name path/to/images --retain_count 500",
+        (f"  --defence  {', '.join(DEFENCES)}",),
+    ),
+    "measure": Command("FOLDER", "measure a victim again, from its folder alone", "d3-hf measure outputs/victim"),
+    "victim": Command(
+        "[CONFIG.yaml] --option value ...",
+        "plant a backdoor, for research; --set FILE.yaml makes a set of victims",
+        "d3-hf victim recipes/configs/fire_drill_vit_victim.yaml --seed 0 --output_dir outputs/victim",
+        ("  --set FILE.yaml [--only GROUP/VICTIM ...]  the victims of a set, see recipes/victims.yaml",),
+    ),
+    "benchmark": Command(
+        "GRID.yaml [--shard i/n]",
+        "victims x retain sets x defences x seeds: tables and plots",
+        "d3-hf benchmark recipes/grids/cpu.yaml --dataset_name uoft-cs/cifar10",
+    ),
+    "push": Command(
+        "FOLDER --hub_model_id REPOSITORY",
+        "upload a purified folder, private by default",
+        "d3-hf push outputs/purified --hub_model_id me/model-purified",
+    ),
+    "info": Command("SOURCE", "what a checkpoint is and what D3 could move of it", "d3-hf info google/vit-base-patch16-224"),
 }
+COMMON = """\
+  --json     one JSON object on stdout and nothing else there
+  --debug    show where an error came from"""
+CODES = """\
+exit codes: 0 done, 1 failure, 2 mistake in what was given, 3 a guard rail broke (the model is in rejected/), 130 interrupted"""
 
 
 def purify(argv: list[str]) -> dict[str, Any]:
-    """Run the recipe of D3, or of the method that ``--defence`` names."""
+    """Run the recipe of D3, or of the method that ``--defence``, or ``--defense``, names."""
     from .workflow import main
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--defence", default="d3", nargs="?", const="")
+    parser.add_argument("--defence", "--defense", default="d3", nargs="?", const="")
     chosen, argv = parser.parse_known_args(argv)
     return main(argv, *defence(chosen.defence))
 
@@ -113,12 +131,7 @@ def info(argv: list[str]) -> dict[str, Any]:
 
 
 COMMANDS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
-    "purify": purify,
-    "measure": measure,
-    "victim": victim,
-    "benchmark": benchmark,
-    "push": push,
-    "info": info,
+    command.__name__: command for command in (purify, measure, victim, benchmark, push, info)
 }
 
 
@@ -127,7 +140,7 @@ def main() -> None:
     name, *argv = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         with _closed_early_quietly():
-            print(USAGE, flush=True)
+            print(_usage(), flush=True)
         return
     if name not in COMMANDS:
         print(f"d3-hf: unknown command {name!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
@@ -158,7 +171,7 @@ def run(function: Callable[[list[str]], Any], argv: list[str]) -> NoReturn:
         code, message = INTERRUPTED, f"interrupted; {str(stop) or RUN_AGAIN}"
     except Exception as error:
         code, message = exit_code(error), one_line(error)
-        if code == REJECTED:
+        if code == BROKEN_RAIL:
             found = error.results | {"rejected": error.reasons, "folder": str(error.folder)}
         if debug:
             traceback.print_exc()
@@ -183,7 +196,7 @@ def _closed_early_quietly() -> Iterator[None]:
 def exit_code(error: Exception) -> int:
     """3 for a broken guard rail, 2 for what the user can put right in the command, 1 for everything else."""
     if isinstance(error, GuardRailBroken):
-        return REJECTED
+        return BROKEN_RAIL
     return MISTAKE if isinstance(error, MISTAKES) else FAILURE
 
 
@@ -208,12 +221,20 @@ def _take_debug(argv: list[str]) -> tuple[bool, list[str]]:
     return bool(ours), [argument for place, argument in enumerate(argv) if place not in ours]
 
 
+def _usage() -> str:
+    """What ``d3-hf --help`` prints."""
+    commands = [f"{_summary(name)}\n      {command.example}\n" for name, command in ABOUT.items()]
+    return "\n".join(["usage: d3-hf COMMAND ...\n", *commands, COMMON, "  --help     after a command: its options\n", CODES])
+
+
 def _header(name: str) -> str:
-    """What a command's help begins with: its two lines of `USAGE`, and the options that every command has."""
-    lines = USAGE.splitlines()
-    place = next(place for place, line in enumerate(lines) if line.startswith(f"  {name} "))
-    common = [line for line in lines if line.startswith(("  --json", "  --debug"))]
-    return "\n".join(["example:", lines[place + 1], "", lines[place], *FURTHER.get(name, []), *common, ""])
+    """What a command's help begins with: an example, what it does, and the options that its own parser does not know."""
+    command = ABOUT[name]
+    return "\n".join(["example:", f"      {command.example}", "", _summary(name), *command.further, COMMON, ""])
+
+
+def _summary(name: str) -> str:
+    return f"  {f'{name} {ABOUT[name].arguments}':<40}  {ABOUT[name].summary}"
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ class PurifyConfig(Additions):
         default=False, metadata={"help": "Replace another run's results or checkpoints in output_dir."}
     )
     learning_rate: float = field(default=0.1, metadata={"help": "Initial learning rate."})
-    num_train_epochs: float = field(default=15, metadata={"help": "Passes over the retain set."})
+    num_train_epochs: float = field(default=15, metadata={"help": "Passes over the images that are trained on."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Images per device and micro-batch."})
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images per device and batch in evaluation."})
     optim: str = field(default="sgd", metadata={"help": "Optimizer, any name of TrainingArguments."})
@@ -145,6 +145,11 @@ class PurifyConfig(Additions):
     save_strategy: str = field(default="no", metadata={"help": "When to write checkpoints for resuming."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     report_to: str = field(default="none", metadata={"help": "Trackers to report to."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Go on from this checkpoint; `true`: from the last one in output_dir."}
+    )
+    push_to_hub: bool = field(default=False, metadata={"help": "Push the purified model to the Hub at the end."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Repository to push to, as me/model-purified."})
     hub_strategy: str = field(default="end", metadata={"help": "When to push: at the end, never half-purified weights."})
     hub_private_repo: bool | None = field(default=True, metadata={"help": "Create Hub repositories private."})
     hub_create_pr: bool = field(default=False, metadata={"help": "Push as a pull request on the source's repository."})

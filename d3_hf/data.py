@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -51,15 +51,16 @@ def load_images(
     Raises:
         FileNotFoundError: No such file or folder.
         OSError: The Hub has no such dataset or cannot be reached.
-        ValueError: No column qualifies or several do; a split is empty, lacks labels or disagrees with the others
-            about the classes; integer labels are not 0..k-1; ``revision`` is given for something that is not on the
-            Hub.
+        ValueError: No column qualifies or several do; pictures are plain bytes; a split is empty, lacks labels or
+            disagrees with the others about the classes; integer labels are not 0..k-1; ``revision`` is given for
+            something that is not on the Hub.
     """
     loaded = sources.open_source(source, revision)
     empty = [name for name, split in loaded.items() if len(split) == 0]
     if empty:
         raise ValueError(f"{sources.name_of(source)}: no images in split {', '.join(empty)}")
     first = next(iter(loaded.values())).features
+    _refuse_plain_bytes(first, sources.name_of(source))
     columns = {
         sources.image_column(first, image_column): "image",
         sources.label_column(first, label_column): "label",
@@ -75,6 +76,18 @@ def load_images(
         images[name] = split.rename_columns(renamed)
         labels_of(images[name])
     return images
+
+
+def _refuse_plain_bytes(features: Features, where: str) -> None:
+    """Refuse pictures as other libraries write them to a table, where only the feature that decodes them is missing."""
+    if any(isinstance(feature, datasets.Image) for feature in features.values()):
+        return
+    for name, feature in features.items():
+        if feature == Value("binary") or isinstance(feature, dict) and feature.get("bytes") == Value("binary"):
+            raise ValueError(
+                f"{where}: column {name!r} holds pictures as plain bytes, not as datasets.Image, which decodes them: write the "
+                f"table again after dataset.cast_column({name!r}, datasets.Image())"
+            )
 
 
 def retain_split(

@@ -15,7 +15,19 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .checkpoints import PARTIAL, checkpoints_in, flush, last_named, one_line, replace_text, seal, to_resume_from, whole
+from .checkpoints import (
+    PARTIAL,
+    checkpoints_in,
+    flush,
+    last_named,
+    one_line,
+    replace_text,
+    results_in,
+    seal,
+    to_resume_from,
+    whole,
+)
+from .manifest import REJECTED
 from .sharding import InPlace
 
 STATE = "trainer_state.json"
@@ -138,6 +150,8 @@ class DurableTrainer(Trainer):
             (beside / self.manifest_name).write_text(json.dumps(self.facts(), indent=2) + "\n")
             if folder == Path(self.args.output_dir):
                 self.card().save(beside / "README.md")
+        if folder == Path(self.args.output_dir) and results_in(folder / REJECTED):  # of an earlier run, see `check_output`
+            shutil.rmtree(folder / REJECTED)
 
     def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
         """Write ``README.md``. Arguments other than the title are not used."""

@@ -14,5 +14,5 @@ class GuardRailBroken(RuntimeError):
     """
 
     def __init__(self, reasons: list[str], folder: Path, results: dict[str, Any]):
-        super().__init__(f"{'; '.join(reasons)}. The model is in {folder}, nothing was pushed: purify with other options")
+        super().__init__(f"{'; '.join(reasons)}. The model is in {folder}, nothing was pushed")
         self.reasons, self.folder, self.results = reasons, folder, results

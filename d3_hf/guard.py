@@ -17,7 +17,6 @@ from .labels import listed
 from .preprocessing import Preprocessing
 from .trainer import PurifyTrainer
 
-REJECTED = "rejected"  # folder below output_dir, and the manifest's entry with the reasons
 # When a retain set is called unfit. Nothing in the literature settles these; they are the project's own, meant as hints.
 FEW_IMAGES = 10  # of a class
 LOW_ACCURACY, ACCURACY_GAP = 0.5, 0.1
@@ -70,7 +69,8 @@ def broken_rails(
     if guard.max_accuracy_drop is not None and drop > guard.max_accuracy_drop:
         reasons.append(
             f"ACC fell by {100 * drop:.1f} points, from {100 * before.accuracy.value:.1f} % to "
-            f"{100 * after.accuracy.value:.1f} %; max_accuracy_drop allows {100 * guard.max_accuracy_drop:g}"
+            f"{100 * after.accuracy.value:.1f} %; max_accuracy_drop allows {100 * guard.max_accuracy_drop:g}: "
+            "give more images, with D3 a larger --lambda_clean or --sam_rho 2, or a larger --max_accuracy_drop"
         )
     if guard.min_class_accuracy is not None:
         rates = class_rates(after.predictions, labels)

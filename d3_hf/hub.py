@@ -14,7 +14,7 @@ from huggingface_hub.utils import get_session
 
 from .card import FOLDER
 from .config import PurifyConfig
-from .manifest import MANIFEST, RETAIN_INDICES
+from .manifest import MANIFEST, REJECTED, RETAIN_INDICES
 from .models.weights import PICKLED, first_line
 
 logger = logging.getLogger(__name__)
@@ -107,12 +107,8 @@ def push_folder(
     """
     folder = Path(folder).expanduser()
     files = published_files(folder)
-    try:
-        facts = json.loads((folder / MANIFEST).read_text())
-        source, parent = facts["source"], None
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{folder / MANIFEST} is no manifest of a purification ({first_line(error)}): purify again") from error
-    if reasons := facts["measured"].get("rejected"):
+    source, reasons = _source_and_reasons(folder / MANIFEST)
+    if reasons:
         raise ValueError(f"{folder} was rejected and is not pushed ({'; '.join(reasons)}): purify with other options")
     if create_pr == bool(repo):
         raise ValueError("name one place to push to: --hub_model_id, or --hub_create_pr for the source's repository")
@@ -121,7 +117,7 @@ def push_folder(
             raise ValueError(f"hub_create_pr opens a pull request on the source's repository, but {source['name']} is none")
         repo, parent, place = source["name"], source["revision"], "--hub_create_pr"
     else:
-        place = f"--hub_model_id {repo}" + ("" if private else " --hub_private_repo false")
+        parent, place = None, f"--hub_model_id {repo}" + ("" if private else " --hub_private_repo false")
     api = HfApi(library_name="d3_hf")
     try:
         with _timeout(TIMEOUT):
@@ -139,11 +135,21 @@ def push_folder(
         ) from error
 
 
+def _source_and_reasons(file: Path) -> tuple[dict[str, Any], list[str] | None]:
+    """The model's source and the guard rails that it broke, as the manifest has them."""
+    try:
+        facts = json.loads(file.read_text())
+        source = {name: facts["source"][name] for name in ("kind", "name", "revision")}
+        return source, facts["measured"].get(REJECTED)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # the latter two: JSON, but no object
+        raise ValueError(f"{file} is no manifest of a purification ({error!r}): purify again") from error
+
+
 def source_checks(source: dict[str, Any]) -> dict[str, Any] | None:
     """What scanners say of the source. They find code in files, not a backdoor in weights.
 
     Args:
-        source: As `manifest.source_of` makes it.
+        source: The fields of a `Source`, with the path as it was given.
 
     Returns:
         For a Hub id ``security_scan``, as the Hub reports it for the repository, and ``checksums`` with how many files were

@@ -65,5 +65,6 @@ class RandomHeads(nn.Module):
             self.heads[step // self.renew_every % len(self.heads)].reset_parameters()
 
     def remove(self) -> None:
-        """Take the hook off the classifier."""
+        """Take the hook off the classifier, and let the last batch go."""
         self._hook.remove()
+        self.features = None

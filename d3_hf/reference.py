@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 KEY = "reference_sha256"
+# Relative distance below which weights count as unmoved: a projection or a copy alone moves them by rounding.
+UNMOVED = 1e-5
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

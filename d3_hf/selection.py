@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-KEYWORDS = ("head", "all-linear")
-
 
 @dataclass(frozen=True)
 class Segment:

@@ -6,7 +6,6 @@ method to override, resumes exactly, and writes no pickle next to the purified m
 """
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,23 +13,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
-from huggingface_hub import CommitInfo, ModelCard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
 
-from . import hub, inputs, manifest
+from . import inputs
 from .augmentation import Augmentation
 from .averaging import WeightAverage
-from .card import render_card
 from .checkpoints import check_output
 from .config import PurifyConfig
 from .data import TrainingImages
 from .distillation import Teacher
-from .durable import DurableTrainer
 from .evaluation import compute_metrics as accuracy_metrics
-from .manifest import MANIFEST, RETAIN_INDICES
+from .manifest import MANIFEST
 from .preprocessing import Preprocessing
+from .publishing import PublishingTrainer
 from .sam import at_highest_loss, running_statistics_kept
 from .sharding import placement_of
 from .streaming import StreamedImages
@@ -58,7 +55,7 @@ class _RouteOptimizerStep(TrainerCallback):
         self.trainer.end_purification()
 
 
-class PurifyTrainer(DurableTrainer):
+class PurifyTrainer(PublishingTrainer):
     """A `Trainer` that fine-tunes a classifier on a few trusted images; the defences subclass it.
 
     Args:
@@ -172,6 +169,11 @@ class PurifyTrainer(DurableTrainer):
         """
         return window_loss
 
+    @property
+    def loss_scale(self) -> float:
+        """What fp16 multiplies the loss by: to scale what `finish_gradient` adds, since gradients are unscaled after it."""
+        return 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+
     def optimizer_step(self, step) -> Any:
         """One update: `step()` runs the optimizer. Override to act before or after it.
 
@@ -186,6 +188,11 @@ class PurifyTrainer(DurableTrainer):
         """
         return step()
 
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the parameters are, between two updates, those of a classifier; a defence may keep others in their place."""
+        return True
+
     def begin_purification(self, resumed: bool) -> None:
         """Called when training begins; ``resumed`` says that the weights came from a checkpoint."""
 
@@ -194,35 +201,6 @@ class PurifyTrainer(DurableTrainer):
 
     def constrain(self) -> None:
         """Bring weights that were replaced by their average back onto the defence's constraint set; here there is none."""
-
-    @functools.cached_property
-    def source_checks(self) -> dict[str, Any] | None:  # asked once
-        """See `hub.source_checks`."""
-        return hub.source_checks(manifest.source_of(self.plain))
-
-    def facts(self) -> dict[str, Any]:
-        """The manifest: everything needed to repeat the run and all that the card says of it; JSON-able."""
-        retain = {"n": inputs.images_of(self), "source": self.data_source}
-        if isinstance(self.train_dataset, StreamedImages):
-            retain["streamed"] = True
-        if self.retain_indices is not None:
-            retain["indices_file"] = RETAIN_INDICES
-        preprocessing = self.preprocessing
-        added = {Teacher.KEY: self.distiller.sha256} if self.distiller else {}
-        added |= {"averaged_epochs": self.average.snapshots} if self.average else {}
-        added |= {"source_checks": checks} if (checks := self.source_checks) else {}
-        return added | {
-            "method": self.method,
-            "paper": self.paper,
-            "source": manifest.source_of(self.plain),
-            "retain": retain,
-            "preprocessing": {"size": preprocessing.size, "mean": preprocessing.mean, "std": preprocessing.std},
-            "batch_norm": self.args.batch_norm if self._batch_norms else "none in this model",
-            "arguments": manifest.arguments_of(self.args),
-            "steps": self.state.global_step,
-            "measured": self.measured,
-            "versions": manifest.versions(),
-        }
 
     # The loss ----------------------------------------------------------------------------------------------------------
 
@@ -354,37 +332,7 @@ class PurifyTrainer(DurableTrainer):
             logs |= self.step_statistics()
         super().log(logs, start_time)
 
-    # Saving, loading, pushing ------------------------------------------------------------------------------------------
-
-    def write_files(self, folder: Path, state_dict: dict | None = None) -> None:
-        """Write the model and what belongs to it into a folder; manifest and card follow. Override to add files."""
-        # The Trainer's own would add training_args.bin, a pickle that can hold a token.
-        self.plain.save_pretrained(folder, state_dict=state_dict)
-        self.processing_class.save_pretrained(folder)
-        if self.retain_indices is not None:
-            (folder / RETAIN_INDICES).write_text(json.dumps(self.retain_indices) + "\n")
-        if self.results:
-            (folder / "all_results.json").write_text(json.dumps(self.results, indent=2) + "\n")
-
-    def card(self, model_name: str | None = None) -> ModelCard:
-        """The model card, from the manifest and, if `purify` measured, the results."""
-        name = model_name or hub.repository(self.args).rpartition("/")[2]
-        place = self.args.hub_model_id or ""  # to load from; where the namespace is missing the push puts it in
-        return render_card(self.facts(), self.results, name, place if "/" in place else None)
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Say at the start what would stop the push; the repository is made when there is something to put into it."""
-        hub.check_push(self.args, manifest.source_of(self.model), self.manifest_name)
-
-    def push_to_hub(self, commit_message: str = "Purified model", revision: str | None = None) -> CommitInfo | None:
-        """Save, then push what was saved; see `hub.push_folder`. None on all but the main process."""
-        self.init_hf_repo()
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        args, repo = self.args, None if self.args.hub_create_pr else hub.repository(self.args)
-        options = dict(private=args.hub_private_repo is not False, create_pr=args.hub_create_pr, revision=revision)
-        return hub.push_folder(args.output_dir, repo, message=commit_message, **options)
+    # Saving and loading ------------------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.average:

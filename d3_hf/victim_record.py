@@ -1,12 +1,29 @@
-"""What a victim's folder says of itself: ``victim.json``, and the images that its record names."""
+"""What a victim's folder says of itself: ``victim.json``, and how to tell whether it is still true and whose it is."""
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import SAFE_WEIGHTS_NAME
+
 from .arguments import DataArguments
-from .victims import VICTIM_FILE
+from .attacks import load_attack
+from .data import RawImages
+from .manifest import PLACES
+from .models.weights import sha256
+from .victims import VICTIM_FILE, images_digest
+
+# Options that make no other victim: where its files went, and on what machine and how fast it was trained.
+CIRCUMSTANCES = {
+    *PLACES,
+    *("use_cpu", "torch_compile", "torch_compile_backend", "torch_compile_mode", "per_device_eval_batch_size"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
+    *("save_strategy", "save_steps", "save_total_limit"),
+}
+# Options that say where something lies, which may have moved.
+LOCATIONS = ("dataset_name", "model_name_or_path", "clean_model")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -23,7 +40,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads(file.read_text())
         dict(record["recipe"]), record["planted"], record["measured"]["victim"]  # what the readers rely on
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no record of make_victim ({error!r}): make the victim again") from error
+        raise ValueError(f"{file} is no record of make_victim ({error!r}): make the victim again in an empty folder") from error
     return record
 
 
@@ -32,3 +49,63 @@ def recorded_images(record: dict[str, Any], **given: Any) -> DataArguments:
     recipe = record["recipe"]
     recorded = {field.name: recipe[field.name] for field in fields(DataArguments) if field.name in recipe}
     return DataArguments(**recorded | {name: value for name, value in given.items() if value is not None})
+
+
+def check_files(folder: Path, record: dict[str, Any]) -> None:
+    """Check that the weights and the attack are those that were written.
+
+    Raises:
+        ValueError: They are not, or an attack of which an earlier version recorded no digests does not load.
+        FileNotFoundError: A file of such an attack is missing.
+    """
+    attack = record.get("attack_sha256", {})
+    for name, digest in ({SAFE_WEIGHTS_NAME: record.get("weights_sha256")} | attack).items():
+        if not _is(folder / name, digest):
+            raise ValueError(f"{folder}: {name} is not what {VICTIM_FILE} says; delete the folder to make the victim anew")
+    if record["planted"] and not attack:
+        load_attack(folder)
+
+
+def differences(record: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """The options, sorted, by which another victim is asked for than the recorded one.
+
+    Those of `CIRCUMSTANCES` do not count. A data set or a checkpoint in another place is the same if its content is; where that
+    is not at hand, or was not recorded by an earlier version, if its last name is, as in ``uoft-cs/cifar10`` and
+    ``/data/cifar10``.
+
+    Args:
+        record: See `read_record`.
+        asked: Options as they stand in a record's ``recipe``.
+    """
+    recipe = record["recipe"]
+    names = (asked.keys() | recipe.keys()) - CIRCUMSTANCES
+    return sorted(name for name in names if asked.get(name) != recipe.get(name) and not _moved(name, record, asked))
+
+
+def _moved(name: str, record: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether an option differs only in where something lies."""
+    then, now = record["recipe"].get(name), asked.get(name)
+    if name not in LOCATIONS or not then or not now:
+        return False
+    if name == "dataset_name":
+        known = record.get("images_sha256")
+    else:
+        known = (record.get("source" if name == "model_name_or_path" else name) or {}).get("sha256")
+    place = Path(now).expanduser()
+    if not known or not place.exists():
+        return place.name == Path(then).name
+    if name == "dataset_name":
+        return _images_sha256(json.dumps(asdict(recorded_images(record, dataset_name=now)))) == known
+    if place.is_file():
+        return sha256(place) in known.values()
+    return all(_is(place / file, digest) for file, digest in known.items())
+
+
+@lru_cache  # the victims of a set are made of the same images
+def _images_sha256(options: str) -> str:
+    _, train, _ = DataArguments(**json.loads(options)).load()
+    return images_digest(RawImages.from_dataset(train))
+
+
+def _is(file: Path, digest: str | None) -> bool:
+    return file.is_file() and sha256(file) == digest

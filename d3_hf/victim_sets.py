@@ -10,17 +10,16 @@ from typing import Any
 
 from accelerate import PartialState
 from transformers import PreTrainedModel, set_seed
-from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .arguments import AttackArguments, DataArguments, ModelArguments, Parser, parse_arguments, read_json, read_yaml
-from .attacks import Attack, from_description
+from .arguments import AttackArguments, DataArguments, ModelArguments, Parser, parse_arguments, read_yaml
+from .attacks import Attack
 from .card import victim_table
 from .checkpoints import check_output
 from .data import RawImages
 from .labels import check_labels
 from .manifest import arguments_of
 from .models import load_classifier, new_model, with_new_head
-from .models.weights import sha256
+from .victim_record import check_files, differences, read_record
 from .victims import VICTIM_FILE, VictimConfig, train_victim
 
 
@@ -29,8 +28,6 @@ class VictimArguments:
     """How the victim comes about.
 
     Args:
-        model_args: With ``architecture`` and no checkpoint a network is trained from scratch; these are its constructor's
-            arguments (on the command line as JSON).
         poison_ratio: Share of all training images that carry the trigger, in (0, 1]. Default 10 % as BackdoorBench.
         poison_seed: Chooses the poisoned images.
         clean_model: Folder of a classifier without a backdoor: the attacker's own, where a trigger is computed from one, and
@@ -39,15 +36,10 @@ class VictimArguments:
             were trained on other classes.
     """
 
-    model_args: dict | str | None = field(default=None, metadata={"help": "Arguments of a new network, as JSON."})
     poison_ratio: float = field(default=0.1, metadata={"help": "Share of the training images that are poisoned."})
     poison_seed: int = field(default=0, metadata={"help": "Chooses the poisoned images."})
     clean_model: str | None = field(default=None, metadata={"help": "Folder of a classifier without a backdoor."})
     new_head: bool | None = field(default=None, metadata={"help": "Train a new head, for the data set's classes."})
-
-    def __post_init__(self):
-        if isinstance(self.model_args, str):
-            self.model_args = read_json(self.model_args, "model_args")
 
 
 KINDS = [ModelArguments, DataArguments, AttackArguments, VictimArguments, VictimConfig]
@@ -59,7 +51,7 @@ class SetArguments:
 
     Args:
         set: YAML file: ``output_dir``, and ``groups``, each with ``base`` (options of `make_victim`) and ``victims`` (per name
-            the options that differ).
+            the options that differ). A ``clean_model`` may be another victim of the set, as GROUP/VICTIM.
         only: Patterns such as ``cifar10-resnet20/*``; default all.
     """
 
@@ -103,10 +95,10 @@ def make_victim(argv: list[str] | None = None, options: dict[str, Any] | None = 
     arguments = parse_arguments(KINDS, argv, options)
     model_args, data_args, attack_args, victim_args, args = arguments
     check_output(args, None)  # before a trigger is learned
-    attack = from_description(attack_args.attack) if attack_args.attack else None
+    attack = attack_args.load()
     _, train, test = data_args.load()
     set_seed(args.seed)
-    model = model_args.load() if model_args.model_name_or_path else _new_model(model_args, test.class_names, victim_args)
+    model = model_args.load() if model_args.model_name_or_path else _new_model(model_args, test.class_names)
     if victim_args.new_head:
         model = with_new_head(model, test.class_names)
     check_labels(test.class_names, model.config)
@@ -133,11 +125,11 @@ def _recipe(*arguments: Any) -> dict[str, Any]:
     return given | arguments_of(args)
 
 
-def _new_model(model_args: ModelArguments, names: list[str], victim_args: VictimArguments) -> PreTrainedModel:
+def _new_model(model_args: ModelArguments, names: list[str]) -> PreTrainedModel:
     if model_args.architecture is None:
         raise ValueError("no network: give --architecture to train one from scratch, or --model_name_or_path to continue one")
     shape = (model_args.image_mean, model_args.image_std, model_args.image_size)
-    return new_model(names, model_args.architecture, *shape, victim_args.model_args)
+    return new_model(names, model_args.architecture, *shape, model_args.model_args)
 
 
 def _clean_model(model_args: ModelArguments, victim_args: VictimArguments) -> PreTrainedModel | None:
@@ -149,8 +141,8 @@ def _clean_model(model_args: ModelArguments, victim_args: VictimArguments) -> Pr
 def make_set(argv: list[str] | None = None) -> list[str]:
     """Run ``--set FILE.yaml [--only PATTERN ...] --option value ...``: make the victims of a set that are not there yet.
 
-    A victim that exists is verified (same options, unchanged weights) and skipped; one that was interrupted is made anew. Any
-    other option goes over every victim's own, as ``--dataset_name`` does where the images lie elsewhere.
+    A victim that exists is verified (same options, unchanged weights and trigger) and skipped; one that was interrupted is made
+    anew. Any other option goes over every victim's own, as ``--dataset_name`` does where the images lie elsewhere.
 
     Args:
         argv: Arguments without the program's name; default ``sys.argv[1:]``.
@@ -159,7 +151,8 @@ def make_set(argv: list[str] | None = None) -> list[str]:
         The folders, in the set's order.
 
     Raises:
-        ValueError: No victim matches ``--only``, or a folder holds a victim made with other options or changed since.
+        ValueError: No victim matches ``--only``, a folder holds a victim made with other options or changed since, or a clean
+            model that belongs to the set was not made before.
     """
     chosen, rest = Parser([SetArguments]).parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     victims = read_set(chosen.set)
@@ -170,9 +163,13 @@ def make_set(argv: list[str] | None = None) -> list[str]:
     started = time.perf_counter()
     for number, name in enumerate(names, 1):
         options = victims[name] | {"output_dir": str(root / name)}
+        if (clean := options.get("clean_model")) in victims:
+            options["clean_model"] = str(root / clean)
         if is_made(root / name, options, rest):
             print(f"[{number}/{len(names)}] {name}: exists and verifies")
             continue
+        if clean in victims and not (root / clean / VICTIM_FILE).is_file():
+            raise ValueError(f"{name} needs {clean}, which is not in {root}: add --only {clean}")
         print(f"[{number}/{len(names)}] {name}, {(time.perf_counter() - started) / 60:.1f} minutes so far")
         make_victim(rest, options | {"overwrite_output_dir": True})  # of an interrupted one nothing is kept
     if PartialState().is_main_process:
@@ -201,15 +198,15 @@ def is_made(folder: Path, options: dict[str, Any], argv: list[str] = ()) -> bool
     """Whether the folder holds the whole victim that these options describe.
 
     Raises:
-        ValueError: It holds another one, or its weights are not those that were written.
+        ValueError: It holds another one, or its record is damaged, or see `check_files`.
+        FileNotFoundError: See `check_files`.
     """
     if not (folder / VICTIM_FILE).is_file() or not (folder / "README.md").is_file():
         return False
-    facts = json.loads((folder / VICTIM_FILE).read_text())
-    if facts["weights_sha256"] != sha256(folder / SAFE_WEIGHTS_NAME):
-        raise ValueError(f"{folder}: the weights are not those that {VICTIM_FILE} names; delete the folder to make it anew")
+    record = read_record(folder)
+    check_files(folder, record)
     asked = json.loads(json.dumps(_recipe(*parse_arguments(KINDS, list(argv), options))))
-    if different := sorted(key for key in asked.keys() | facts["recipe"].keys() if asked.get(key) != facts["recipe"].get(key)):
+    if different := differences(record, asked):
         raise ValueError(
             f"{folder} holds a victim made with other {', '.join(different)}; delete it or choose another output_dir"
         )
@@ -217,15 +214,21 @@ def is_made(folder: Path, options: dict[str, Any], argv: list[str] = ()) -> bool
 
 
 def set_table(root: Path, names: Iterable[str]) -> str:
-    """Markdown table of the victims that exist below ``root``: one row each, percent."""
-    heading = ["victim", "ACC", "ASR", "RA", "target without trigger", "ASR of clean model", "minutes"]
+    """Markdown table of the victims that exist below ``root``: one row each, percent and minutes."""
+    rates = ["ACC", "ASR", "RA", "target without trigger", "ASR of clean model"]
+    heading = ["victim", *rates, "minutes of poisoning", "of training", "of measuring"]
     rows = ["| " + " | ".join(heading) + " |", "| --- |" + " ---: |" * (len(heading) - 1)]
     for name in names:
         if not (root / name / VICTIM_FILE).is_file():
             continue
-        measured = json.loads((root / name / VICTIM_FILE).read_text())["measured"]
+        measured = read_record(root / name)["measured"]
         found, floor = measured["victim"], measured.get("clean_model", {})
-        cells = [found["accuracy"], found.get("asr"), found.get("ra"), found.get("untriggered"), floor.get("asr")]
-        shown = ["" if value is None else f"{100 * value:.1f}" for value in cells]
-        rows.append("| " + " | ".join([name, *shown, f"{measured['training_seconds'] / 60:.1f}"]) + " |")
+        shares = [found["accuracy"], found.get("asr"), found.get("ra"), found.get("untriggered"), floor.get("asr")]
+        seconds = [measured.get(f"{part}_seconds") for part in ("poisoning", "training", "measuring")]
+        cells = [_shown(value, 100) for value in shares] + [_shown(value, 1 / 60) for value in seconds]
+        rows.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(rows)
+
+
+def _shown(value: float | None, scale: float) -> str:
+    return "" if value is None else f"{scale * value:.1f}"

@@ -3,6 +3,8 @@
 A victim is trained by the same trainer as plain fine-tuning, on poisoned images. Nothing here is used by a defence.
 """
 
+import hashlib
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .attacks import Attack, InTrainingAttack, LearnedAttack, poison, save_attack
+from .attacks import ATTACK_FILE, LEARNED_FILE, Attack, InTrainingAttack, LearnedAttack, poison, save_attack
 from .attacks.in_training import BatchPoisoner
 from .card import render_victim_card
 from .config import PurifyConfig
-from .data import RawImages, TrainingImages
-from .evaluation import measure, measure_trainer, rates
+from .data import RawImages, TrainingImages, content_hashes
+from .evaluation import evaluating, measure, measure_trainer, rates
+from .manifest import source_of
 from .models.weights import sha256
 from .preprocessing import Preprocessing
 from .random_heads import RandomHeads
 from .trainer import PurifyTrainer
 
 VICTIM_FILE = "victim.json"
+QUALITY_IMAGES = 256  # test images that an attack measures its own trigger on
 
 
 @dataclass
@@ -38,7 +42,8 @@ class VictimConfig(PurifyConfig):
             trigger; see `RandomHeads`. 0: off.
 
     Raises:
-        ValueError: A value is negative, SAM is asked for with accumulated gradients or fp16, or see `PurifyConfig`.
+        ValueError: A value is negative, SAM is asked for with accumulated gradients or fp16, random heads with one of these,
+            with SAM or with a checkpoint to resume from, or see `PurifyConfig`.
     """
 
     output_dir: str | None = field(default="outputs/victim", metadata={"help": "Folder for the victim."})
@@ -46,9 +51,19 @@ class VictimConfig(PurifyConfig):
     random_heads: int = field(default=0, metadata={"help": "Harden by so many random heads; 0 is off."})
 
     def __post_init__(self):
-        super().__post_init__()
         if self.random_heads < 0:
             raise ValueError(f"random_heads must be >= 0; got {self.random_heads}")
+        # The heads step by gradients of their own, which nothing adds up, unscales or takes anew.
+        if self.random_heads and (self.sam_rho or self.fp16 or self.gradient_accumulation_steps > 1):
+            raise ValueError("random_heads need one plain pass an update: no sam_rho, no fp16, no gradient_accumulation_steps")
+        if self.random_heads and self.resumes:
+            raise ValueError("random_heads cannot resume: no checkpoint holds them; run it from the beginning")
+        super().__post_init__()
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the training goes on from a checkpoint."""
+        return str(self.resume_from_checkpoint).lower() not in ("none", "false")
 
 
 class PoisonedImages(TrainingImages):
@@ -75,6 +90,16 @@ class VictimTrainer(PurifyTrainer):
 
     Raises:
         ValueError: Random heads are asked for without ``poisoned_rows``, or see `RandomHeads` and `PurifyTrainer`.
+
+    Attributes:
+        attack: The attack as it was planted, its trigger learned, to be written beside the weights; None before the training
+            ends and without a backdoor.
+        planted: What ``victim.json`` says of it: description, ratio, seed, poisoned rows, `Attack.quality`.
+        recipe: The options behind the run, if they are known.
+        origin: What the victim was made of, to recognise it elsewhere: ``images_sha256`` of the training images before the
+            attack, and ``clean_model``, the source of the attacker's own classifier.
+        weights_sha256: Of the weights as they were last written.
+        attack_sha256: Of the attack's files, by name.
     """
 
     manifest_name = VICTIM_FILE
@@ -96,7 +121,9 @@ class VictimTrainer(PurifyTrainer):
         self.planted: dict[str, Any] | None = None
         self.recipe: dict[str, Any] | None = None
         self.attack: Attack | None = None
+        self.origin: dict[str, Any] = {}
         self.weights_sha256: str | None = None
+        self.attack_sha256: dict[str, str] = {}
         if args.random_heads:
             if poisoned_rows is None:
                 raise ValueError("random_heads need fixed poisoned images: this run has none, or poisons every batch anew")
@@ -134,14 +161,22 @@ class VictimTrainer(PurifyTrainer):
             self.heads.update(self.state.global_step + 1, self.optimizer.param_groups[0]["lr"])
         return result
 
+    def end_purification(self) -> None:
+        """Takes the random heads off the network."""
+        if self.heads:
+            self.heads.remove()
+
     def facts(self) -> dict[str, Any]:
-        """Adds what was planted, the options that made it and the digest of the weights, to recognise the folder by."""
-        return super().facts() | {"planted": self.planted, "recipe": self.recipe, "weights_sha256": self.weights_sha256}
+        """Adds what was planted, the options that made it and the digests of the files, to recognise the folder by."""
+        digests = {"weights_sha256": self.weights_sha256, "attack_sha256": self.attack_sha256}
+        return super().facts() | {"planted": self.planted, "recipe": self.recipe} | self.origin | digests
 
     def write_files(self, folder: Path, state_dict: dict | None = None) -> None:
-        """Adds the attack, and remembers the digest of the weights for the manifest."""
+        """Adds the attack, and remembers the digests for the manifest."""
         if self.attack:
             save_attack(self.attack, folder)
+            files = [folder / name for name in (ATTACK_FILE, LEARNED_FILE)]
+            self.attack_sha256 = {file.name: sha256(file) for file in files if file.is_file()}
         super().write_files(folder, state_dict)
         self.weights_sha256 = sha256(folder / SAFE_WEIGHTS_NAME)
 
@@ -178,45 +213,78 @@ def train_victim(
 
     Returns:
         The trainer; `VictimTrainer.facts` holds what ``victim.json`` does, with ``planted`` (attack, ratio, seed, poisoned rows
-        of the data set) and ``measured`` (ACC, ASR and RA of the victim and of the clean model).
+        of the data set) and ``measured`` (ACC, ASR and RA of the victim and of the clean model, and how many seconds learning
+        the trigger and poisoning, training and measuring took).
 
     Raises:
         ValueError: The attack cannot learn its trigger (see its ``fit``), poisons batches of images that are not of the
-            model's size, trains its own networks where that is not possible (several processes, fp16, SAM), or see `poison`.
+            model's size, trains its own networks where that is not possible (several processes, fp16, SAM, resuming), or see
+            `poison`.
     """
     own_networks = isinstance(attack, LearnedAttack) and isinstance(attack, InTrainingAttack)
-    if own_networks and (args.world_size > 1 or args.fp16 or args.sam_rho):
-        raise ValueError(f"{attack.name} trains its own networks with the victim: one process, no fp16, no sam_rho")
-    if isinstance(attack, LearnedAttack) and attack.learned is None:
-        attack = attack.fit(train, clean_model, poison_seed)
+    if own_networks and (args.world_size > 1 or args.fp16 or args.sam_rho or args.resumes):
+        raise ValueError(
+            f"{attack.name} trains its own networks with the victim: one process, no fp16, sam_rho or resume_from_checkpoint"
+        )
+    start = time.perf_counter()
+    attack = _fitted(attack, train, clean_model, poison_seed, args.device)
     rows = poisoner = None
     poisoned = train
     if isinstance(attack, InTrainingAttack):
         poisoner = attack.poisoner(poison_ratio, len(train.class_names), poison_seed, args.device)
     elif attack:
         poisoned, rows = poison(train, attack, poison_ratio, poison_seed)
+    poisoning_seconds = time.perf_counter() - start
     trainer = VictimTrainer(model, args, poisoned, rows, poisoner)
     if poisoner:
         _check_sizes(attack, train, trainer.preprocessing.size)
-    trained = trainer.train()
-    trainer.measured["training_seconds"] = trained.metrics["train_runtime"]
-    trainer.attack = poisoner.finish() if poisoner else attack
-    found = measure_trainer(trainer, test, trainer.attack)
-    trainer.measured |= {"n_images": len(test), "victim": rates(found) if found else {}}
-    trainer.recipe = recipe
-    if clean_model is not None and trainer.is_world_process_zero():
-        preprocessing = Preprocessing.from_processor(clean_model.image_processor)
-        floor = measure(clean_model, test, preprocessing, trainer.attack, device=args.device)
-        trainer.measured["clean_model"] = rates(floor)
+    trained = trainer.train(args.resume_from_checkpoint)
+    trainer.attack, trainer.recipe = poisoner.finish() if poisoner else attack, recipe
+    trainer.origin = {
+        "images_sha256": images_digest(train),
+        "clean_model": None if clean_model is None else source_of(clean_model),
+    }
+    trainer.measured |= {"poisoning_seconds": poisoning_seconds, "training_seconds": trained.metrics["train_runtime"]}
+    trainer.measured |= _measured(trainer, test, clean_model)
     if attack:
+        images, _ = next(test.batches(QUALITY_IMAGES))
         trainer.planted = {
             "attack": attack.describe(),
             "poison_ratio": poison_ratio,
             "poison_seed": poison_seed,
             "poisoned_rows": "anew in every batch" if rows is None else train.index[rows].tolist(),
+            "quality": trainer.attack.quality(images.to(args.device)),
         }
     trainer.save_model()
     return trainer
+
+
+def images_digest(images: RawImages) -> str:
+    """SHA-256 over labels, sizes and pixels, in their order."""
+    return hashlib.sha256(images.labels.numpy().tobytes() + b"".join(content_hashes(images))).hexdigest()
+
+
+def _fitted(
+    attack: Attack | None, train: RawImages, clean_model: PreTrainedModel | None, seed: int, device: torch.device
+) -> Attack | None:
+    """The attack with its trigger learned, where the victim trains."""
+    if not isinstance(attack, LearnedAttack) or attack.learned is not None:
+        return attack
+    if clean_model is None:
+        return attack.fit(train, None, seed)
+    with evaluating(clean_model, device):
+        return attack.fit(train, clean_model, seed)
+
+
+def _measured(trainer: VictimTrainer, test: RawImages, clean_model: PreTrainedModel | None) -> dict[str, Any]:
+    start = time.perf_counter()
+    found = measure_trainer(trainer, test, trainer.attack)
+    measured = {"n_images": len(test), "victim": rates(found) if found else {}}
+    if clean_model is not None and trainer.is_world_process_zero():
+        preprocessing = Preprocessing.from_processor(clean_model.image_processor)
+        floor = measure(clean_model, test, preprocessing, trainer.attack, device=trainer.args.device)
+        measured["clean_model"] = rates(floor)
+    return measured | {"measuring_seconds": time.perf_counter() - start}
 
 
 def _check_sizes(attack: Attack, train: RawImages, size: tuple[int, int]) -> None:

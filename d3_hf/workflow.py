@@ -8,16 +8,17 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from .arguments import AttackArguments, DataArguments, ModelArguments, parse_arguments
-from .attacks import Attack, from_description
+from .arguments import NO_IMAGES, AttackArguments, DataArguments, ModelArguments, parse_arguments
+from .attacks import Attack
 from .card import results_table
 from .config import PurifyConfig
 from .data import RawImages
 from .defenses.d3 import D3Config, D3Trainer
 from .errors import GuardRailBroken
 from .evaluation import measure_trainer, results
-from .guard import REJECTED, GuardArguments, broken_rails, retain_warnings
+from .guard import FEW_IMAGES, GuardArguments, broken_rails, retain_warnings
 from .labels import check_labels
+from .manifest import REJECTED, public_name
 from .trainer import PurifyTrainer
 from .victim_sets import make_victim
 
@@ -112,23 +113,28 @@ def main(
 
     Raises:
         GuardRailBroken: See `purify`; ``max_accuracy_drop`` is five points unless it is given.
-        ValueError: No checkpoint is named, fp16 without a GPU, or see `load_classifier`, `load_images` and the defence.
+        ValueError: No checkpoint or no images are named, fp16 without a GPU, the default draws fewer than 10 images a class, or
+            see `load_classifier`, `load_images` and the defence.
     """
     model_args, data_args, attack_args, drill, guard, args = parse_arguments([*OPTIONS, config_class], argv)
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16 is for a GPU and this run has none: use bf16, or leave it out")
     if model_args.model_name_or_path is None and drill.victim_config is None:
         raise ValueError("no checkpoint: give --model_name_or_path (a Hub id, a folder or a file)")
+    if data_args.dataset_name is None:
+        raise ValueError(NO_IMAGES)
+    attack = attack_args.load()
     if model_args.model_name_or_path is None:
         victim = make_victim([drill.victim_config])
-        model_args.model_name_or_path, attack_args.attack = victim.folder, victim.attack.describe()
-    attack = from_description(attack_args.attack) if attack_args.attack else None
+        model_args.model_name_or_path, attack = victim.folder, victim.attack
     model = model_args.load()
-    retain, _, test = data_args.load()
+    retain, rest, test = data_args.load()
+    if data_args.is_default_size:
+        _refuse_few(len(retain), len(retain) + len(rest), len(test.class_names))
     check_labels(test.class_names, model.config)
     trainer = trainer_class(model=model, args=args, train_dataset=retain)
     trainer.data_source = data_args.dataset_name
-    trainer.measured["data"] = f"{data_args.dataset_name}, {data_args.test_split} split"
+    trainer.measured |= {"data": public_name(data_args.dataset_name), "split": data_args.measured_split}
     try:
         found = purify(trainer, test, attack, guard)
     except GuardRailBroken as broken:
@@ -138,6 +144,14 @@ def main(
     if found:
         print_summary(trainer)
     return found
+
+
+def _refuse_few(drawn: int, of: int, classes: int) -> None:
+    if drawn < FEW_IMAGES * classes:
+        raise ValueError(
+            f"5 % of {of} images are {drawn}, fewer than {FEW_IMAGES} a class: give --retain_count or --retain_fraction; where "
+            "there is no test split, what is left is measured on"
+        )
 
 
 def print_summary(trainer: PurifyTrainer) -> None:

@@ -53,14 +53,14 @@ class FigureArguments:
         purified: ``NAME=FOLDER`` of each purified model; the names are those in the figure.
         output: PNG file; the numbers go beside it as JSON.
         dataset_name: Where the images lie, if no longer where the victim's own record says.
-        max_test_images: Use the first so many test images only.
+        max_test_images: Use so many test images only, drawn with seed 0.
     """
 
     victim: str = field(metadata={"help": "Folder of a victim."})
     purified: list[str] = field(metadata={"help": "NAME=FOLDER of each purified model."})
     output: str = field(metadata={"help": "PNG file; the numbers go beside it as JSON."})
     dataset_name: str | None = field(default=None, metadata={"help": "Images in place of the recorded ones."})
-    max_test_images: int | None = field(default=None, metadata={"help": "Use the first so many test images only."})
+    max_test_images: int | None = field(default=None, metadata={"help": "Use so many test images only."})
 
     def __post_init__(self):
         if Path(self.output).suffix != ".png":

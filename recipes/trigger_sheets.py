@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.io import write_png
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from d3_hf.arguments import Parser
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     victims = [file.parent for file in Path(options.victims).glob("*/attack.json") if file.parent.name in ATTACKS]
     attacks |= {folder.name: load_attack(folder) for folder in victims}
     for name, attack in sorted(attacks.items()):
-        write_png(sheet(attack, images), str(output / f"{name}.png"))
+        to_pil_image(sheet(attack, images)).save(output / f"{name}.png")
         print(output / f"{name}.png")
 
 

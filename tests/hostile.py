@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from d3_hf import arguments
 from d3_hf.models import load_classifier
 
 NAMES = ("cat", "dog", "frog")
@@ -179,6 +178,10 @@ CHECKPOINTS = [
     Case("10 GB claimed tensor", "", "model/model.safetensors is no complete safetensors file .*", huge_tensor),
     Case("truncated", "", "model/model.safetensors is no complete safetensors file .*: fetch it again", truncated),
     Case("no checkpoint at all", f"{FILE} n.pth", "n.pth is no state dict that torch.save wrote .*", content(b"no", "n.pth")),
+    Case("network by its paper's name", "--architecture resnet20 --model_name_or_path n.pth",
+         "unknown architecture 'resnet20': did you mean resnet20_cifar or .*", content(b"no", "n.pth")),
+    Case("file without a network", "--model_name_or_path n.pth", "n.pth holds weights without their network: give its "
+         "architecture, .*", content(b"no", "n.pth")),
     Case("another kind of file", f"{FILE} a.csv", "a.csv: unknown suffix '.csv'; expected .*", content(b"1,2", "a.csv")),
     Case("no such checkpoint", "--model_name_or_path ./absent", "no such file or folder: ./absent"),
     Case("link to weights elsewhere", "", "model: model.safetensors is a link out of the folder .*: put the file itself there",
@@ -224,7 +227,7 @@ def changed_model(change):
         change(model)
         return model
 
-    return lambda monkeypatch: monkeypatch.setattr(arguments, "load_classifier", load)
+    return lambda monkeypatch: monkeypatch.setattr("d3_hf.models.load.load_classifier", load)
 
 
 def freeze(model):
@@ -268,6 +271,7 @@ CONFIGS = [
     Case("unknown choice in YAML", "o.yaml", "hinge must be one of sample, batch; got 'none'", options("hinge: none")),
     Case("label smoothing", "--label_smoothing_factor 0.1", "label_smoothing_factor must stay 0: the defence computes .*"),
     Case("unknown defence", "--defence magic", "unknown defence 'magic'; known: d3, .*"),
+    Case("folder that holds no attack", "--attack images", "images holds no attack.json: it is no folder that .*"),
     Case("unknown attack", "--attack magic", "unknown attack 'magic'; known: badnets, .*"),
     Case("attack out of range", """--attack '{"name": "badnets", "size": 0}'""", "size must be an integer at least 1; got 0"),
     Case("attack on a class that is not there", """--attack '{"name": "badnets", "target_label": 3}'""",

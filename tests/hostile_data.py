@@ -104,6 +104,12 @@ def beyond_its_classes(here):
     Dataset(columns, DatasetInfo(features=features)).to_parquet(here / "t.parquet")
 
 
+def plain_bytes(here):
+    """Pictures as another library than datasets writes them."""
+    picture = {"bytes": encoded(noise(16, 16, 3)), "path": None}
+    Dataset.from_dict({"picture": [picture] * 4, "label": [0, 1, 2, 0]}).to_parquet(here / "t.parquet")
+
+
 TABLE = "--dataset_name t.parquet --retain_count 2"
 DONE = r"classifier"  # what moved
 STRANGE = r"cannot decode row \d+ of split 'train' \(.*strange\.\w+\): .*replace the picture or leave it out"
@@ -124,7 +130,9 @@ DATA = [
     Case("negative seed of the retain set", "--retain_seed=-1", "retain_seed must be at least 0; got -1"),
     Case("no test images", "--max_test_images 0", "max_test_images must be at least 1; got 0"),
     Case("no such split", "--train_split training", "images has no split 'training'; it has train, test"),
-    Case("folder without splits", "", "fewer than 10 images", without_splits, code=0),
+    Case("no such split to measure on", "--test_split tset", "images has no split 'tset'; it has train, test"),
+    Case("folder without splits", "", r"no separate split 'test': measuring on its rest of train[\s\S]*fewer than 10 images",
+         without_splits, code=0),
     Case("nothing left to measure on", ALL, "images has no split 'test' and the retain set is all of 'train': nothing is .*",
          without_splits),
     Case("labels out of range", TABLE, r".*1 rows whose label .*not in \[0, 3\), the first is row 3: leave them out.*",
@@ -138,6 +146,8 @@ DATA = [
     Case("labels missing", TABLE, r".*1 rows whose label is missing .*the first is row 1: leave them out.*",
          table([0, None, 2, 1], ClassLabel(names=NAMES))),
     Case("parquet without a label column", TABLE, "found no label column; the dataset has image .*", table([0] * 4)),
+    Case("pictures as plain bytes", TABLE, "t.parquet: column 'picture' holds pictures as plain bytes, .*: write .*",
+         plain_bytes),
     Case("parquet that is none", TABLE, "t.parquet cannot be read as a data set .*: it is damaged .*",
          content(b"PAR1 not really", "t.parquet")),
     Case("truncated JPEG", ALL, STRANGE, picture(encoded(noise(40, 40, 3), "JPEG")[:900], "jpg")),

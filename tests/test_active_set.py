@@ -67,10 +67,9 @@ def padded(model):
         (tiny_timm_vit, {}),
         (tiny_vit, {"epsilon": 50.0}),  # no image is active
         (lambda: padded(tiny_vit()), {"epsilon": 50.0}),
-        (tiny_vit, {"dual_rate": 0.5}),
         (tiny_vit, {"warm_start": "random", "target_modules": "head"}),
     ],
-    ids=["vit", "timm", "inactive", "unused", "dual", "head"],
+    ids=["vit", "timm", "inactive", "unused", "head"],
 )
 def test_equals_the_dense_run(tmp_path, make, accumulation, options):
     options = dict(gradient_accumulation_steps=accumulation, max_steps=8) | options
@@ -186,6 +185,7 @@ def with_statistics():
     ("make", "options", "reason"),
     [
         (tiny_vit, {"hinge": "batch"}, "the batch hinge"),
+        (tiny_vit, {"dual_rate": 0.1}, "the Lagrangian"),
         (tiny_vit, {"distillation": 0.1}, "distillation has a gradient for every image"),
         (tiny_vit, {"activation_checkpointing": True}, "activation checkpointing"),
         (tiny_vit, {"torch_compile": True}, "torch.compile would compile anew"),

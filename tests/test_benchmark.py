@@ -20,8 +20,9 @@ from d3_hf.benchmark.command import main
 from d3_hf.benchmark.grid import GridInputs
 from d3_hf.benchmark.meters import PassMeter, peak_memory, reset_peak_memory
 from d3_hf.benchmark.retain import RetainSet
-from d3_hf.benchmark.tables import interval, times
+from d3_hf.benchmark.tables import interval, remarks, times
 from d3_hf.data import RawImages
+from d3_hf.defenses.d3 import D3Config
 from d3_hf.evaluation import measure
 from d3_hf.models import load_classifier
 from d3_hf.preprocessing import Preprocessing
@@ -97,10 +98,27 @@ def _lasting(row):
     return {key: value for key, value in row.items() if not key.startswith(("seconds", "peak", "arguments"))}
 
 
-def test_the_time_table_says_when_asr_first_fell():
-    series = json.dumps([(10.0, 0.5), (20.0, 0.015), (30.0, 0.2), (41.6, 0.012)])
+def test_the_time_table_says_when_asr_fell_first_and_for_good():
+    series = json.dumps([(10.0, 0.009), (20.0, 0.2), (30.0, 0.015), (41.6, 0.012)])
     rows = pandas.DataFrame([{"victim": "v", "defence": "D3", "seed": 0, "asr_over_time": series}])
-    assert times(rows).splitlines()[-1] == "| v | D3 | 0 | never | 20 | 42 | 1.2 |"
+    assert times(rows).splitlines()[-1] == "| v | D3 | 0 | 10 / never | 10 / 30 | 42 | 0.9 |"
+
+
+def test_a_method_says_where_it_did_something_else(rows):
+    done = rows[rows["defence"] != "RNP"].assign(method="Neural Cleanse")
+    assert remarks(done) == []
+    done.loc[done.index[0], "method"] = "Neural Cleanse (no class flagged)"
+    line = f"{done['defence'].iloc[0]} on {done['victim'].iloc[0]}, seed 0: Neural Cleanse (no class flagged)"
+    assert remarks(done) == [line] and line.replace("vit/", "") in render(done)
+
+
+def test_curves_are_not_watched(grid, rows):
+    """TSC: while a curve is trained the parameters are no classifier."""
+    options = {"defence": "tsc", "rounds": 2, "curve_epochs": 1, "finetune_epochs": 1, "per_device_train_batch_size": 15}
+    common = {name: value for name, value in grid.common.items() if name != "num_train_epochs"}
+    watching = replace(grid, victims=grid.victims[:1], seeds=[0], watch_images=20, common=common, defences={"TSC": options})
+    row = Runner(watching).make(cells_of(watching)[0])
+    assert len(json.loads(row["asr_over_time"])) == 2  # the fine-tuning's epoch of five, and the end
 
 
 def test_a_method_that_refuses_is_recorded_and_the_rest_goes_on(grid, rows):
@@ -120,14 +138,18 @@ def test_what_exists_is_not_made_again(grid, rows):
     pandas.testing.assert_frame_equal(again, rows)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "altered", "gone"])
+@pytest.mark.parametrize("damage", ["truncated", "altered", "of another kind", "gone"])
 def test_a_damaged_cell_is_made_again_with_the_same_result(grid, rows, damage):
     runner, cell = Runner(grid), cells_of(grid)[0]
     file, row = runner.folder(cell) / CELL, runner.read(cell)
     if damage == "truncated":
         file.write_text(file.read_text()[:200])
     elif damage == "altered":
-        file.write_text(file.read_text().replace('"asr_after": ', '"asr_after": 0'))
+        content = json.loads(file.read_text())
+        content["row"]["asr_after"] += 0.01
+        file.write_text(json.dumps(content))
+    elif damage == "of another kind":
+        file.write_text("[]")
     else:
         file.unlink()
     assert runner.read(cell) is None
@@ -145,6 +167,20 @@ def test_a_changed_grid_makes_new_cells_beside_the_old(grid, rows):
     assert {Runner(replace(grid, output_dir=grid.output_dir)).folder(cell) for cell in cells_of(grid)} == folders
 
 
+def test_a_changed_default_makes_new_cells_beside_the_old(grid, monkeypatch):
+    cell = cells_of(grid)[0]
+    before = Runner(grid).folder(cell)
+    monkeypatch.setattr(D3Config.__dataclass_fields__["lambda_clean"], "default", 5.0)
+    assert Runner(grid).folder(cell) != before
+
+
+def test_a_damaged_measurement_of_a_victim_is_made_again(grid, rows):
+    whole = run_grid(grid, only=["* | FT | 0"])
+    for file, text in zip(sorted(Path(grid.output_dir, "before").iterdir()), ("", "{}", "[1]"), strict=False):
+        file.write_text(text)
+    pandas.testing.assert_frame_equal(run_grid(grid, only=["* | FT | 0"]), whole)
+
+
 def test_a_purified_model_may_be_kept_and_is_the_one_that_was_measured(grid, rows):
     keeping = replace(grid, save_models=True, output_dir=f"{grid.output_dir}-kept")
     cell = cells_of(grid)[0]
@@ -152,6 +188,8 @@ def test_a_purified_model_may_be_kept_and_is_the_one_that_was_measured(grid, row
     model = load_classifier(str(Runner(keeping).folder(cell)))
     found = measure(model, GridInputs(grid).test, Preprocessing.from_processor(model.image_processor))
     assert found.accuracy.value == Runner(grid).read(cell)["accuracy_after"]
+    (Runner(keeping).folder(cell) / "model.safetensors").write_bytes(b"damaged")
+    assert Runner(keeping).read(cell) is None and Runner(replace(keeping, save_models=False)).read(cell)
 
 
 @pytest.mark.parametrize("shares", [1, 2, 5, 20])
@@ -201,9 +239,13 @@ def test_the_table_has_victim_and_floor_first_average_and_worst_last(rows):
     done = rows[rows["error"].isna() & (rows["defence"] == "D3")]
     means = 100 * done.groupby("victim")[["accuracy_after", "asr_after", "ra_after"]].mean()
     assert overview[4][-2] == " / ".join(f"{value:.1f}" for value in means.mean())
-    worst = [means["accuracy_after"].min(), means["asr_after"].max(), means["ra_after"].min()]
+    worst = [100 * done["accuracy_after"].min(), 100 * done["asr_after"].max(), 100 * done["ra_after"].min()]
     assert overview[4][-1].rstrip(" |") == " / ".join(f"{value:.1f}" for value in worst)
     assert "## Failed cells" in render(rows)
+
+
+def test_an_empty_share_has_nothing_to_show(tmp_path):
+    assert render(pandas.DataFrame([])) == "No cell was made." and draw(pandas.DataFrame([]), tmp_path) == []
 
 
 def test_a_grid_in_which_everything_failed_has_a_table_of_errors_alone(rows, tmp_path):

@@ -84,7 +84,9 @@ VICTIM = "v/vit/badnets"
         (["victim", "--json", "victim.yaml", "--output_dir", "again"], {"folder", "attack", "measured"}),
         (["benchmark", "grid.yaml", "--json"], {"rows"}),
         (
-            ["purify", "--json", "purify.yaml", "--defence", "fine_tuning", "--output_dir", "ft", "--max_accuracy_drop", "1"],
+            # With the other spelling, and with the attack that the victim's folder holds.
+            ["purify", "--json", "purify.yaml", "--defense", "fine_tuning", "--attack", VICTIM, "--output_dir", "ft"]
+            + ["--max_accuracy_drop", "1"],
             {"accuracy_before", "asr_after", "der"},
         ),
     ],
@@ -143,6 +145,8 @@ def test_measure_shows_what_was_recorded(folder, capsys):
         (["purify", "--attack", "{name"], 2, "--attack is no JSON"),
         (["purify", "--defence", "unheard"], 2, "unknown defence 'unheard'; known: d3, fine_tuning"),
         (["purify", "--defence"], 2, "unknown defence ''"),
+        (["purify", "--model_name_or_path", VICTIM], 2, "^d3-hf purify: no images: give --dataset_name"),
+        (["purify", "--model_name_or_path", VICTIM, "--dataset_name", "digits"], 2, "5 % of 1437 images are 72, fewer than 10"),
         (["purify", "purify.yaml", "--max_accuracy_drop", "5"], 2, "0.05 for five points; got 5"),
         (["purify", "purify.yaml", "--model_name_or_path", "nobody/unheard"], 1, "nobody/unheard is no local path"),
         (["measure"], 2, "required: --folder"),
@@ -166,6 +170,14 @@ def test_an_error_is_one_line_and_a_code(folder, capfd, argv, code, message):
     shown = capfd.readouterr()
     assert re.search(message, shown.err.splitlines()[-1]) and "Traceback" not in shown.err and shown.out == ""
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_repository_that_does_not_exist_is_a_mistake_and_a_failing_hub_is_none(folder, monkeypatch, capfd):
+    with logged_in(monkeypatch) as hub:
+        assert command("info", "me/unheard") == 2
+        assert "no model on the Hub that you may read: check the name" in capfd.readouterr().err
+        hub.broken = ("info", "500")
+        assert command("info", "me/unheard") == 1
 
 
 def test_a_broken_rail_ends_with_3_and_its_model_cannot_be_pushed(folder, capfd):
@@ -268,6 +280,7 @@ def test_import_and_help_are_quick():
     # Alone on a core 0.01 s beyond the interpreter's own start, and 0.1 s; five times what is promised, for a loaded machine.
     assert seconds("-c", "import d3_hf") - seconds("-c", "pass") < 5 * 0.2
     assert seconds("-m", "d3_hf.cli", "--help") < 5 * 0.5
+    assert seconds("-m", "d3_hf.cli", "push", "--help") < 5 * 1.5  # 1.2 s, most of it argparse of transformers
 
 
 def test_help_into_a_closed_pipe_is_quiet():
@@ -315,7 +328,18 @@ def test_help_of_a_command_begins_with_a_real_example(helps, name):
     assert first == "example:" and example.startswith(f"      d3-hf {name} ")
     assert options_in(example) <= options_in(helps[name])
     assert "--json" in helps[name] and "\n  -h, --help" in helps[name]
-    assert len(helps[name].splitlines()) <= 45 and max(map(len, helps[name].splitlines())) <= 128
+    assert len(helps[name].splitlines()) <= 50 and max(map(len, helps[name].splitlines())) <= 128
+
+
+def test_help_has_what_a_file_needs_and_says_what_options_do(helps):
+    needed = {"image_mean", "image_std", "class_names", "test_split", "max_test_images", "min_class_accuracy"}
+    assert {f"--{name}" for name in needed} <= options_in(helps["purify"])
+    lines = {line.split()[0]: line for line in helps["purify"].splitlines() if line.startswith("  --")}
+    assert (
+        "0.05" in lines["--retain_fraction"] and "folder" in lines["--attack"] and "`true`" in lines["--resume_from_checkpoint"]
+    )
+    assert lines["--push_to_hub"].endswith("at the end")
+    assert "retain set" not in next(line for line in helps["victim"].splitlines() if "--num_train_epochs" in line)
 
 
 @pytest.mark.parametrize("name", DEFENCES)

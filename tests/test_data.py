@@ -35,6 +35,11 @@ def beyond_its_classes() -> Dataset:
     return Dataset(table([0, 5], names=None).data, datasets.DatasetInfo(features=features))
 
 
+def plain_bytes(pictures) -> Dataset:
+    """As other libraries than datasets write a table."""
+    return Dataset.from_dict({"picture": pictures, "label": [0, 1]})
+
+
 def pictures(*encodings: bytes | None) -> Dataset:
     features = Features({"image": datasets.Image(), "label": ClassLabel(names=NAMES)})
     rows = [None if picture is None else {"bytes": picture, "path": None} for picture in encodings]
@@ -159,6 +164,8 @@ def test_integers_and_strings_become_classes():
         (lambda: table([0, 1]).remove_columns("img"), {}, r"found no image column; the dataset has fine \(ClassLabel\)"),
         (lambda: table([0, 1]).remove_columns("fine"), {}, r"found no label column; the dataset has img \(Image\)"),
         (lambda: table([0, 1], names=None, other=[1, 0]), {}, "several label columns: fine, other"),
+        (lambda: plain_bytes([b""] * 2), {}, "column 'picture' holds pictures as plain bytes.*cast_column"),
+        (lambda: plain_bytes([{"bytes": b"", "path": None}] * 2), {}, r"cast_column\('picture', datasets.Image\(\)\)"),
         (lambda: table([0, 1]), {"image_column": "fine"}, "image_column='fine' is no image column"),
         (lambda: table([0, 1]), {"label_column": "nothing"}, "label_column='nothing' is no label column"),
         (lambda: table([1, 2], names=None), {}, "integers other than 0..k-1"),

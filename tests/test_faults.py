@@ -13,11 +13,12 @@ import yaml
 from tiny import tiny_samples, tiny_vit
 from transformers import modeling_utils
 
-from d3_hf import load_classifier
+from d3_hf import hub, load_classifier
 from d3_hf.checkpoints import checkpoints_in, damage, whole
 from d3_hf.defenses.d3 import D3Config, D3Trainer
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
-from d3_hf.manifest import arguments_of
+from d3_hf.manifest import arguments_of, public_name, source_of
+from d3_hf.models.load import Source
 from d3_hf.models.weights import sha256
 
 OPTIONS = dict(max_steps=4, per_device_train_batch_size=4, epsilon=0.5, learning_rate=0.05, use_cpu=True, disable_tqdm=True)
@@ -222,10 +223,12 @@ def test_read_only_source(tmp_path):
     assert contents(source) == before and (tmp_path / "run" / "purification.json").is_file()
 
 
-def test_the_source_is_not_overwritten(tmp_path):
-    tiny_vit().save_pretrained(tmp_path), tiny_vit().image_processor.save_pretrained(tmp_path)
+@pytest.mark.parametrize("place", ["", "rejected"])
+def test_the_source_is_not_overwritten(tmp_path, place):
+    source = tmp_path / place
+    tiny_vit().save_pretrained(source), tiny_vit().image_processor.save_pretrained(source)
     with pytest.raises(ValueError, match="is where the suspicious model lies, which must stay"):
-        trainer(tmp_path, load_classifier(tmp_path), overwrite_output_dir=True)
+        trainer(tmp_path, load_classifier(source), overwrite_output_dir=True)
 
 
 def test_results_of_another_run_are_refused(finished, tmp_path):
@@ -261,6 +264,37 @@ def test_checkpoints_of_another_run_are_refused(run):
 def test_places_are_no_arguments():
     args = D3Config("x", overwrite_output_dir=True, push_to_hub=True, hub_create_pr=True, use_cpu=True)
     assert arguments_of(args) == arguments_of(D3Config("y", use_cpu=True))
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        *(("me/model", "me/model"), ("digits", "digits"), ("cosine", "cosine"), ("", "")),
+        *(("a/images", "images"), ("./a/images/", "images"), ("a/..", "run"), (".", "run")),
+        *(("/home/me/weights.pth", "weights.pth"), ("~/weights.pth", "weights.pth")),
+    ],
+)
+def test_what_is_published_names_no_folder_of_this_machine(tmp_path, monkeypatch, place, name):
+    (tmp_path / "run" / "a" / "images").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run")
+    assert public_name(place) == name
+    model = tiny_vit()
+    for kind in ("folder", "file", "module"):
+        model.source = Source(kind, place, sha256={"model.safetensors": "0" * 64})
+        assert source_of(model) == {"kind": kind, "name": name, "revision": None, "sha256": model.source.sha256}
+    args = D3Config("x", use_cpu=True)
+    args.deepspeed = place
+    assert arguments_of(args).get("deepspeed", "") == name
+
+
+def test_a_pickled_source_is_scanned_where_it_lies(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "pickle_scan", lambda file: {"scanned": str(file)})
+    model = tiny_vit()
+    model.source = Source("file", str(tmp_path / "weights.pth"), sha256={"weights.pth": "0" * 64})
+    args = FineTuningConfig(str(tmp_path / "run"), use_cpu=True)
+    facts = FineTuningTrainer(model, args, tiny_samples(8)).facts()
+    assert facts["source_checks"] == {"pickle_scan": {"scanned": str(tmp_path / "weights.pth")}}
+    assert facts["source"]["name"] == "weights.pth"
 
 
 def test_fire_drills_can_be_repeated():

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 from d3_hf import RawImages, load_classifier, purify
+from d3_hf.defenses.d3 import D3Config
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
 from d3_hf.errors import GuardRailBroken
 from d3_hf.evaluation import Measurement, accuracy, measure
@@ -79,6 +82,13 @@ def test_every_broken_rail_is_named():
     assert len(broken_rails(guard, measured(wrong(0)), measured(wrong(30)), LABELS, NAMES)) == 3
 
 
+def test_what_a_lost_accuracy_advises_can_be_given():
+    (reason,) = broken_rails(GuardArguments(), measured(wrong(0)), measured(wrong(4)), LABELS, NAMES)
+    advised = set(re.findall(r"--(\w+)", reason))
+    assert "more images" in reason and advised == {"lambda_clean", "sam_rho", "max_accuracy_drop"}
+    assert advised <= {option.name for kind in (GuardArguments, D3Config) for option in fields(kind)}
+
+
 def test_a_class_without_images_is_passed_over():
     assert class_rates(np.array([0, 2, 1]), torch.tensor([0, 2, 2])) == {0: 1.0, 2: 0.5}
 
@@ -103,9 +113,9 @@ def test_measuring_keeps_the_predictions_out_of_sight():
 RUINED = dict(learning_rate=500.0, max_steps=20)
 
 
-def ruinous(folder):
+def ruinous(folder, **options):
     """A run on labels that are all wrong."""
-    return trainer_of(folder, images((LABELS + 1) % 3, LABELS), **RUINED)
+    return trainer_of(folder, images((LABELS + 1) % 3, LABELS), **RUINED, **options)
 
 
 def test_a_rejected_model_is_kept_apart_and_not_pushed(tmp_path, monkeypatch):
@@ -129,6 +139,29 @@ def test_without_rails_the_same_run_is_saved(tmp_path):
     assert purify(ruinous(tmp_path), images(LABELS, seed=1))["accuracy_after"] == 0
     assert (tmp_path / "model.safetensors").is_file() and not (tmp_path / "rejected").exists()
     assert "Rejected" not in (tmp_path / "README.md").read_text()
+
+
+def test_a_rejected_model_is_kept_until_it_may_be_overwritten(tmp_path):
+    test, folder = images(LABELS, seed=1), tmp_path / "run"
+    with pytest.raises(GuardRailBroken):
+        purify(ruinous(folder), test, guard=GuardArguments())
+    card = (folder / "rejected" / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"another run \(rejected/purification.json\): .* --overwrite_output_dir"):
+        ruinous(folder)
+    assert (folder / "rejected" / "README.md").read_text() == card
+    with pytest.raises(GuardRailBroken):
+        purify(ruinous(folder, overwrite_output_dir=True, seed=7), test, guard=GuardArguments())
+    assert "| `seed` | `7` |" in (folder / "rejected" / "README.md").read_text() and "| `seed` | `7` |" not in card
+    harmless = dict(max_steps=1, overwrite_output_dir=True)
+    purify(trainer_of(folder, images(LABELS), **harmless), test, guard=GuardArguments())
+    assert (folder / "model.safetensors").is_file() and not (folder / "rejected").exists()
+
+
+def test_a_folder_that_holds_no_rejected_model_stays(tmp_path):
+    (tmp_path / "rejected").mkdir()
+    (tmp_path / "rejected" / "photo.png").write_text("")
+    purify(trainer_of(tmp_path, images(LABELS), max_steps=1), images(LABELS, seed=1))
+    assert (tmp_path / "rejected" / "photo.png").is_file()
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch):
@@ -193,7 +226,7 @@ def test_ready_made_samples_are_not_looked_at(tmp_path):
 def test_warnings_are_logged_and_written_down(tmp_path, caplog):
     retain = images(LABELS[:29])
     with caplog.at_level(logging.WARNING, "d3_hf"):
-        purify(trainer_of(tmp_path, retain, max_steps=1, learning_rate=0.0), images(LABELS, seed=1))
+        purify(trainer_of(tmp_path, retain, max_steps=1), images(LABELS, seed=1))
     (warning,) = json.loads((tmp_path / "purification.json").read_text())["measured"]["warnings"]
     assert "blue (9)" in warning and [record.getMessage() for record in caplog.records if "blue" in record.getMessage()] == [
         warning

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from fake_hub import logged_in
 from networks import MEAN, NORM, STD, TIMM_VIT, WRN, Net, PairNet, TiedNet, logits, saved
 from torch import nn
 from transformers import (
@@ -55,6 +56,17 @@ def test_hostile_pickle_is_not_run(tmp_path, vit_folder, legacy):
             assert marker.exists()
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_hostile_pickle_that_torch_did_not_write_is_not_run(tmp_path, protocol, recwarn):
+    path, marker = tmp_path / "evil.pth", tmp_path / "ran"
+    path.write_bytes(pickle.dumps(Hostile(marker), protocol))
+    with pytest.raises(ValueError, match="evil.pth .*(wants to|can) run .*; ask its author for safetensors") as caught:
+        load_classifier(path, **WRN, **NORM)
+    assert not marker.exists() and not list(recwarn) and "issue" not in str(caught.value)
+    pickle.loads(path.read_bytes())  # proof that the file does what it is refused for
+    assert marker.exists()
+
+
 def broken_weights(network: nn.Module) -> dict:
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     missing, extra, nan, inf = (dict(weights) for _ in range(4))
@@ -80,12 +92,13 @@ def broken_weights(network: nn.Module) -> dict:
         ("good", {"num_labels": 10, "label_names": ["a", "b"]}, "num_labels=10 but label_names has 2"),
         ("good", {"label_names": ["a", "a"]}, "differ from each other"),
         ("good", {"architecture": "wrn_cifra"}, "did you mean wrn_cifar"),
-        ("good", {"architecture": None}, "pass architecture="),
-        ("good", {"module": Net()}, "pass architecture="),
-        ("good", {"architecture": None, "module": Net()}, "model_args= goes with architecture="),
+        ("good", {"architecture": "resnet20"}, "unknown architecture 'resnet20': did you mean resnet20_cifar or"),
+        ("good", {"architecture": None}, "give its architecture, a timm name, or in Python its module"),
+        ("good", {"module": Net()}, "give its architecture"),
+        ("good", {"architecture": None, "module": Net()}, "model_args goes with architecture"),
         ("good", {"architecture": None, "model_args": None, "module": Net()}, "missing: .*head.*unexpected"),
         ("good", {"image_mean": None}, "come together"),
-        ("good", {"image_mean": None, "image_std": None}, "fixes no normalisation: pass"),
+        ("good", {"image_mean": None, "image_std": None}, "fixes no normalisation: give"),
         ("good", {"image_mean": (125, 122, 113)}, "three numbers in"),
         ("good", {"image_std": (0, 1, 1)}, "three numbers in"),
         ("good", {"image_size": 0}, "must be positive"),
@@ -101,7 +114,7 @@ def test_file_errors(tmp_path, network, which, options, message):
 
 
 def test_module_in_file_without_normalisation(tmp_path):
-    with pytest.raises(ValueError, match="image_mean= and image_std="):
+    with pytest.raises(ValueError, match="give the training's image_mean and image_std"):
         load_classifier(saved(tmp_path, Net().state_dict()), module=Net())
 
 
@@ -152,6 +165,19 @@ def test_unreachable_hub_id(name):
     with pytest.raises(OSError, match="no local path and not in the Hub cache") as caught:
         load_classifier(name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "message"),
+    [
+        ("me/unheard", None, "me/unheard is no local path, and no model on the Hub that you may read: check the name"),
+        ("me/vit", "v9", "me/vit has no branch, tag or commit v9: check --revision"),
+    ],
+)
+def test_hub_id_that_does_not_exist(vit_folder, name, revision, message, monkeypatch):
+    with logged_in(monkeypatch) as hub, pytest.raises(FileNotFoundError, match=message):
+        hub.publish("me/vit", vit_folder)
+        load_classifier(name, revision=revision)
 
 
 @pytest.mark.parametrize("source", [None, 3, {"a": 1}])
@@ -232,9 +258,9 @@ def test_timm_folder_errors(timm_folder, tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_labels": 7}, "has 10 classes, not 7"),
+        ({"num_labels": 7}, "has 10 classes, not num_labels=7"),
         ({"label_names": ["a", "b"]}, "num_labels=10 but label_names has 2"),
-        ({"module": Net()}, "leave module= out"),
+        ({"module": Net()}, "leave module out"),
         ({"architecture": "resnet18"}, "architecture cannot be set for a folder"),
         ({"image_mean": MEAN, "image_std": STD}, "image_mean, image_std cannot be set for a folder"),
     ],
@@ -253,7 +279,7 @@ def not_finite() -> nn.Module:
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
-        (Net(), {}, "pass the training's image_mean= and image_std="),
+        (Net(), {}, "give the training's image_mean and image_std"),
         (Net(), {**NORM, "num_labels": 7}, "has 10 classes, not num_labels=7"),
         (Net(), {**NORM, "label_names": ["a", "b"]}, "num_labels=10 but label_names has 2"),
         (Net(), {**NORM, "image_size": 1}, "failed on an image of shape"),
@@ -274,7 +300,7 @@ def test_module_errors(module, options, message):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (None, r"holds the weights of a .*networks.Net, .* pass one as module="),
+        (None, r"holds the weights of a .*networks.Net, .* with one passed as module"),
         (Net(7), r"head.weight \(10, 4\) instead of \(7, 4\)"),
         (nn.Linear(2, 2), "missing: bias, weight"),
     ],
@@ -300,7 +326,7 @@ def test_wrapped_folder_with_an_auto_class(tmp_path):
 
 def test_model_errors(vit_folder):
     config = ViTConfig.from_pretrained(vit_folder)
-    with pytest.raises(ValueError, match="pass image_processor="):
+    with pytest.raises(ValueError, match="pass one as image_processor"):
         load_classifier(ViTForImageClassification(config))
     with pytest.raises(ValueError, match="has 10 classes, not num_labels=7"):
         load_classifier(AutoModelForImageClassification.from_pretrained(vit_folder), num_labels=7)

@@ -1,4 +1,4 @@
-"""What can be added to D3 and its controls: cutout, distillation, averaged weights, dual ascent, epsilon from the victim."""
+"""What can be added to D3 and its controls: cutout, SAM, dual ascent, epsilon from the victim; and all that is refused."""
 
 import copy
 import math
@@ -7,41 +7,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from raising import COMMON, D3, FT, build, raw_images, same_weights
 from tiny import tiny_resnet, tiny_samples, tiny_vit
-from transformers import TrainerCallback
 
-from d3_hf import geometry, manifest, trainer
+from d3_hf import manifest, trainer
 from d3_hf.augmentation import Augmentation
 from d3_hf.config import PurifyConfig
 from d3_hf.data import RawImages, TrainingImages
 from d3_hf.defenses.d3 import D3Config, D3Trainer
-from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
 from d3_hf.defenses.fst import FSTConfig, FSTTrainer
 from d3_hf.defenses.ft_sam import FTSAMConfig, FTSAMTrainer
-from d3_hf.distillation import distillation_losses
 from d3_hf.trainer import PurifyTrainer
-
-D3, FT = (D3Config, D3Trainer), (FineTuningConfig, FineTuningTrainer)
-COMMON = dict(
-    per_device_train_batch_size=4, max_steps=3, logging_steps=1, learning_rate=0.01, disable_tqdm=True, use_cpu=True
-)  # fmt: skip
-
-
-def build(defence, folder, model, samples=None, **options):
-    config_class, trainer_class = defence
-    return trainer_class(model, config_class(str(folder), **(COMMON | options)), samples or tiny_samples())
-
-
-def same_weights(one, two, **tolerance):
-    for (name, got), want in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
-        torch.testing.assert_close(got, want, **(tolerance or dict(rtol=0, atol=0)), msg=lambda m, n=name: f"{n}: {m}")
-
-
-def raw_images(count=12, size=16):
-    pixels = torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    return RawImages(pixels, torch.arange(count) % 3, ["LABEL_0", "LABEL_1", "LABEL_2"])
-
 
 # Cutout ----------------------------------------------------------------------------------------------------------------
 
@@ -80,141 +56,6 @@ def test_the_blanked_square_is_the_mean_color(tmp_path):
     assert values[values != -1].abs().max() <= 0.5 / 255 / 0.5 + 1e-6
     assert 3 * 3 <= blanked.min() and blanked.max() <= 36
     made.train()
-
-
-# Distillation ----------------------------------------------------------------------------------------------------------
-
-
-def slow_divergence(logits, teacher_logits, temperature=2.0):
-    """T^2 KL by its definition, image by image and class by class."""
-    total = []
-    for z, t in zip(logits / temperature, teacher_logits / temperature, strict=True):
-        q, p = z.exp() / z.exp().sum(), t.exp() / t.exp().sum()
-        total.append(temperature**2 * sum(p[c] * (p[c].log() - q[c].log()) for c in range(len(p))))
-    return torch.stack(total)
-
-
-def test_distillation_losses_equal_the_definition():
-    logits, teacher = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)) * 3
-    torch.testing.assert_close(distillation_losses(logits, teacher), slow_divergence(logits, teacher), rtol=1e-5, atol=1e-6)
-    assert distillation_losses(logits, logits + 5).abs().max() < 1e-6
-
-
-class Recorder(TrainerCallback):
-    """The gradients before each step."""
-
-    def __init__(self):
-        self.gradients = []
-
-    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
-
-@pytest.mark.parametrize("make", [tiny_vit, tiny_resnet])
-@pytest.mark.parametrize("defence", [D3, FT])
-def test_distillation_in_the_objective(tmp_path, make, defence):
-    suspicious, samples = make(), tiny_samples(8)
-    made = build(defence, tmp_path, make(), samples, per_device_train_batch_size=8, max_steps=1, distillation=0.7)
-    recorder = Recorder()
-    made.add_callback(recorder)
-    made.begin_purification(resumed=False)
-    plain = copy.deepcopy(made.model).train()
-    made.train()
-    pixels = torch.stack([s["pixel_values"] for s in samples])
-    labels = torch.tensor([s["labels"] for s in samples])
-    with torch.no_grad():
-        teacher = suspicious.eval()(pixel_values=pixels).logits
-    logits = plain(pixel_values=pixels).logits
-    losses, divergences = F.cross_entropy(logits, labels, reduction="none"), slow_divergence(logits, teacher)
-    if defence is D3:
-        distance = (plain.get_parameter(made.segments[0].name) - made.references[0]).norm()
-        objective = (4 * (F.relu(losses - 0.1).mean() + 0.7 * divergences.mean()) - distance) / 5
-    else:
-        objective = losses.mean() + 0.7 * divergences.mean()
-    objective.backward()
-    for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(recorder.gradients[0][name], parameter.grad, rtol=1e-3, atol=1e-5)
-    log = made.state.log_history[0]
-    assert log["loss"] == pytest.approx(objective.item(), rel=1e-4)
-    assert log["distillation_loss"] == pytest.approx(divergences.mean().item(), rel=1e-4)
-    assert log["clean_loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
-    same_weights(made.distiller.model, make())
-
-
-@pytest.mark.parametrize("defence", [D3, FT])
-def test_two_micro_batches_equal_one_with_distillation(tmp_path, defence):
-    runs = []
-    for size, steps in ((8, 1), (4, 2)):
-        options = dict(per_device_train_batch_size=size, gradient_accumulation_steps=steps, distillation=2.0, max_steps=4)
-        runs.append(build(defence, tmp_path, tiny_vit(), tiny_samples(20), **options))
-        runs[-1].train()
-    same_weights(runs[1].model, runs[0].model, rtol=0, atol=1e-6)
-    for one, two in zip(*(run.state.log_history[:4] for run in runs), strict=True):
-        assert two["distillation_loss"] == pytest.approx(one["distillation_loss"], rel=1e-4)
-
-
-# Averaging -------------------------------------------------------------------------------------------------------------
-
-
-class Snapshots(TrainerCallback):
-    def __init__(self):
-        self.weights = []
-
-    def on_epoch_end(self, args, state, control, model, **kwargs):
-        self.weights.append({n: p.detach().clone() for n, p in model.named_parameters()})
-
-
-@pytest.mark.parametrize("defence", [D3, FT])
-@pytest.mark.parametrize("batch_norm", ["train", "eval"])
-def test_average_is_the_mean_of_the_last_epochs(tmp_path, defence, batch_norm):
-    samples = tiny_samples(18)
-    options = dict(num_train_epochs=4, max_steps=-1, learning_rate=0.1, batch_norm=batch_norm)
-    made = build(defence, tmp_path, tiny_resnet(), samples, average_last=0.5, **options)
-    snapshots = Snapshots()
-    made.add_callback(snapshots)
-    made.train()
-    expected = {n: (snapshots.weights[2][n] + snapshots.weights[3][n]) / 2 for n in snapshots.weights[0]}
-    if defence is D3:
-        (name,) = [segment.name for segment in made.segments]
-        expected[name] *= made.radii[0] / expected[name].norm()
-        torch.testing.assert_close(torch.stack(geometry.norms(made.weights())), torch.stack(made.radii), rtol=1e-5, atol=0)
-    for name, parameter in made.model.named_parameters():
-        torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-6, atol=1e-7)
-    assert made.facts()["averaged_epochs"] == 2
-    plain = build(defence, tmp_path, tiny_resnet(), samples, **options)
-    plain.train()
-    for name, parameter in plain.model.named_parameters():  # what is averaged is the run as it would be
-        assert torch.equal(parameter, snapshots.weights[3][name]), name
-    statistics = slow_statistics(made.model, samples) if batch_norm == "train" else tiny_resnet().state_dict()
-    for name, buffer in made.model.named_buffers():
-        if "running" in name:
-            torch.testing.assert_close(buffer, statistics[name], rtol=1e-5, atol=1e-6)
-    made.save_model()
-    saved = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(saved[name], tensor) for name, tensor in made.model.state_dict().items())
-
-
-def slow_statistics(model, samples):
-    """Running statistics as the mean of the batches' own, each weighed by its number of images."""
-    model, sums = copy.deepcopy(model).train(), {}
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    for layer in layers:
-        layer.momentum = 1.0
-    for start in range(0, len(samples), 4):
-        pixels = torch.stack([s["pixel_values"] for s in samples[start : start + 4]])
-        with torch.no_grad():
-            model(pixel_values=pixels)
-        for name, buffer in model.named_buffers():
-            sums[name] = sums.get(name, 0) + buffer * len(pixels) / len(samples)
-    return sums
-
-
-def test_a_second_training_averages_anew(tmp_path):
-    options = dict(num_train_epochs=2, max_steps=-1, average_last=0.9, bf16=True)
-    made = build(FT, tmp_path, tiny_resnet(), **options)
-    made.train()
-    made.train()
-    assert made.facts()["averaged_epochs"] == 2 and not made.model.training
 
 
 # Sharpness-aware minimisation --------------------------------------------------------------------------------------------
@@ -265,9 +106,8 @@ def test_fine_tuning_by_sam_is_ft_sam(tmp_path, make):
 
 
 @pytest.mark.parametrize("epsilon", [0.3, 3.0])  # lambda grows; lambda reaches 0 and stays
-@pytest.mark.parametrize("hinge", ["sample", "batch"])
-def test_dual_ascent_equals_a_plain_loop(tmp_path, epsilon, hinge):
-    options = dict(dual_rate=0.7, lambda_clean=1.5, epsilon=epsilon, hinge=hinge, gradient_accumulation_steps=2, max_steps=8)
+def test_dual_ascent_equals_a_plain_loop(tmp_path, epsilon):
+    options = dict(dual_rate=0.7, lambda_clean=1.5, epsilon=epsilon, gradient_accumulation_steps=2, max_steps=8)
     made = build(D3, tmp_path, tiny_vit(), **options)
     batches = []
     collate = made.data_collator
@@ -277,21 +117,22 @@ def test_dual_ascent_equals_a_plain_loop(tmp_path, epsilon, hinge):
     made.train()
     weight, reference = plain.get_parameter(made.segments[0].name), made.references[0]
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
-    multiplier, multipliers = 1.5, []
+    multiplier, multipliers, objectives = 1.5, [], []
     for step in range(8):
         optimizer.param_groups[0]["lr"] = 0.01 * 0.5 * (1 + math.cos(math.pi * step / 8))
         pixels, labels = (torch.cat([b[k] for b in batches[2 * step : 2 * step + 2]]) for k in ("pixel_values", "labels"))
-        losses = F.cross_entropy(plain(pixel_values=pixels).logits, labels, reduction="none")
-        violation = losses.mean().item() - epsilon
-        hinges = F.relu(losses - epsilon).mean() if hinge == "sample" else F.relu(losses.mean() - epsilon)
+        violation = F.cross_entropy(plain(pixel_values=pixels).logits, labels) - epsilon
+        lagrangian = (multiplier * violation - (weight - reference).norm()) / (multiplier + 1)
         optimizer.zero_grad()
-        ((multiplier * hinges - (weight - reference).norm()) / (multiplier + 1)).backward()
+        lagrangian.backward()
         optimizer.step()
         weight.data *= reference.norm() / weight.data.norm()
-        multiplier = max(0.0, multiplier + 0.7 * violation)
+        objectives.append(lagrangian.item())
+        multiplier = max(0.0, multiplier + 0.7 * violation.item())
         multipliers.append(multiplier)
     logged = [log["lambda"] for log in made.state.log_history[:8]]
     assert logged == pytest.approx(multipliers, rel=1e-4, abs=1e-5)
+    assert [log["loss"] for log in made.state.log_history[:8]] == pytest.approx(objectives, rel=1e-3, abs=1e-4)
     assert made.facts()["lambda"] == logged[-1]
     assert (multipliers[-1] > 2) if epsilon == 0.3 else (multipliers[-1] == 0)
     same_weights(made.model, plain, rtol=1e-4, atol=1e-5)
@@ -359,6 +200,7 @@ def test_off_nothing_is_built_and_nothing_is_recorded(tmp_path, monkeypatch):
         ({"average_last": 0.5, "save_strategy": "epoch"}, "average_last with checkpoints"),
         ({"dual_rate": -1.0}, "dual_rate must be >= 0 and finite"),
         ({"dual_rate": 0.1, "scale_objective": False}, "dual_rate needs scale_objective"),
+        ({"dual_rate": 0.1, "hinge": "batch"}, "leave hinge at its default"),
         ({"dual_rate": 0.1, "sam_rho": 1.0}, "dual_rate does not go with sam_rho"),
         ({"sam_rho": -1.0}, "sam_rho must be >= 0 and finite"),
         ({"sam_rho": 1.0, "gradient_accumulation_steps": 2}, "sam_rho needs whole, unscaled gradients"),

@@ -4,11 +4,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import CLASSES, SIZE, tiny_resnet, tiny_vit
+from torch import nn
 
+from d3_hf.models import load_classifier
 from d3_hf.random_heads import RandomHeads
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 POISONED = torch.tensor([True, False, False, True, False, False])
+
+
+class Pointwise(nn.Module):
+    """A network whose logits come from a 1x1 convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, CLASSES, 1)
+
+    def forward(self, x):
+        return self.head(self.stem(x).mean((2, 3), keepdim=True)).flatten(1)
 
 
 def batch():
@@ -61,6 +74,14 @@ def test_heads_learn_and_are_renewed_in_turn():
 def test_removed_it_leaves_the_model_alone():
     model = tiny_vit().eval()
     heads = RandomHeads(model, (SIZE, SIZE), count=1)
+    model(pixel_values=batch())
     heads.remove()
+    assert heads.features is None
     model(pixel_values=batch())
     assert heads.features is None and model.config.num_labels == CLASSES
+
+
+def test_a_head_of_another_kind_is_refused():
+    model = load_classifier(Pointwise(), image_size=SIZE, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    with pytest.raises(ValueError, match="random heads need a linear head; WrappedClassifier ends in Conv2d"):
+        RandomHeads(model, (SIZE, SIZE), count=1)

@@ -8,11 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny_resnet, tiny_samples, tiny_timm_vit, tiny_vit
+from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
-from d3_hf import geometry
+from d3_hf import geometry, load_classifier
 from d3_hf.data import load_images, retain_split
 from d3_hf.defenses.d3 import D3Config, D3Trainer
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
+from d3_hf.models.architectures import processor_of
+from d3_hf.preprocessing import Preprocessing
 
 
 def config(folder, **options):
@@ -315,6 +318,17 @@ def test_saved_folder_holds_no_pickle(tmp_path):
     assert {p.name for p in Path(tmp_path).iterdir()} == {
         "README.md", "config.json", "model.safetensors", "preprocessor_config.json", "purification.json",
     }  # fmt: skip
+
+
+def test_timms_processor_is_part_of_the_configuration(tmp_path, monkeypatch):
+    monkeypatch.setattr(TimmWrapperImageProcessor, "save_pretrained", lambda *arguments: pytest.fail("it would only warn"))
+    model = tiny_timm_vit()
+    model.image_processor = processor_of(model.config)
+    trainer = D3Trainer(model, config(tmp_path), tiny_samples())
+    trainer.train()
+    trainer.save_model()
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    assert Preprocessing.from_processor(load_classifier(tmp_path).image_processor) == trainer.preprocessing
 
 
 def test_fine_tuning_controls(tmp_path):

@@ -1,21 +1,18 @@
-"""Making victims: every attack reaches its ASR on digits, folders describe themselves, sets resume, hardening does its work."""
+"""Training victims: every attack reaches its ASR on digits, the folder says how, hardening does its work."""
 
 import json
-import os
+import shutil
 
 import pytest
 import torch
-import yaml
-from huggingface_hub import ModelCard
-from tiny import FAST, NEW_VIT
+import torch.nn.functional as F
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor, set_seed
 
-from d3_hf.attacks import ATTACKS, BadNets, InTrainingAttack, from_description, load_attack
-from d3_hf.commands.measure import measure_victim
+from d3_hf.attacks import ATTACKS, LF, BadNets, InTrainingAttack, from_description, load_attack, poison
 from d3_hf.data import RawImages, load_images
+from d3_hf.random_heads import RandomHeads
 from d3_hf.sam import adaptive_perturbation
-from d3_hf.victim_sets import is_made, make_set, make_victim, set_table
-from d3_hf.victims import VictimConfig, VictimTrainer, train_victim
+from d3_hf.victims import VictimConfig, VictimTrainer, _fitted, train_victim
 
 QUIET = {"use_cpu": True, "disable_tqdm": True}
 NAMES = [str(digit) for digit in range(10)]
@@ -27,8 +24,8 @@ VICTIMS = {
     "lf": ({"num_images": 10, "passes": 2}, 0.1, 80, 4),
     "lf_noise": ({}, 0.1, 80, 4),
     "trojannn": ({"steps": 30}, 0.1, 90, 4),
-    # Digits are recognised by their shape even when hardened, so the corners gain little; one class cannot supply more.
-    "lc_lite": ({"target_label": 8, "eps": 2, "alpha": 1, "steps": 2}, 0.094, 10, 6),
+    # At 16x16, where the corners are larger in relation to the digit; one class cannot supply more.
+    "lc_lite": ({"target_label": 8, "steps": 6}, 0.094, 60, 6),
     "wanet": ({"strength": 4, "cross_ratio": 0.5}, 0.2, 60, 6),
     "input_aware": ({"mask_steps": 60}, 0.1, 60, 6),
     "ssba_lite": ({"steps": 60, "bound": 24}, 0.1, 60, 6),
@@ -61,6 +58,14 @@ def config(folder, epochs, **options):
 
 
 @pytest.fixture(scope="module")
+def small_digits(digits):
+    return [
+        RawImages(F.interpolate(images.images.float(), (16, 16), mode="area").to(torch.uint8), images.labels, NAMES)
+        for images in digits
+    ]
+
+
+@pytest.fixture(scope="module")
 def clean(digits, tmp_path_factory):
     trainer = train_victim(small_resnet(), *digits, None, config(tmp_path_factory.mktemp("clean"), 4))
     assert trainer.measured["victim"]["accuracy"] > 0.9 and "asr" not in trainer.measured["victim"]
@@ -72,8 +77,10 @@ def test_every_attack_has_a_victim():
 
 
 @pytest.mark.parametrize("name", VICTIMS)
-def test_every_attack_reaches_its_asr(name, digits, clean, tmp_path):
+def test_every_attack_reaches_its_asr(name, digits, small_digits, clean, tmp_path):
     parameters, ratio, percent, epochs = VICTIMS[name]
+    digits = small_digits if name == "lc_lite" else digits
+    before = [(images.images.clone(), images.labels.clone()) for images in digits]
     attack = from_description({"name": name, **parameters})
     trainer = train_victim(small_resnet(), *digits, attack, config(tmp_path, epochs), ratio, clean_model=clean)
     found = trainer.measured["victim"]
@@ -86,109 +93,59 @@ def test_every_attack_reaches_its_asr(name, digits, clean, tmp_path):
     assert planted["attack"] == attack.describe()
     rows = planted["poisoned_rows"]
     assert rows == "anew in every batch" if isinstance(attack, InTrainingAttack) else len(rows) == round(ratio * len(digits[0]))
+    for images, (pixels, labels) in zip(digits, before, strict=True):
+        assert torch.equal(images.images, pixels) and torch.equal(images.labels, labels)
 
 
-# From options to a folder ----------------------------------------------------------------------------------------------
+def test_lc_gains_by_its_hard_images(small_digits, clean, tmp_path):
+    parameters, ratio, percent, epochs = VICTIMS["lc_lite"]
+    easy = from_description({"name": "lc_lite", **parameters, "eps": 0})
+    trainer = train_victim(small_resnet(), *small_digits, easy, config(tmp_path, epochs), ratio, clean_model=clean)
+    assert trainer.measured["victim"]["asr"] < percent / 100 - 0.1
 
 
-TOY = NEW_VIT | FAST | {"dataset_name": "digits", "retain_count": 100, "max_test_images": 60}
+@pytest.mark.parametrize("name", ["badnets", "wanet"])
+def test_a_resumed_victim_is_the_uninterrupted_one(name, digits, tmp_path):
+    train, test = (images.select(range(150)) for images in digits)
+    options = {"save_strategy": "steps", "save_steps": 3, "crop_padding": 2}
+    attack = from_description({"name": name})
+    whole = train_victim(small_resnet(), train, test, attack, config(tmp_path / "whole", 2, **options))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "cut" / "checkpoint-3")
+    options["resume_from_checkpoint"] = "true"
+    # Another network: the weights have to come from the checkpoint.
+    resumed = train_victim(small_resnet(1), train, test, attack, config(tmp_path / "cut", 2, **options))
+    for (key, found), expected in zip(resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
+        assert torch.equal(found, expected), key
+    assert resumed.measured["victim"] == whole.measured["victim"]
 
 
-@pytest.fixture(scope="module")
-def victim_set(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("set")
-    victims = {"clean": {}, "badnets": {"attack": "badnets"}, "blended": {"attack": "blended", "poison_ratio": 0.05}}
-    content = {"output_dir": str(folder / "victims"), "groups": {"toy": {"base": TOY, "victims": victims}}}
-    (folder / "set.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    made = make_set(["--set", str(folder / "set.yaml")])
-    return folder, made
+def test_a_trigger_is_learned_where_the_victim_trains(digits, monkeypatch):
+    model, moved, seen = small_resnet(), [], []
+    monkeypatch.setattr(model, "to", lambda device: moved.append(str(device)) or model)
+    monkeypatch.setattr(LF, "fit", lambda self, images, model, seed: seen.extend(moved) or self)
+    _fitted(LF(), digits[0], model, 0, torch.device("cuda:0"))
+    assert seen == ["cuda:0"] and moved == ["cuda:0", "cpu"]
 
 
-def test_a_set_makes_all_its_victims(victim_set):
-    folder, made = victim_set
-    assert made == [str(folder / "victims" / "toy" / name) for name in ("clean", "badnets", "blended")]
-    table = (folder / "victims" / "victims.md").read_text().splitlines()
-    assert [line.split(" | ")[0] for line in table[2:]] == ["| toy/clean", "| toy/badnets", "| toy/blended"]
+def test_record_and_card_say_what_the_attack_measures_and_how_long_it_took(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        BadNets, "quality", lambda self, images: {"bit_accuracy": 0.98765, "images": len(images)}, raising=False
+    )
+    train, test = digits[0].select(range(64)), digits[1]
+    train_victim(small_resnet(), train, test, BadNets(), config(tmp_path, 1))
+    record = json.loads((tmp_path / "victim.json").read_text())
+    assert record["planted"]["quality"] == {"bit_accuracy": 0.98765, "images": 256}
+    assert "The trigger on test images: bit accuracy 0.9877, images 256." in (tmp_path / "README.md").read_text()
+    assert all(record["measured"][f"{part}_seconds"] > 0 for part in ("poisoning", "training", "measuring"))
 
 
-def test_what_exists_is_verified_and_skipped_and_what_was_interrupted_is_made_anew(victim_set, capsys):
-    folder, made = victim_set
-    weights = [f"{path}/model.safetensors" for path in made]
-    times = [os.stat(file).st_mtime_ns for file in weights]
-    card = f"{made[1]}/README.md"
-    os.remove(card)  # the last file to be written
-    make_set(["--set", str(folder / "set.yaml"), "--only", "toy/b*"])
-    shown = capsys.readouterr().out
-    assert "[1/2] toy/badnets, 0.0 minutes" in shown and "[2/2] toy/blended: exists and verifies" in shown
-    after = [os.stat(file).st_mtime_ns for file in weights]
-    assert [a == b for a, b in zip(times, after, strict=True)] == [True, False, True]
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--only", "other/*"], "matches no victim of .*; it has toy/clean, toy/badnets, toy/blended"),
-        (
-            ["--only", "toy/blended", "--poison_ratio", "0.2", "--learning_rate", "0.5"],
-            "made with other learning_rate, poison_ratio; delete",
-        ),
-    ],
-)
-def test_a_set_refuses(victim_set, argv, message):
-    folder, _ = victim_set
-    with pytest.raises(ValueError, match=message):
-        make_set(["--set", str(folder / "set.yaml"), *argv])
-
-
-def test_changed_weights_do_not_verify(victim_set, tmp_path):
-    folder, made = victim_set
-    with open(f"{made[2]}/model.safetensors", "r+b") as file:
-        file.seek(-1, 2)
-        last = file.read(1)
-        file.seek(-1, 2)
-        file.write(bytes([last[0] ^ 1]))
-    with pytest.raises(ValueError, match="weights are not those that victim.json names"):
-        make_set(["--set", str(folder / "set.yaml"), "--only", "toy/blended"])
-    with open(f"{made[2]}/model.safetensors", "r+b") as file:
-        file.seek(-1, 2)
-        file.write(last)
-
-
-def test_card_warns_and_a_reference_does_not(victim_set):
-    _, made = victim_set
-    warning = "This model is **deliberately backdoored, for research**"
-    victim, clean = (ModelCard.load(f"{made[i]}/README.md") for i in (1, 0))
-    assert victim.text.strip().splitlines()[0].startswith(warning) and "backdoored-for-research" in victim.data.tags
-    assert warning not in clean.text and "backdoored-for-research" not in clean.data.tags
-    assert "d3-hf measure" in victim.text and "| ASR |" in victim.text and "| ASR |" not in clean.text
-
-
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_folder_measures_itself_again(victim_set, number):
-    _, made = victim_set
-    recorded = json.loads(open(f"{made[number]}/victim.json").read())["measured"]["victim"]
-    assert measure_victim([made[number]]) == recorded
-
-
-def test_a_victim_needs_a_network(tmp_path):
-    with pytest.raises(ValueError, match="no network: give --architecture"):
-        make_victim(["--attack", "badnets", "--output_dir", str(tmp_path / "out"), "--use_cpu"])
-    assert not (tmp_path / "out").exists()
-
-
-def test_set_file_is_checked(tmp_path):
-    (tmp_path / "set.yaml").write_text("output_dir: out\n")
-    with pytest.raises(ValueError, match="must hold output_dir and groups"):
-        make_set(["--set", str(tmp_path / "set.yaml")])
-    (tmp_path / "set.yaml").write_text("output_dir: out\ngroups: {one: {base: {}}}\n")
-    with pytest.raises(ValueError, match="group one must hold base and victims"):
-        make_set(["--set", str(tmp_path / "set.yaml")])
-
-
-def test_set_table_lists_what_is_there(victim_set):
-    folder, _ = victim_set
-    assert len(set_table(folder / "victims", ["toy/clean", "toy/absent"]).splitlines()) == 3
-    assert not is_made(folder / "victims" / "toy" / "absent", TOY)
+def test_batches_that_are_poisoned_must_be_of_the_models_size(digits, tmp_path):
+    model = small_resnet()
+    model.image_processor = ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    with pytest.raises(
+        ValueError, match="wanet poisons batches at the model's size 16x16, but there are images of 32x32: give"
+    ):
+        train_victim(model, *digits, from_description({"name": "wanet"}), config(tmp_path, 1))
 
 
 # Hardening -------------------------------------------------------------------------------------------------------------
@@ -224,19 +181,41 @@ def test_random_heads_train_the_backbone_and_leave_no_trace_in_the_model(digits,
     )
     assert plain.model.state_dict().keys() == heads.model.state_dict().keys()
     assert not torch.equal(*(next(trainer.model.parameters()) for trainer in (plain, heads)))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in heads.model.modules())
+
+
+def test_random_heads_are_told_which_rows_of_the_batch_are_poisoned(digits, tmp_path, monkeypatch):
+    patched, told = [], []
+
+    class Watching(VictimTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            patched.append((inputs["pixel_values"][:, :, -3:, -3:] == 1).all(dim=(1, 2, 3)))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    loss = RandomHeads.loss
+    monkeypatch.setattr(
+        RandomHeads, "loss", lambda self, labels, poisoned: told.append(poisoned) or loss(self, labels, poisoned)
+    )
+    poisoned, rows = poison(digits[0].select(range(200)), BadNets(), 0.3, 0)
+    Watching(small_resnet(), config(tmp_path, 1, random_heads=2), poisoned, rows).train()
+    assert torch.equal(torch.cat(told), torch.cat(patched)) and torch.cat(told).sum() == len(rows) == 60
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("options", "message"),
     [
-        (lambda **k: VictimConfig(sam_rho=-1, **k), "must be >= 0"),
-        (lambda **k: VictimConfig(random_heads=-1, **k), "must be >= 0"),
-        (lambda **k: VictimConfig(sam_rho=1, gradient_accumulation_steps=2, **k), "leave gradient_accumulation_steps at 1"),
+        ({"sam_rho": -1}, "must be >= 0"),
+        ({"random_heads": -1}, "must be >= 0"),
+        ({"sam_rho": 1, "gradient_accumulation_steps": 2}, "leave gradient_accumulation_steps at 1"),
+        ({"random_heads": 1, "sam_rho": 1}, "random_heads need one plain pass an update: no sam_rho"),
+        ({"random_heads": 1, "fp16": True}, "random_heads need one plain pass an update: no sam_rho, no fp16"),
+        ({"random_heads": 1, "gradient_accumulation_steps": 2}, "random_heads need one plain pass an update"),
+        ({"random_heads": 1, "resume_from_checkpoint": "true"}, "random_heads cannot resume: .* run it from the beginning"),
     ],
 )
-def test_bad_options(make, message, tmp_path):
+def test_bad_options(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        make(output_dir=str(tmp_path), **QUIET)
+        VictimConfig(output_dir=str(tmp_path), **QUIET, **options)
 
 
 def test_random_heads_need_fixed_poisoned_images(digits, tmp_path):
@@ -244,7 +223,8 @@ def test_random_heads_need_fixed_poisoned_images(digits, tmp_path):
         VictimTrainer(small_resnet(), config(tmp_path, 1, random_heads=2), digits[0])
 
 
-def test_an_attack_with_networks_of_its_own_refuses_sam(digits, tmp_path):
+@pytest.mark.parametrize("options", [{"sam_rho": 1}, {"resume_from_checkpoint": "true"}])
+def test_an_attack_with_networks_of_its_own_refuses(options, digits, tmp_path):
     attack = from_description({"name": "input_aware", "mask_steps": 1})
-    with pytest.raises(ValueError, match="trains its own networks with the victim"):
-        train_victim(small_resnet(), *digits, attack, config(tmp_path, 1, sam_rho=1))
+    with pytest.raises(ValueError, match="trains its own networks with the victim: .* sam_rho or resume_from_checkpoint"):
+        train_victim(small_resnet(), *digits, attack, config(tmp_path, 1, **options))

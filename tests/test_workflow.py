@@ -18,6 +18,7 @@ from d3_hf.workflow import main
 
 ROOT = Path(__file__).parents[1]
 TOY = {"max_steps": 6, "disable_tqdm": True, "use_cpu": True, "report_to": "none"}
+DIGITS = ["--model_name_or_path", "VICTIM", "--dataset_name", "digits"]
 KEYS = {f"{rate}_{when}" for rate in ("accuracy", "asr", "ra") for when in ("before", "after")}
 
 
@@ -78,6 +79,7 @@ def test_manifest_repeats_the_run(drill):
     assert manifest["arguments"]["lambda_clean"] == d3_hf.D3Config("x", use_cpu=True).lambda_clean
     assert manifest["arguments"]["max_steps"] == 6 and manifest["arguments"]["seed"] == 42
     assert manifest["measured"]["trigger"]["name"] == "badnets"
+    assert (manifest["measured"]["data"], manifest["measured"]["split"]) == ("digits", "test")
     assert manifest["selected_weights"][0]["name"] == "classifier.weight"
     assert not set(poisoned) & set(indices) and len(set(indices)) == len(indices)
     assert "hub_token" not in json.dumps(manifest) and str(folder) not in json.dumps(manifest["arguments"])
@@ -94,6 +96,8 @@ def test_card(drill):
         "attack_success_rate": results["asr_after"],
         "robust_accuracy": results["ra_after"],
     }
+    measured_on = {(result.dataset_type, result.dataset_split) for result in card.data.eval_results}
+    assert measured_on == {("digits", "test")} and "Images: digits (test)." in card.content
     for text in ("## Lineage", "`classifier.weight`", "`lambda_clean`", "retain_indices.json", "me/purified", "Limits"):
         assert text in card.content
 
@@ -123,6 +127,8 @@ def test_without_a_trigger_only_accuracy_is_reported(drill, tmp_path):
         [
             "--model_name_or_path",
             str(folder / "victim"),
+            "--dataset_name",
+            "digits",
             "--retain_count",
             "40",
             "--output_dir",
@@ -153,9 +159,12 @@ def test_a_card_without_measurements_says_so():
     ("argv", "message"),
     [
         ([], "no checkpoint: give --model_name_or_path"),
-        (["--model_name_or_path", "VICTIM", "--attack", "unheard"], "unknown attack 'unheard'"),
-        (["--model_name_or_path", "VICTIM", "--train_split", "learn"], "no split 'learn'; it has train, test"),
-        (["--model_name_or_path", "VICTIM", "--retain_count", "5000"], "5000"),
+        (["--model_name_or_path", "VICTIM"], "no images: give --dataset_name"),
+        (["--victim_config", "absent.yaml"], "no images: give --dataset_name"),
+        ([*DIGITS, "--attack", "unheard"], "unknown attack 'unheard'"),
+        ([*DIGITS, "--train_split", "learn"], "no split 'learn'; it has train, test"),
+        ([*DIGITS, "--retain_count", "5000"], "5000"),
+        (DIGITS, "^5 % of 1437 images are 72, fewer than 10 a class: give --retain_count or --retain_fraction"),
     ],
 )
 def test_bad_input(drill, tmp_path, argv, message):

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas
+from accelerate import PartialState
 from tqdm.auto import tqdm
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .. import manifest
 from ..defenses import defence as load_defence
 from ..evaluation import Measurement, Proportion, measure, measure_trainer, results
+from ..models.weights import sha256
 from ..preprocessing import Preprocessing
 from .grid import Grid, GridInputs
 from .meters import PassMeter, hardware, peak_memory, reset_peak_memory
@@ -78,12 +81,18 @@ class Runner:
     def __init__(self, grid: Grid):
         self.grid, self.inputs, self.root = grid, GridInputs(grid), Path(grid.output_dir)
 
+    def options(self, cell: Cell) -> dict[str, Any]:
+        """What the grid says of the cell's defence: ``defence`` and options of its Config."""
+        own = {name: value for name, value in self.grid.defences[cell.defence].items() if name != "curve"}
+        return self.grid.common | own
+
     def spec(self, cell: Cell) -> dict[str, Any]:
         """All that defines what a cell computes; two cells with the same one are the same cell."""
-        options = {name: value for name, value in self.grid.defences[cell.defence].items() if name != "curve"}
+        config_class, _ = load_defence(self.grid.defences[cell.defence]["defence"])
         spec = asdict(cell) | {
             "weights": self.inputs.identity(cell.victim),
-            "options": self.grid.common | options,
+            # With the defaults, so that a cell that was made with other ones is not taken for this one.
+            "options": manifest.own_defaults(config_class) | self.options(cell),
             "retain_set": self.grid.retain[cell.retain],
             "held_out": self.grid.held_out,
             "test_images": self.grid.test_images,
@@ -96,13 +105,16 @@ class Runner:
         return self.root / "cells" / f"{names}--{cell.seed}--{_digest(self.spec(cell))[:8]}"
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
-        """The row of a cell; None where it was not made or is damaged. A cell that failed has a row with ``error``."""
-        try:
-            content = json.loads((self.folder(cell) / CELL).read_text())
-            row = content["row"]
-        except (FileNotFoundError, ValueError, KeyError):
-            return None
-        return row if content.get("sha256") == _digest(row) else None
+        """The row of a cell; None where it, or the model it should hold, was not made or is damaged.
+
+        A cell that failed has a row with ``error``.
+        """
+        folder = self.folder(cell)
+        row = _verified(folder / CELL)
+        if row is not None and self.grid.save_models and "error" not in row:
+            weights = folder / SAFE_WEIGHTS_NAME
+            return row if weights.is_file() and sha256(weights) == row.get("weights_sha256") else None
+        return row
 
     def make(self, cell: Cell) -> dict[str, Any]:
         """Make a cell, or write down why it could not be made; returns its row."""
@@ -112,7 +124,7 @@ class Runner:
         except Exception as problem:  # whatever a method raises: the other cells go on
             row = asdict(cell) | {"error": f"{type(problem).__name__}: {problem}"}
             content["traceback"] = traceback.format_exc()
-        _write(self.folder(cell) / CELL, content | {"row": row, "sha256": _digest(row)})
+        _write(self.folder(cell) / CELL, content, row)
         return row
 
     def purify(self, cell: Cell) -> dict[str, Any]:
@@ -120,9 +132,8 @@ class Runner:
         model, attack = self.inputs.model(cell.victim), self.inputs.attack(cell.victim)
         before = self.before(cell.victim, cell.victim)
         retain = self.inputs.retain(cell.retain, cell.seed)
-        spec = self.spec(cell)["options"]
-        options = {name: value for name, value in spec.items() if name != "defence"}
-        config_class, trainer_class = load_defence(spec["defence"])
+        options = self.options(cell)
+        config_class, trainer_class = load_defence(options.pop("defence"))
         # A cell that is made again replaces what the first time left.
         args = config_class(output_dir=str(self.folder(cell)), overwrite_output_dir=True, seed=cell.seed, **options)
         meter = PassMeter()
@@ -135,10 +146,6 @@ class Runner:
             trainer.train()
         seconds, peak = watch.seconds, peak_memory()
         after = measure_trainer(trainer, self.inputs.test, attack)
-        if self.grid.save_models:
-            trainer.results = results(before, after)
-            trainer.measured |= {"trigger": attack.describe(), "n_images": len(self.inputs.test)}
-            trainer.save_model()
         last = next((log for log in reversed(trainer.state.log_history) if "clean_loss" in log), {})
         row = asdict(cell) | {"method": trainer.method, "attack": attack.name, "network": _network(model)}
         row |= {"curve": self.grid.defences[cell.defence].get("curve"), "retain_n": len(retain)}
@@ -150,7 +157,13 @@ class Runner:
         row |= {"forward_images": meter.forward, "backward_images": meter.backward}
         row |= {"clean_loss": last.get("clean_loss"), "distance": last.get("distance"), "hardware": hardware()}
         versions = {f"version_{name}": version for name, version in manifest.versions().items()}
-        return row | versions | {"arguments": json.dumps(manifest.arguments_of(args))}
+        row |= versions | {"arguments": json.dumps(manifest.arguments_of(args))}
+        if self.grid.save_models:
+            trainer.results = results(before, after)
+            trainer.measured |= {"trigger": attack.describe(), "n_images": len(self.inputs.test)}
+            trainer.save_model()
+            row["weights_sha256"] = sha256(self.folder(cell) / SAFE_WEIGHTS_NAME)
+        return row
 
     def before(self, model_of: str, attack_of: str) -> Measurement:
         """Measure an untouched model under a victim's trigger, once."""
@@ -159,14 +172,13 @@ class Runner:
         weights, planted = self.inputs.identity(model_of), self.inputs.identity(attack_of)
         spec = {"weights": weights, "planted": planted, "attack": attack.describe(), "images": self.grid.test_images}
         file = self.root / "before" / f"{name}--{_digest(spec)[:8]}.json"
-        if file.is_file():
-            counts = json.loads(file.read_text())
+        if counts := _verified(file):
             shares = {key: Proportion(**counts[key]) for key in ("accuracy", "asr", "ra")}
             return Measurement(**shares, seconds=counts["seconds"], forward_images=counts["forward_images"])
         model = self.inputs.model(model_of)
         preprocessing = Preprocessing.from_processor(model.image_processor)
-        found = measure(model, self.inputs.test, preprocessing, attack)
-        _write(file, asdict(replace(found, predictions=None)))
+        found = measure(model, self.inputs.test, preprocessing, attack, device=PartialState().device)
+        _write(file, {"spec": spec}, asdict(replace(found, predictions=None)))
         return found
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -246,6 +258,17 @@ def _beside(file: Path) -> Iterator[Path]:
     beside.rename(file)
 
 
-def _write(file: Path, content: dict) -> None:
+def _write(file: Path, content: dict, row: dict) -> None:
+    """Write what was measured, ``row``, with its digest, and what else there is to say."""
     with _beside(file) as beside:
-        beside.write_text(json.dumps(content, indent=1) + "\n")
+        beside.write_text(json.dumps(content | {"row": row, "sha256": _digest(row)}, indent=1) + "\n")
+
+
+def _verified(file: Path) -> dict[str, Any] | None:
+    """The row that `_write` wrote; None if the file is not there or is damaged."""
+    try:
+        content = json.loads(file.read_text())
+        row, digest = content["row"], content["sha256"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # TypeError: JSON, but no object
+        return None
+    return row if digest == _digest(row) else None

@@ -9,6 +9,7 @@ from .tables import UNTOUCHED, blocks, split
 
 SIZE, FONT, DPI = (7, 5), 12, 150
 MARKERS = "osDv^<>ph*XPd8"
+SIDES = [((7, -11), "left"), ((-7, -3), "right"), ((7, 5), "left")]  # of a point, where its label stands: one side a curve
 TICKS = [0, 2, 4, 6, 8, 10, 20, 50, 100]
 
 
@@ -28,8 +29,9 @@ def draw(rows: pandas.DataFrame, folder: Path) -> list[Path]:
     for group, retain, chosen in blocks(split(rows)[0]):
         means = averages(chosen)
         name = "_".join(re.findall(r"\w+", f"{group} {retain}"))
-        count = chosen["victim"].nunique()
-        title = f"{group} retain set {retain}, mean of {count} victim{'s' * (count > 1)}".strip()
+        victims = chosen["victim"].unique()
+        shown = f"mean of {len(victims)} victims" if len(victims) > 1 else victims[0]
+        title = f"{group} retain set {retain}, {shown}".strip()
         files.append(acc_against_asr(means, title, folder / f"acc_asr_{name}.png"))
         files.append(time_against_asr(means.drop(UNTOUCHED, errors="ignore"), title, folder / f"time_asr_{name}.png"))
     return files
@@ -46,16 +48,20 @@ def averages(rows: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def acc_against_asr(means: pandas.DataFrame, title: str, file: Path) -> Path:
-    """One point per defence, ``curve`` entries joined in the grid's order; up and left is better."""
+    """One point per defence, those of one ``curve`` joined in the grid's order; up and left is better."""
     figure, axes = _axes(title, "ASR (%, logarithmic from 10 on), lower is better", "ACC (%), higher is better")
     # Defences crowd near 0, the victims stand near 100.
     axes.set_xscale("symlog", linthresh=10, linscale=2)
     axes.set_xticks(TICKS, TICKS)
     axes.set_xlim(-0.5, 130)
-    for curve in means["curve"].dropna().unique():
-        joined = means[means["curve"] == curve]
-        axes.plot(joined["asr_after"], joined["accuracy_after"], color="0.6", linewidth=1, zorder=1)
-    _points(axes, means, "asr_after", "accuracy_after")
+    for number, (curve, joined) in enumerate(means.groupby("curve", sort=False)):
+        style = dict(color=f"C{number}", marker=MARKERS[number], markeredgecolor="black")
+        axes.plot(joined["asr_after"], joined["accuracy_after"], label=curve, **style)
+        side, alignment = SIDES[number % len(SIDES)]
+        for name, row in joined.iterrows():
+            point, style = (row["asr_after"], row["accuracy_after"]), dict(ha=alignment, fontsize=FONT - 3, color=f"C{number}")
+            axes.annotate(name.removeprefix(curve).strip(), point, side, textcoords="offset points", **style)
+    _points(axes, means[means["curve"].isna()], "asr_after", "accuracy_after")
     return _save(figure, file)
 
 

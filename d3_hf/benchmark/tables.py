@@ -1,5 +1,6 @@
 """Tables of a benchmark in the form of the papers, from the rows of ``results.parquet`` alone."""
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +9,7 @@ from scipy.stats import t
 
 RATES = {"ACC": "accuracy_after", "ASR": "asr_after", "RA": "ra_after"}
 UNTOUCHED = ("victim", "twin without backdoor")
-# Of several victims the worst is the one with the lowest ACC and RA, and the highest ASR.
+# The worst of several victims and seeds: the lowest ACC and RA, and the highest ASR, each by itself.
 WORST = {"ACC": "min", "ASR": "max", "RA": "min"}
 
 
@@ -23,10 +24,13 @@ def render(rows: pandas.DataFrame) -> str:
         every victim with mean and 95 % interval over seeds, DER and cost; where ASR was watched, the seconds that it took to
         fall; then the cells that failed. Rates in percent.
     """
+    if not len(rows):
+        return "No cell was made."
     parts = []
     done, failed = split(rows)
     for group, retain, chosen in blocks(done):
-        parts += [f"## {', '.join(filter(None, [group, f'retain set {retain}']))}", overview(chosen), details(chosen)]
+        title = ", ".join(filter(None, [group, f"retain set {retain}"]))
+        parts += [f"## {title}", overview(chosen), *remarks(chosen), details(chosen)]
         if "asr_over_time" in chosen and chosen["asr_over_time"].notna().any():
             parts.append(times(chosen[chosen["asr_over_time"].notna()]))
     if len(failed):
@@ -43,6 +47,8 @@ def split(rows: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.DataFrame]:
 
 def blocks(rows: pandas.DataFrame) -> Iterator[tuple[str, str, pandas.DataFrame]]:
     """(group, retain set, its rows and those of the untouched models); victims are called ``GROUP/NAME``, or have no group."""
+    if not len(rows):
+        return
     names = pandas.DataFrame([name.rpartition("/") for name in rows["victim"]], rows.index, ["group", "", "name"])
     for group in names["group"].unique():
         of_group = rows[names["group"] == group].assign(victim=names["name"])
@@ -51,18 +57,26 @@ def blocks(rows: pandas.DataFrame) -> Iterator[tuple[str, str, pandas.DataFrame]
 
 
 def overview(rows: pandas.DataFrame) -> str:
-    """One line per defence, ``ACC / ASR / RA`` per victim, their average over victims and the worst case; means over seeds."""
+    """One line per defence: ``ACC / ASR / RA`` per victim and their average, means over seeds; the worst of all its cells."""
+    worst = 100 * rows.groupby("defence", sort=False).agg({key: WORST[name] for name, key in RATES.items()})
     means = rows.groupby(["defence", "victim"], sort=False)[list(RATES.values())].mean() * 100
     victims = [name for name in rows["victim"].unique() if name in means.index.get_level_values("victim")]
     lines = []
     for defence in ordered(rows):
         found = means.loc[defence].reindex(victims)
-        cells = ["" if found.loc[v].isna().any() else triple(found.loc[v]) for v in victims]
+        triples = ["" if found.loc[v].isna().any() else triple(found.loc[v]) for v in victims]
         known = found.dropna()
         partial = f" ({len(known)} of {len(victims)})" if len(known) < len(victims) else ""
-        worst = pandas.Series({key: getattr(known[key], WORST[name])() for name, key in RATES.items()})
-        lines.append([defence, *cells, triple(known.mean()) + partial, triple(worst) + partial])
+        lines.append([defence, *triples, triple(known.mean()) + partial, triple(worst.loc[defence]) + partial])
     return markdown(["ACC / ASR / RA", *victims, "average", "worst"], lines)
+
+
+def remarks(rows: pandas.DataFrame) -> list[str]:
+    """A line for each cell in which the method says, in brackets, that it did something else, as Neural Cleanse may."""
+    return [
+        f"{row['defence']} on {row['victim']}, seed {row['seed']:.0f}: {row['method']}"
+        for _, row in rows[rows["method"].str.contains("(", regex=False, na=False)].iterrows()
+    ]
 
 
 def details(rows: pandas.DataFrame) -> str:
@@ -95,26 +109,30 @@ def costs(rows: pandas.DataFrame) -> list[str]:
 
 
 def times(rows: pandas.DataFrame) -> str:
-    """One line per victim, defence and seed: seconds of training until ASR fell below 1 % and below 2 %, and in all."""
+    """One line per victim, defence and seed: seconds of training until ASR fell, first and for good, and in all."""
+    limits = (0.01, 0.02)
     lines = []
     for _, row in rows.iterrows():
         series = json.loads(row["asr_over_time"])
-        until = [seconds_until(series, asr) for asr in (0.01, 0.02)]
-        seconds = ["never" if found is None else f"{found:.0f}" for found in until]
+        until = [" / ".join("never" if s is None else f"{s:.0f}" for s in seconds_until(series, limit)) for limit in limits]
         lowest = 100 * min(asr for _, asr in series)
-        lines.append([row["victim"], row["defence"], str(row["seed"]), *seconds, f"{series[-1][0]:.0f}", f"{lowest:.1f}"])
-    return markdown(["victim", "defence", "seed", "s to ASR < 1 %", "s to ASR < 2 %", "s in all", "lowest ASR"], lines)
+        lines.append([row["victim"], row["defence"], f"{row['seed']:.0f}", *until, f"{series[-1][0]:.0f}", f"{lowest:.1f}"])
+    head = [f"s to ASR < {100 * limit:.0f} %, first / for good" for limit in limits]
+    return markdown(["victim", "defence", "seed", *head, "s in all", "lowest ASR"], lines)
 
 
-def seconds_until(series: Sequence[tuple[float, float]], asr: float) -> float | None:
-    """Seconds until ASR first fell below ``asr``, in [0, 1]; None if it never did."""
-    return next((seconds for seconds, found in series if found < asr), None)
+def seconds_until(series: Sequence[tuple[float, float]], asr: float) -> tuple[float | None, float | None]:
+    """Seconds until ASR was below ``asr``, in [0, 1], for the first time, and from when on it stayed so; None: never."""
+    below = [seconds for seconds, found in series if found < asr]
+    lasting = [seconds for seconds, _ in itertools.takewhile(lambda point: point[1] < asr, reversed(series))]
+    return min(below, default=None), min(lasting, default=None)
 
 
 def failures(rows: pandas.DataFrame) -> str:
     """One line per cell that failed, with its error."""
     columns = ["victim", "retain", "defence", "seed", "error"]
-    return markdown(columns, [[str(row[c]).replace("|", "\\|") for c in columns] for _, row in rows.iterrows()])
+    texts = rows[columns].astype({"seed": int}).astype(str)  # beside rows without a seed pandas makes it a float
+    return markdown(columns, [[text.replace("|", "\\|") for text in line] for line in texts.values.tolist()])
 
 
 def ordered(rows: pandas.DataFrame) -> list[str]:

@@ -12,7 +12,8 @@ from .meters import PassMeter
 class Watch(TrainerCallback):
     """The clock of a training that starts now, and ASR at the end of each epoch, with clock and pass meter stopped meanwhile.
 
-    A defence with stages of its own before the Trainer's epochs is first seen when these begin.
+    A defence with stages of its own before the Trainer's epochs is first seen when these begin, and one whose parameters are
+    not a classifier meanwhile (TSC's curves) when they are.
 
     Args:
         trainer: A `PurifyTrainer`.
@@ -35,7 +36,7 @@ class Watch(TrainerCallback):
         return time.perf_counter() - self._started
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.images is None:
+        if self.images is None or not self.trainer.is_classifier:
             return
         seconds, counts = self.seconds, (self.meter.forward, self.meter.backward)
         # As the model trains, with autocast if it does: `measure_trainer` would take that off.

@@ -8,8 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..arguments import ModelArguments, Parser
-from ..guard import REJECTED
-from ..manifest import MANIFEST, source_of
+from ..manifest import MANIFEST, REJECTED, source_of
 from ..preprocessing import Preprocessing
 from ..selection import find_head, select_weights
 from ..victims import VICTIM_FILE
@@ -87,7 +86,7 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
         measured = facts.get("measured") or {}
         kept = {f"{rate}_{when}" for rate in RATES for when in ("before", "after")} | {"der"}
         said = {"method": facts.get("method"), "measured": {key: rates[key] for key in rates if key in kept}}
-        said |= {key: measured[key] for key in ("data", "trigger", "warnings", REJECTED) if measured.get(key)}
+        said |= {key: measured[key] for key in ("data", "split", "trigger", "warnings", REJECTED) if measured.get(key)}
         return {"file": MANIFEST} | said
     if (folder / VICTIM_FILE).is_file():
         facts = _read(folder / VICTIM_FILE)

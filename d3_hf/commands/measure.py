@@ -21,12 +21,12 @@ class MeasureArguments:
     Args:
         folder: Folder that `make_victim` wrote.
         dataset_name: Where the images lie, if no longer where the victim's own record says.
-        max_test_images: Measure on the first so many test images only.
+        max_test_images: Measure on so many test images only, see `DataArguments`.
     """
 
     folder: str = field(metadata={"help": "Folder of a victim."})
     dataset_name: str | None = field(default=None, metadata={"help": "Images in place of the recorded ones."})
-    max_test_images: int | None = field(default=None, metadata={"help": "Measure on the first so many test images."})
+    max_test_images: int | None = field(default=None, metadata={"help": "Measure on so many test images, drawn at random."})
 
 
 def measure_victim(argv: list[str]) -> dict[str, Any]:

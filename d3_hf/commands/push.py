@@ -1,12 +1,9 @@
 """``d3-hf push``: upload a purified folder that lies on disk, as a trainer's push would have."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..arguments import Parser
-from ..guard import REJECTED
-from ..hub import push_folder
 
 
 @dataclass
@@ -36,14 +33,14 @@ def main(argv: list[str]) -> dict[str, Any]:
         ``folder``, ``commit``, ``url`` and, for a pull request, ``pull_request``.
 
     Raises:
-        ValueError: A token is given, the folder is called ``rejected``, or see `push_folder`.
+        ValueError: A token is given, or see `push_folder`.
     """
     if any(argument.startswith(("--hub_token", "--token")) for argument in argv):
         raise ValueError("a token would end up in logs and histories: log in with `hf auth login` or set HF_TOKEN instead")
     argv = ["--folder", *argv] if argv and not argv[0].startswith("-") else argv
     (options,) = Parser([PushArguments]).read(argv)
-    if REJECTED in Path(options.folder).resolve().parts[-2:]:
-        raise ValueError(f"{options.folder} was rejected and is not pushed: purify with other options")
+    from ..hub import push_folder  # takes seconds, which the help need not
+
     done = push_folder(options.folder, options.hub_model_id, private=options.hub_private_repo, create_pr=options.hub_create_pr)
     print(f"{options.folder} is pushed: {done.pr_url or done.commit_url}")
     return {"folder": options.folder, "commit": done.oid, "url": done.commit_url, "pull_request": done.pr_url}

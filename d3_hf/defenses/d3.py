@@ -1,7 +1,13 @@
 """D3, Distance-Driven Detoxification: move selected weights as far from their poisoned start as the clean loss allows.
 
 Wei, Liu, Zha: "Backdoor Mitigation by Distance-Driven Detoxification", ICCV 2025, arXiv 2411.09585. The paper and the
-authors' released ``defense/d3.py`` differ; each option below says which of the two it follows.
+authors' released ``defense/d3.py`` differ; each option below says which of the two it follows. The objective is
+
+    min over theta, theta_s in S:   -d(theta_s, theta_init_s) + lambda * max(0, L_clean(theta) - epsilon)
+
+Cost: one forward and one backward pass per update, as plain fine-tuning; the active set adds a forward pass without graph and
+saves most of the backward ones. The defender owns a few labelled images without triggers, nothing else. It works on every
+network whose head, or other selected weights, can be found.
 """
 
 import functools
@@ -22,8 +28,6 @@ from ..selection import select_weights
 from ..trainer import MANIFEST, PurifyTrainer
 
 HINGES = ("sample", "batch")
-# Relative distance below which a weight counts as unmoved: the projection alone moves it by rounding.
-UNMOVED = 1e-5
 
 
 @dataclass
@@ -42,9 +46,9 @@ class D3Config(PurifyConfig):
             measured once when training begins; the manifest holds it.
         dual_rate: >= 0. 0: lambda stays (paper, code). Above 0: dual ascent on ``max d subject to mean CE <= epsilon``: after
             each update ``lambda <- max(0, lambda + dual_rate * (mean CE of the window - epsilon))`` from ``lambda_clean`` on
-            (Platt and Barr, "Constrained Differential Optimization", 1987; its value is to be tried). The objective is then
-            always divided by lambda + 1. It acts on lambda only: the model still minimises the hinge, which with ``"sample"``
-            asks more than the constraint, since no image makes up for another.
+            (Platt and Barr, "Constrained Differential Optimization", 1987; its value is to be tried), while the weights
+            descend the Lagrangian ``-d + lambda * (mean CE - epsilon)``, which has no hinge. The objective is then always
+            divided by lambda + 1.
         hinge: ``"sample"``: mean over images of max(0, CE_i - epsilon) (code). ``"batch"``: max(0, mean CE - epsilon), the mean
             over the whole window of micro-batches and processes (paper).
         scale_objective: Divide the objective by lambda + 1 when lambda > 1, so that lambda does not also set the step size
@@ -64,8 +68,8 @@ class D3Config(PurifyConfig):
 
     Raises:
         ValueError: ``lambda_clean`` <= 0, ``epsilon`` < 0, ``dual_rate`` < 0, one of the three not finite, ``target_modules``
-            empty, or a choice that is not listed; ``dual_rate`` without ``scale_objective``; ``distillation`` with the batch
-            hinge, which gates the gradient as a whole.
+            empty, or a choice that is not listed; ``dual_rate`` without ``scale_objective``, or with the batch hinge, which
+            it does not use; ``distillation`` with the batch hinge, which gates the gradient as a whole.
     """
 
     lambda_clean: float = field(default=4.0, metadata={"help": "lambda: weight of the clean loss against the distance."})
@@ -107,6 +111,8 @@ class D3Config(PurifyConfig):
         check_options(self, ">= 0 and finite", "dual_rate")
         if self.dual_rate and not self.scale_objective:
             raise ValueError("dual_rate needs scale_objective: a growing lambda would also set the step size")
+        if self.dual_rate and self.hinge == "batch":
+            raise ValueError("dual_rate minimises the Lagrangian, which has no hinge: leave hinge at its default")
         if self.dual_rate and self.sam_rho:
             raise ValueError("dual_rate does not go with sam_rho: SAM looks at each image twice")
         if self.distillation and self.hinge == "batch":
@@ -162,6 +168,8 @@ class D3Trainer(PurifyTrainer):
         if args.active_set is False:
             return None
         try:
+            if args.dual_rate:
+                raise Inexact("the Lagrangian has a gradient for every image")
             if args.hinge != "sample":
                 raise Inexact("the batch hinge gives all images the same weight")
             if self.plain is not self.model:
@@ -243,10 +251,11 @@ class D3Trainer(PurifyTrainer):
         return [geometry.warm_start(w.cpu(), self.args.warm_start, generator).to(w) for w in self.references]
 
     def sample_loss(self, cross_entropy: Tensor) -> Tensor:
-        """lambda times the hinge per sample; for the batch hinge lambda times the loss, which `finish_gradient` gates."""
+        """lambda times the hinge per sample; else lambda times the loss: the batch hinge gates it in `finish_gradient`."""
         if self.args.dual_rate:
             losses = cross_entropy.detach()
             self._window += torch.stack([losses.sum(), torch.full_like(losses[0], len(losses))])
+            return self.clean_weight * (cross_entropy - self.epsilon)
         if self.active_set:
             self.active_set.see(cross_entropy.detach() > self.epsilon)
         if self.args.hinge == "sample":
@@ -266,9 +275,7 @@ class D3Trainer(PurifyTrainer):
             if not window_loss > 0:  # every process sees the same number, so all take the same branch
                 self.placement.zero_gradients()
         weights = self.weights()
-        scaler = self.accelerator.scaler
-        loss_scale = scaler.get_scale() if scaler is not None else 1.0  # gradients are unscaled after this
-        coefficient = -self.distance_weight * loss_scale
+        coefficient = -self.distance_weight * self.loss_scale
         with self.placement.gradients(self.selected):
             gradients = [segment.of(segment.parameter.grad) for segment in self.segments]
             if not self.args.dual_rate:
@@ -297,7 +304,7 @@ class D3Trainer(PurifyTrainer):
         """Say how far the weights moved; raise if none did."""
         moved = [(w - s).norm() / r for w, s, r in zip(self.weights(), self._warm_starts(), self.radii, strict=True)]
         relative = self.relative_distances()
-        if not min(max(moved), max(relative.values())) > UNMOVED:
+        if not min(max(moved), max(relative.values())) > reference.UNMOVED:
             raise RuntimeError(
                 "no selected weight moved: the model is not purified. Check learning_rate, num_train_epochs and warm_start"
             )

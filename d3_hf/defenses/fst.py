@@ -33,8 +33,6 @@ from ..trainer import MANIFEST, PurifyTrainer
 # The schedule that D3 and most other defences share, for `FSTConfig(**D3_SCHEDULE)`.
 SCHEDULE = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
 D3_SCHEDULE: dict[str, Any] = {f.name: f.default for f in fields(PurifyConfig) if f.name in SCHEDULE}
-# Relative distance below which the head counts as unmoved: the projection alone moves it by rounding.
-UNMOVED = 1e-5
 
 
 @dataclass
@@ -116,9 +114,7 @@ class FSTTrainer(PurifyTrainer):
 
     def finish_gradient(self, window_loss: Tensor) -> Tensor:
         """Add ``alpha w_ori``, the gradient of the inner product, and return the whole objective."""
-        scaler = self.accelerator.scaler
-        loss_scale = scaler.get_scale() if scaler is not None else 1.0  # gradients are unscaled after this
-        self.segment.of(self.segment.parameter.grad).add_(self.reference, alpha=self.args.alpha * loss_scale)
+        self.segment.of(self.segment.parameter.grad).add_(self.reference, alpha=self.args.alpha * self.loss_scale)
         return window_loss + self.args.alpha * inner_product(self.weight(), self.reference)
 
     def optimizer_step(self, step):
@@ -131,7 +127,7 @@ class FSTTrainer(PurifyTrainer):
         """Raise if the head is where it was drawn, brought to the sphere."""
         start, _ = self._start()
         moved = (self.weight() - start * (self.radius / start.norm())).norm() / self.radius
-        if not moved > UNMOVED:
+        if not moved > reference.UNMOVED:
             raise RuntimeError("the head has not moved: the model is not purified. Check learning_rate and num_train_epochs")
 
     # What the log and the manifest say ---------------------------------------------------------------------------------

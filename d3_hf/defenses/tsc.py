@@ -37,11 +37,10 @@ from ..batch_norm import reestimate_batch_norm
 from ..config import PurifyConfig
 from ..matching import correlate, match, matched
 from ..permutation import State, find_structure, permute
+from ..reference import UNMOVED
 from ..trainer import MANIFEST, PurifyTrainer
 
 ENDPOINTS = "curve.safetensors"
-# Relative distance from the model's permuted copy below which nothing happened.
-UNMOVED = 1e-5
 
 
 def bezier(t: float, start: list[Tensor], control: list[Tensor], end: list[Tensor]) -> list[Tensor]:
@@ -188,6 +187,11 @@ class TSCTrainer(PurifyTrainer):
         self._t: float | None = None  # position on the curve where the parameters are; None: they are the control point
         self.add_callback(_EnterStages(self))
 
+    @property
+    def is_classifier(self) -> bool:
+        """Not while a curve is trained: the parameters are its control point."""
+        return self.start is None
+
     # Stages ------------------------------------------------------------------------------------------------------------
 
     def begin_purification(self, resumed: bool) -> None:
@@ -273,12 +277,10 @@ class TSCTrainer(PurifyTrainer):
         if self.start is None:
             return window_loss
         weights = self._weights()
-        scaler = self.accelerator.scaler
-        loss_scale = scaler.get_scale() if scaler is not None else 1.0  # gradients are unscaled after this
         objective = window_loss + self.args.curve_decay / 2 * torch.stack(torch._foreach_norm(weights)).square().sum()
         for parameter, weight in zip(self.model.parameters(), weights, strict=True):
             if parameter.grad is not None:
-                parameter.grad.add_(weight, alpha=self.args.curve_decay * loss_scale).mul_(control_share(self._t))
+                parameter.grad.add_(weight, alpha=self.args.curve_decay * self.loss_scale).mul_(control_share(self._t))
         torch._foreach_copy_(weights, self._control)
         self._t = self._control = None
         return objective

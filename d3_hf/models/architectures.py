@@ -51,7 +51,7 @@ def new_classifier(
     """
     num_labels = check_label_names(label_names, num_labels)
     if num_labels is None:
-        raise ValueError(f"{architecture}: pass num_labels= or label_names=")
+        raise ValueError(f"{architecture}: give num_labels or label_names")
     config = timm_config(architecture, num_labels, label_names, image_mean, image_std, image_size, model_args)
     try:
         network = timm.create_model(architecture, num_classes=num_labels, **(config.model_args or {}))
@@ -101,7 +101,8 @@ def architecture_cfg(architecture: str) -> PretrainedCfg:
     """
     name = architecture.partition(".")[0]
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        ours = [f"{name}_cifar"] if timm.is_model(f"{name}_cifar") else []  # the papers' names of the networks for 32x32
+        close = list(dict.fromkeys(ours + difflib.get_close_matches(name, timm.list_models(), n=3)))[:3]
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists those that are known"
         raise ValueError(f"unknown architecture {architecture!r}: {hint}")
     try:
@@ -120,7 +121,9 @@ def classes_in(weights: dict[str, Tensor], architecture: str, where: str) -> int
     # Bare names, or those that TimmWrapper saves.
     names = {f"{classifier}.weight", f"timm_model.{classifier}.weight"} & weights.keys()
     if len(names) != 1:
-        raise ValueError(f"{where}: cannot tell the number of classes of this {architecture}: pass num_labels=")
+        raise ValueError(
+            f"{where}: cannot tell the number of classes of this {architecture}: give their names, or in Python num_labels"
+        )
     name = names.pop()
     logger.info("%s: %d classes, from the shape of %s", where, len(weights[name]), name)
     return len(weights[name])
@@ -134,12 +137,12 @@ def _preprocessing(
     image_size: int | tuple[int, int] | None,
 ) -> dict[str, Any]:
     if (image_mean is None) != (image_std is None):
-        raise ValueError("image_mean= and image_std= come together: pass both or neither")
+        raise ValueError("image_mean and image_std come together: give both or neither")
     mean, std = (cfg.mean, cfg.std) if image_mean is None else (image_mean, image_std)
     if mean is None or std is None:
         raise ValueError(
-            f"{architecture} fixes no normalisation: pass the training's image_mean= and image_std=, three numbers "
-            "each in units of [0, 1] (0,0,0 and 1,1,1 where the network takes pixels / 255)"
+            f"{architecture} fixes no normalisation: give the training's image_mean and image_std, three numbers each "
+            "in units of [0, 1] (0 0 0 and 1 1 1 where the network takes pixels / 255)"
         )
     size, crop = list(cfg.input_size[1:]), cfg.crop_pct
     if image_size is not None:

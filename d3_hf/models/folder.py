@@ -36,7 +36,6 @@ def open_folder(
     module: nn.Module | None = None,
     label_names: Sequence[str] | None = None,
     image_processor: BaseImageProcessor | None = None,
-    num_labels: int | None = None,
 ) -> PreTrainedModel:
     """Load the classifier of a folder, with ``image_processor`` set; arguments and errors as `load_classifier`.
 
@@ -46,12 +45,9 @@ def open_folder(
         module: Network to load the weights of a `WrappedClassifier` into.
         label_names: Class names in place of the configuration's.
         image_processor: Processor in place of the folder's.
-        num_labels: Number of classes that is expected.
     """
     _refuse_links(folder, name)
     config = _read_config(folder, name)
-    if num_labels is not None and num_labels != config.num_labels:
-        raise ValueError(f"{name} has {config.num_labels} classes, not {num_labels}")
     if label_names is not None:
         check_label_names(label_names, config.num_labels)
         set_label_names(config, label_names)
@@ -62,7 +58,7 @@ def open_folder(
         model = _rewrap(config, weights, module, name)
         image_processor = image_processor or processor_of(config)
     elif module is not None:
-        raise ValueError(f"{name} is a {config.model_type} model, not a wrapped module: leave module= out")
+        raise ValueError(f"{name} is a {config.model_type} model, not a wrapped module: leave module out")
     else:
         model = load_pretrained(_model_class(config), config, weights, name)
         image_processor = image_processor or read_processor(folder, name)
@@ -98,13 +94,16 @@ def read_processor(source: str | Path, name: str) -> BaseImageProcessor:
     try:
         return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{name} has no image processor that transformers knows: pass image_processor=") from error
+        raise ValueError(
+            f"{name} has no image processor that transformers knows: put its preprocessor_config.json "
+            "there, or in Python pass one as image_processor"
+        ) from error
 
 
 def _read_config(folder: Path, name: str) -> PreTrainedConfig:
     file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{name} holds no config.json; bare weights load by their file, with architecture=")
+        raise FileNotFoundError(f"{name} holds no config.json; bare weights load by their file, with their architecture")
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -160,7 +159,8 @@ def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def _rewrap(config: WrappedClassifierConfig, weights: dict[str, Any], module: nn.Module | None, name: str) -> WrappedClassifier:
     if module is None:
         raise ValueError(
-            f"{name} holds the weights of a {config.module_class}, whose code is not stored here: pass one as module="
+            f"{name} holds the weights of a {config.module_class}, whose code is not stored here: load it in Python, with "
+            "one passed as module"
         )
     if not (config.image_size and config.image_mean and config.image_std):
         raise ValueError(f"{name}: config.json lacks image_size, image_mean or image_std")

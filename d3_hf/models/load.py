@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 
@@ -116,8 +121,8 @@ def load_classifier(
         plain attributes: ``image_processor`` and ``source``, a `Source`.
 
     Raises:
-        FileNotFoundError: No such file or folder; a folder without ``config.json`` or weights.
-        OSError: A Hub id that does not exist, or is neither cached nor within reach.
+        FileNotFoundError: No such file, folder, Hub id or revision; a folder without ``config.json`` or weights.
+        OSError: A Hub id that is neither cached nor within reach.
         ValueError: A file that is damaged, of another format, or wants to run code; weights that are missing,
             superfluous, of another shape, NaN, infinite or quantised; a link out of the folder; an unknown
             architecture; a number of classes that is not the source's, or below 2; a checkpoint that needs a
@@ -130,6 +135,8 @@ def load_classifier(
     if useless := sorted(given.keys() - OPTIONS[kind]):
         raise ValueError(f"{_name(source)}: {', '.join(useless)} cannot be set for a {kind} source, which settles it itself")
     check_label_names(label_names, num_labels)
+    if kind != "file":  # whose classes may have to be told; those of the others are compared below
+        given.pop("num_labels", None)
     loader = {
         "hub": _from_hub,
         "folder": _from_folder,
@@ -171,7 +178,11 @@ def _from_hub(repo: str, revision: str | None = None, **options) -> PreTrainedMo
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(HUB_FILES)))
     except RepositoryNotFoundError as error:
-        raise OSError(f"{repo} is no local path, and no model on the Hub that you may read: check the name") from error
+        raise FileNotFoundError(
+            f"{repo} is no local path, and no model on the Hub that you may read: check the name"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repo} has no branch, tag or commit {revision}: check --revision") from error
     except LocalEntryNotFoundError as error:
         raise OSError(
             f"{repo} is no local path and not in the Hub cache, and the Hub cannot be reached: go online once"
@@ -204,15 +215,17 @@ def _from_file(
 ) -> PreTrainedModel:
     path, name = Path(source).expanduser(), str(source)
     if (architecture is None) == (module is None):
-        raise ValueError(f"{name} holds weights without their network: pass architecture= (a timm name) or module=")
+        raise ValueError(
+            f"{name} holds weights without their network: give its architecture, a timm name, or in Python its module"
+        )
     if architecture is not None:
         architectures.architecture_cfg(architecture)  # a wrong name is told before a large file is read
     weights = read_weights(path)
     if module is not None:
         if model_args is not None:
-            raise ValueError("model_args= goes with architecture=, not with module=")
+            raise ValueError("model_args goes with architecture, not with module")
         load_module(module, weights, name)
-        model = _from_module(module, num_labels, label_names, image_mean, image_std, image_size)
+        model = _from_module(module, label_names, image_mean, image_std, image_size)
     else:
         count = check_label_names(label_names, num_labels) or architectures.classes_in(weights, architecture, name)
         config = architectures.timm_config(architecture, count, label_names, image_mean, image_std, image_size, model_args)
@@ -224,7 +237,6 @@ def _from_file(
 
 def _from_module(
     module: nn.Module,
-    num_labels: int | None = None,
     label_names: Sequence[str] | None = None,
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
@@ -232,9 +244,7 @@ def _from_module(
 ) -> wrapper.WrappedClassifier:
     name = wrapper.class_name(module)
     if image_mean is None or image_std is None:
-        raise ValueError(
-            f"{name}: pass the training's image_mean= and image_std= (0,0,0 and 1,1,1 where it takes pixels / 255)"
-        )
+        raise ValueError(f"{name}: give the training's image_mean and image_std (0 0 0 and 1 1 1 where it takes pixels / 255)")
     architectures.check_normalisation(image_mean, image_std)
     refuse_non_finite(module.state_dict(), name)
     height, width = architectures.height_width(DEFAULT_SIZE if image_size is None else image_size)
@@ -258,7 +268,6 @@ def _from_module(
 
 def _from_model(
     model: PreTrainedModel,
-    num_labels: int | None = None,
     label_names: Sequence[str] | None = None,
     image_processor: BaseImageProcessor | None = None,
 ) -> PreTrainedModel:
@@ -276,5 +285,7 @@ def _find_processor(model: PreTrainedModel, name: str) -> BaseImageProcessor:
     if isinstance(model.config, TimmWrapperConfig) and getattr(model.config, "pretrained_cfg", None):
         return architectures.processor_of(model.config)
     if not model.name_or_path:
-        raise ValueError(f"{name} came from no folder and no Hub id to find its image processor in: pass image_processor=")
+        raise ValueError(
+            f"{name} came from no folder and no Hub id to find its image processor in: pass one as image_processor"
+        )
     return read_processor(model.name_or_path, name)

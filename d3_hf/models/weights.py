@@ -9,6 +9,7 @@ import hashlib
 import logging
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -86,11 +87,16 @@ def _read_pickle(path: Path) -> Any:
     try:
         claimed = _unpacked_size(path)
         if claimed <= path.stat().st_size:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # about pickles of other kinds: what is raised says it better
+                return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted is None:
-            raise ValueError(f"{path} is no state dict that torch.save wrote ({type(error).__name__})") from error
+            raise ValueError(
+                f"{path} is no state dict that torch.save wrote (a pickle of another kind can run code: it was not loaded and "
+                "nothing of it ran); ask its author for safetensors or a state dict"
+            ) from error
         raise ValueError(
             f"{path} was not opened: it wants to run {wanted[1]}, and a weights file may hold only tensors; ask "
             "its author for safetensors, or convert it inside a sandbox"
