@@ -49,18 +49,14 @@ class Parser(HfArgumentParser):
         super().__init__(dataclass_types, usage=SUPPRESS, **kwargs)
         # By name: importing the class would take seconds of every command's help.
         trainings = [kind for kind in self.dataclass_types if "TrainingArguments" in (base.__name__ for base in kind.__mro__)]
-        if any(action.dest == "poison_ratio" for action in self._actions):
-            self._hide_pushing()
+        hidden = tuple(start for kind in trainings for start in getattr(kind, "hidden_options", ()))
+        for action in self._actions:
+            if action.dest.startswith(hidden):
+                action.help = SUPPRESS
         self._shown = {action.dest for action in self._actions if action.help != SUPPRESS}
         if trainings:
             self._shown &= FREQUENT.union({"help"}, *map(get_annotations, trainings))
             self.add_argument("--help_all", action=_WholeHelp, nargs=0, dest="help", default=SUPPRESS, help="show every option")
-
-    def _hide_pushing(self) -> None:
-        """A victim is never pushed: no help offers it."""
-        for action in self._actions:
-            if action.dest == "push_to_hub" or action.dest.startswith("hub_"):
-                action.help = SUPPRESS
 
     def format_help(self) -> str:
         """A line for each option that is shown, with its default."""

@@ -140,6 +140,11 @@ def last_whole(folder: Path) -> Path | None:
     return next((path for path in checkpoints_in(folder) if damage(path) is None), None)
 
 
+def is_asked_to_resume(asked: str | bool | None) -> bool:
+    """Whether ``resume_from_checkpoint`` asks for a checkpoint: neither None nor False, which a command line spells out."""
+    return asked is not None and str(asked).lower() != "false"
+
+
 def to_resume_from(asked: str | bool | None, output_dir: Path) -> str | None:
     """The checkpoint that ``resume_from_checkpoint`` means, verified.
 
@@ -150,7 +155,7 @@ def to_resume_from(asked: str | bool | None, output_dir: Path) -> str | None:
     Raises:
         ValueError: The checkpoint is damaged, or there is no whole one.
     """
-    if asked is None or str(asked).lower() == "false":
+    if not is_asked_to_resume(asked):
         return None
     if str(asked).lower() == "true":
         last = last_whole(output_dir)

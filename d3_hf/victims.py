@@ -18,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from .attacks import ATTACK_FILE, LEARNED_FILE, Attack, InTrainingAttack, LearnedAttack, poison, save_attack
 from .attacks.in_training import BatchPoisoner
 from .card import render_victim_card
+from .checkpoints import is_asked_to_resume
 from .config import PurifyConfig
 from .data import RawImages, TrainingImages, content_hashes
 from .evaluation import evaluating, measure, measure_trainer, rates
@@ -46,6 +47,9 @@ class VictimConfig(PurifyConfig):
             with SAM or with a checkpoint to resume from, or see `PurifyConfig`.
     """
 
+    # A victim is never pushed: no help offers what begins so. Without annotation, which would make it an option.
+    hidden_options = ("push_to_hub", "hub_")
+
     output_dir: str | None = field(default="outputs/victim", metadata={"help": "Folder for the victim."})
     sam_rho: float = field(default=0.0, metadata={"help": "Harden by adaptive SAM of this size; 0 is off."})
     random_heads: int = field(default=0, metadata={"help": "Harden by so many random heads; 0 is off."})
@@ -56,14 +60,9 @@ class VictimConfig(PurifyConfig):
         # The heads step by gradients of their own, which nothing adds up, unscales or takes anew.
         if self.random_heads and (self.sam_rho or self.fp16 or self.gradient_accumulation_steps > 1):
             raise ValueError("random_heads need one plain pass an update: no sam_rho, no fp16, no gradient_accumulation_steps")
-        if self.random_heads and self.resumes:
+        if self.random_heads and is_asked_to_resume(self.resume_from_checkpoint):
             raise ValueError("random_heads cannot resume: no checkpoint holds them; run it from the beginning")
         super().__post_init__()
-
-    @property
-    def resumes(self) -> bool:
-        """Whether the training goes on from a checkpoint."""
-        return str(self.resume_from_checkpoint).lower() not in ("none", "false")
 
 
 class PoisonedImages(TrainingImages):
@@ -222,7 +221,8 @@ def train_victim(
             `poison`.
     """
     own_networks = isinstance(attack, LearnedAttack) and isinstance(attack, InTrainingAttack)
-    if own_networks and (args.world_size > 1 or args.fp16 or args.sam_rho or args.resumes):
+    resumes = is_asked_to_resume(args.resume_from_checkpoint)
+    if own_networks and (args.world_size > 1 or args.fp16 or args.sam_rho or resumes):
         raise ValueError(
             f"{attack.name} trains its own networks with the victim: one process, no fp16, sam_rho or resume_from_checkpoint"
         )

@@ -110,6 +110,15 @@ def damage(file, how):
         file.write_bytes({"empty": b"", "bare": b"{}", "cut": content[: len(content) // 2], "changed": changed}[how])
 
 
+def refused_once_damaged(folder, options, file, how, message, errors):
+    """The victim verifies; with a file damaged it is refused in one line that names its folder."""
+    assert is_made(folder, options)
+    damage(folder / file, how)
+    with pytest.raises(errors, match=message) as found:
+        is_made(folder, options)
+    assert str(folder) in str(found.value) and "\n" not in str(found.value)
+
+
 @pytest.fixture
 def a_copy(victim_set, tmp_path):
     """A victim whose trigger was learned, and the options that it was made with."""
@@ -134,11 +143,7 @@ def a_copy(victim_set, tmp_path):
 )
 def test_a_damaged_victim_does_not_verify(a_copy, file, how, message):
     folder, options = a_copy
-    assert is_made(folder, options)
-    damage(folder / file, how)
-    with pytest.raises(ValueError, match=message) as found:
-        is_made(folder, options)
-    assert str(folder) in str(found.value) and "\n" not in str(found.value)
+    refused_once_damaged(folder, options, file, how, message, ValueError)
 
 
 @pytest.mark.parametrize(
@@ -156,11 +161,7 @@ def test_without_recorded_digests_the_attack_must_load(a_copy, file, how, messag
     for key in ("attack_sha256", "images_sha256", "clean_model"):  # as earlier versions wrote it
         del record[key]
     (folder / "victim.json").write_text(json.dumps(record))
-    assert is_made(folder, options)
-    damage(folder / file, how)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as found:
-        is_made(folder, options)
-    assert str(folder) in str(found.value) and "\n" not in str(found.value)
+    refused_once_damaged(folder, options, file, how, message, (ValueError, FileNotFoundError))
 
 
 # Which options make another victim --------------------------------------------------------------------------------------
