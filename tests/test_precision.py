@@ -109,3 +109,12 @@ def test_compiled_equals_eager(tmp_path, hinge, backend):
     compiled = trained(trainer)
     assert type(trainer.model_wrapped).__name__ == "OptimizedModule"
     torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_attention_is_fused_except_in_bf16_on_a_cpu(tmp_path, bf16):
+    trainer, fused = D3Trainer(tiny_vit(), config(tmp_path, bf16=bf16, max_steps=1), tiny_samples(16)), set()
+    trainer.model.register_forward_hook(lambda *_: fused.add(torch.backends.cuda.flash_sdp_enabled()))
+    trainer.train()
+    assert fused == {not bf16}
+    assert torch.backends.cuda.flash_sdp_enabled()
