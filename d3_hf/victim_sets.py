@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, set_seed
 from .arguments import AttackArguments, DataArguments, ModelArguments, Parser, parse_arguments, read_yaml
 from .attacks import Attack
 from .card import victim_table
-from .checkpoints import check_output
+from .checkpoints import check_output, last_whole
 from .data import RawImages
 from .labels import check_labels
 from .manifest import arguments_of
 from .models import load_classifier, new_model, with_new_head
 from .victim_record import check_files, differences, read_record
-from .victims import VICTIM_FILE, VictimConfig, train_victim
+from .victims import VICTIM_FILE, VictimConfig, has_own_networks, train_victim
 
 
 @dataclass
@@ -141,8 +141,9 @@ def _clean_model(model_args: ModelArguments, victim_args: VictimArguments) -> Pr
 def make_set(argv: list[str] | None = None) -> list[str]:
     """Run ``--set FILE.yaml [--only PATTERN ...] --option value ...``: make the victims of a set that are not there yet.
 
-    A victim that exists is verified (same options, unchanged weights and trigger) and skipped; one that was interrupted is made
-    anew. Any other option goes over every victim's own, as ``--dataset_name`` does where the images lie elsewhere.
+    A victim that exists is verified (same options, unchanged weights and trigger) and skipped; one that was interrupted goes on
+    from its last whole checkpoint if it has one (``--save_strategy epoch``) and is made anew if not. Any other option goes over
+    every victim's own, as ``--dataset_name`` does where the images lie elsewhere.
 
     Args:
         argv: Arguments without the program's name; default ``sys.argv[1:]``.
@@ -170,8 +171,11 @@ def make_set(argv: list[str] | None = None) -> list[str]:
             continue
         if clean in victims and not (root / clean / VICTIM_FILE).is_file():
             raise ValueError(f"{name} needs {clean}, which is not in {root}: add --only {clean}")
-        print(f"[{number}/{len(names)}] {name}, {(time.perf_counter() - started) / 60:.1f} minutes so far")
-        make_victim(rest, options | {"overwrite_output_dir": True})  # of an interrupted one nothing is kept
+        checkpoint = checkpoint_of(root / name, options, rest)
+        begun = f", from {checkpoint.name}" if checkpoint else ""
+        print(f"[{number}/{len(names)}] {name}{begun}, {(time.perf_counter() - started) / 60:.1f} minutes so far")
+        # Of an interrupted one nothing else is kept.
+        make_victim(rest, options | {"overwrite_output_dir": True, "resume_from_checkpoint": checkpoint and str(checkpoint)})
     if PartialState().is_main_process:
         (root / "victims.md").write_text(set_table(root, victims) + "\n")
     return [str(root / name) for name in names]
@@ -205,12 +209,29 @@ def is_made(folder: Path, options: dict[str, Any], argv: list[str] = ()) -> bool
         return False
     record = read_record(folder)
     check_files(folder, record)
-    asked = json.loads(json.dumps(_recipe(*parse_arguments(KINDS, list(argv), options))))
+    asked = _asked(parse_arguments(KINDS, list(argv), options))
     if different := differences(record, asked):
         raise ValueError(
             f"{folder} holds a victim made with other {', '.join(different)}; delete it or choose another output_dir"
         )
     return True
+
+
+def checkpoint_of(folder: Path, options: dict[str, Any], argv: list[str] = ()) -> Path | None:
+    """The last whole checkpoint in the folder, if it is of the victim that these options describe and can be gone on from."""
+    checkpoint = last_whole(folder)
+    if checkpoint is None:
+        return None
+    arguments = parse_arguments(KINDS, list(argv), options)
+    attack, args = arguments[2].load(), arguments[-1]
+    record = json.loads((checkpoint / VICTIM_FILE).read_text())
+    of_another = record["recipe"] is None or differences(record, _asked(arguments))
+    return None if of_another or args.random_heads or has_own_networks(attack) else checkpoint
+
+
+def _asked(arguments: list[Any]) -> dict[str, Any]:
+    """The recipe that the options amount to, as it reads in a record."""
+    return json.loads(json.dumps(_recipe(*arguments)))
 
 
 def set_table(root: Path, names: Iterable[str]) -> str:

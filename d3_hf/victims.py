@@ -220,9 +220,8 @@ def train_victim(
             model's size, trains its own networks where that is not possible (several processes, fp16, SAM, resuming), or see
             `poison`.
     """
-    own_networks = isinstance(attack, LearnedAttack) and isinstance(attack, InTrainingAttack)
     resumes = is_asked_to_resume(args.resume_from_checkpoint)
-    if own_networks and (args.world_size > 1 or args.fp16 or args.sam_rho or resumes):
+    if has_own_networks(attack) and (args.world_size > 1 or args.fp16 or args.sam_rho or resumes):
         raise ValueError(
             f"{attack.name} trains its own networks with the victim: one process, no fp16, sam_rho or resume_from_checkpoint"
         )
@@ -238,12 +237,13 @@ def train_victim(
     trainer = VictimTrainer(model, args, poisoned, rows, poisoner)
     if poisoner:
         _check_sizes(attack, train, trainer.preprocessing.size)
-    trained = trainer.train(args.resume_from_checkpoint)
-    trainer.attack, trainer.recipe = poisoner.finish() if poisoner else attack, recipe
+    trainer.recipe = recipe  # now, so that a checkpoint knows whose it is
     trainer.origin = {
         "images_sha256": images_digest(train),
         "clean_model": None if clean_model is None else source_of(clean_model),
     }
+    trained = trainer.train(args.resume_from_checkpoint)
+    trainer.attack = poisoner.finish() if poisoner else attack
     trainer.measured |= {"poisoning_seconds": poisoning_seconds, "training_seconds": trained.metrics["train_runtime"]}
     trainer.measured |= _measured(trainer, test, clean_model)
     if attack:
@@ -257,6 +257,11 @@ def train_victim(
         }
     trainer.save_model()
     return trainer
+
+
+def has_own_networks(attack: Attack | None) -> bool:
+    """Whether the attack's own networks train with the victim; no checkpoint holds them."""
+    return isinstance(attack, LearnedAttack) and isinstance(attack, InTrainingAttack)
 
 
 def images_digest(images: RawImages) -> str:

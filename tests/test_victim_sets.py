@@ -1,4 +1,4 @@
-"""Sets of victims: folders describe themselves, what exists is verified and skipped, what was interrupted is made anew."""
+"""Sets of victims: folders describe themselves, what exists is verified and skipped, what was interrupted goes on."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tiny import FAST, NEW_VIT
 from d3_hf.commands.measure import measure_victim
 from d3_hf.data import load_images
 from d3_hf.victim_record import differences, read_record
-from d3_hf.victim_sets import is_made, make_set, make_victim, read_set, set_table
+from d3_hf.victim_sets import checkpoint_of, is_made, make_set, make_victim, read_set, set_table
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TOY = NEW_VIT | FAST | {"dataset_name": "digits", "retain_count": 100, "max_test_images": 60}
@@ -84,6 +84,24 @@ def test_what_exists_is_verified_and_skipped_and_what_was_interrupted_is_made_an
     assert "[1/2] toy/badnets, 0.0 minutes" in shown and "[2/2] toy/blended: exists and verifies" in shown
     after = [os.stat(file).st_mtime_ns for file in weights]
     assert [a == b for a, b in zip(times, after, strict=True)] == [True, False, True, True]
+
+
+# No checkpoint holds the networks of input_aware.
+@pytest.mark.parametrize(("victim", "resumes"), [("badnets", True), ("input_aware", False)])
+def test_an_interrupted_victim_goes_on_from_its_checkpoint(victim_set, tmp_path, capsys, victim, resumes):
+    folder, _ = victim_set
+    argv = ["--set", str(folder / "set.yaml"), "--only", "toy/clean", f"toy/{victim}", "--save_strategy", "steps"]
+    argv += ["--save_steps", "1", "--output_dir"]
+    make_set([*argv, str(tmp_path / "whole")])
+    whole, cut = (tmp_path / name / "toy" for name in ("whole", "cut"))
+    shutil.copytree(whole / "clean", cut / "clean")
+    shutil.copytree(whole / victim / "checkpoint-1", cut / victim / "checkpoint-1")
+    options = read_set(str(folder / "set.yaml"))[f"toy/{victim}"] | {"clean_model": str(cut / "clean")}
+    assert checkpoint_of(cut / victim, options | {"learning_rate": 0.5}) is None  # another victim's
+    capsys.readouterr()
+    make_set([*argv, str(tmp_path / "cut")])
+    assert (f"toy/{victim}, from checkpoint-1, " in capsys.readouterr().out) is resumes
+    assert read_record(cut / victim)["weights_sha256"] == read_record(whole / victim)["weights_sha256"]
 
 
 @pytest.mark.parametrize(
