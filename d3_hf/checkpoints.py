@@ -27,7 +27,10 @@ logger = logging.get_logger(__name__)
 PARTIAL = ".partial"
 WHOLE = "whole.json"  # in a checkpoint: the SHA-256 of every other file, written last
 RESULTS = (MANIFEST, "victim.json")  # with a card beside it, either says that a folder holds a finished run's results
-MODEL_FILES = ("model*.safetensors", "model*.safetensors.index.json", "all_results.json", "retain_indices.json")
+MODEL_FILES = (
+    *("model*.safetensors", "model*.safetensors.index.json", "all_results.json", "retain_indices.json"),
+    *("attack.json", "trigger.safetensors"),  # a victim's
+)
 # torch.save reports a failed write as a RuntimeError, with one of these in its message.
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
 
@@ -50,7 +53,7 @@ def check_output(args: PurifyConfig, source: Any) -> None:
         if Path(source.name).expanduser().resolve() in [place.resolve() for place in replaced]:
             raise ValueError(f"output_dir {folder} is where the suspicious model lies, which must stay: choose another")
     found = results_in(folder) or results_in(folder / REJECTED)
-    if found and not (args.overwrite_output_dir or args.resume_from_checkpoint):
+    if found and not (args.overwrite_output_dir or is_asked_to_resume(args.resume_from_checkpoint)):
         raise ValueError(
             f"output_dir {folder} holds the results of another run ({found.relative_to(folder)}): choose another, or add "
             "--overwrite_output_dir (overwrite_output_dir=True) to replace them"

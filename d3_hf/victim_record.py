@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .arguments import DataArguments
+from .arguments import AttackArguments, DataArguments
 from .attacks import load_attack
 from .data import RawImages
 from .manifest import PLACES
@@ -69,25 +69,29 @@ def check_files(folder: Path, record: dict[str, Any]) -> None:
 def differences(record: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     """The options, sorted, by which another victim is asked for than the recorded one.
 
-    Those of `CIRCUMSTANCES` do not count. A data set or a checkpoint in another place is the same if its content is; where that
-    is not at hand, or was not recorded by an earlier version, if its last name is, as in ``uoft-cs/cifar10`` and
-    ``/data/cifar10``.
+    Those of `CIRCUMSTANCES` do not count. Attacks are compared with their defaults filled in. A checkpoint is the same if its
+    content is, and so is a data set in another place; where that is not at hand, or was not recorded by an earlier version, if
+    its last name is, as in ``uoft-cs/cifar10`` and ``/data/cifar10``.
 
     Args:
         record: See `read_record`.
         asked: Options as they stand in a record's ``recipe``.
     """
-    recipe = record["recipe"]
-    names = (asked.keys() | recipe.keys()) - CIRCUMSTANCES
-    return sorted(name for name in names if asked.get(name) != recipe.get(name) and not _moved(name, record, asked))
+    names = (asked.keys() | record["recipe"].keys()) - CIRCUMSTANCES
+    return sorted(name for name in names if not _is_same(name, record, asked.get(name)))
 
 
-def _moved(name: str, record: dict[str, Any], asked: dict[str, Any]) -> bool:
-    """Whether an option differs only in where something lies."""
-    then, now = record["recipe"].get(name), asked.get(name)
+def _is_same(name: str, record: dict[str, Any], now: Any) -> bool:
+    """Whether an option asks for what was recorded."""
+    then = record["recipe"].get(name)
+    if name == "attack":
+        attack = AttackArguments(now).load()
+        return (attack and attack.describe()) == (record["planted"] or {}).get("attack")
     if name not in LOCATIONS or not then or not now:
-        return False
+        return then == now
     if name == "dataset_name":
+        if then == now:  # decoding all images again takes too long
+            return True
         known = record.get("images_sha256")
     else:
         known = (record.get("source" if name == "model_name_or_path" else name) or {}).get("sha256")

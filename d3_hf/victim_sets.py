@@ -152,10 +152,13 @@ def make_set(argv: list[str] | None = None) -> list[str]:
         The folders, in the set's order.
 
     Raises:
-        ValueError: No victim matches ``--only``, a folder holds a victim made with other options or changed since, or a clean
-            model that belongs to the set was not made before.
+        ValueError: No victim matches ``--only``, a folder holds a victim made with other options or changed since, a clean
+            model that belongs to the set was not made before, or ``resume_from_checkpoint`` is given.
+        KeyboardInterrupt: After Ctrl-C, with a message that says how to go on.
     """
     chosen, rest = Parser([SetArguments]).parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+    if any(option.startswith("--resume_from_checkpoint") for option in rest):
+        raise ValueError("a set finds the checkpoints of its victims itself: run it again without --resume_from_checkpoint")
     victims = read_set(chosen.set)
     root = Path(chosen.output_dir or read_yaml(chosen.set)["output_dir"])
     names = [name for name in victims if any(fnmatch(name, pattern) for pattern in chosen.only)]
@@ -174,8 +177,12 @@ def make_set(argv: list[str] | None = None) -> list[str]:
         checkpoint = checkpoint_of(root / name, options, rest)
         begun = f", from {checkpoint.name}" if checkpoint else ""
         print(f"[{number}/{len(names)}] {name}{begun}, {(time.perf_counter() - started) / 60:.1f} minutes so far")
-        # Of an interrupted one nothing else is kept.
-        make_victim(rest, options | {"overwrite_output_dir": True, "resume_from_checkpoint": checkpoint and str(checkpoint)})
+        options |= {"overwrite_output_dir": True, "resume_from_checkpoint": checkpoint and str(checkpoint)}
+        try:
+            make_victim(rest, options)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"while {name} was made: run the same command again to go on") from None
+        PartialState().wait_for_everyone()  # until its files are written
     if PartialState().is_main_process:
         (root / "victims.md").write_text(set_table(root, victims) + "\n")
     return [str(root / name) for name in names]

@@ -4,6 +4,7 @@ A victim is trained by the same trainer as plain fine-tuning, on poisoned images
 """
 
 import hashlib
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from .attacks import ATTACK_FILE, LEARNED_FILE, Attack, InTrainingAttack, LearnedAttack, poison, save_attack
 from .attacks.in_training import BatchPoisoner
 from .card import render_victim_card
-from .checkpoints import is_asked_to_resume
+from .checkpoints import is_asked_to_resume, to_resume_from
 from .config import PurifyConfig
 from .data import RawImages, TrainingImages, content_hashes
 from .evaluation import evaluating, measure, measure_trainer, rates
@@ -96,7 +97,9 @@ class VictimTrainer(PurifyTrainer):
         planted: What ``victim.json`` says of it: description, ratio, seed, poisoned rows, `Attack.quality`.
         recipe: The options behind the run, if they are known.
         origin: What the victim was made of, to recognise it elsewhere: ``images_sha256`` of the training images before the
-            attack, and ``clean_model``, the source of the attacker's own classifier.
+            attack, ``poisoned_sha256`` of them after it (None if every batch is poisoned anew), and ``clean_model``, the source
+            of the attacker's own classifier.
+        began: When the training began by `time.perf_counter`, the time before a resumed checkpoint counted in; None outside it.
         weights_sha256: Of the weights as they were last written.
         attack_sha256: Of the attack's files, by name.
     """
@@ -121,6 +124,7 @@ class VictimTrainer(PurifyTrainer):
         self.recipe: dict[str, Any] | None = None
         self.attack: Attack | None = None
         self.origin: dict[str, Any] = {}
+        self.began: float | None = None
         self.weights_sha256: str | None = None
         self.attack_sha256: dict[str, str] = {}
         if args.random_heads:
@@ -168,7 +172,10 @@ class VictimTrainer(PurifyTrainer):
     def facts(self) -> dict[str, Any]:
         """Adds what was planted, the options that made it and the digests of the files, to recognise the folder by."""
         digests = {"weights_sha256": self.weights_sha256, "attack_sha256": self.attack_sha256}
-        return super().facts() | {"planted": self.planted, "recipe": self.recipe} | self.origin | digests
+        facts = super().facts() | {"planted": self.planted, "recipe": self.recipe} | self.origin | digests
+        if self.began is not None:
+            facts["measured"] = self.measured | {"training_seconds": time.perf_counter() - self.began}
+        return facts
 
     def write_files(self, folder: Path, state_dict: dict | None = None) -> None:
         """Adds the attack, and remembers the digests for the manifest."""
@@ -217,13 +224,14 @@ def train_victim(
 
     Raises:
         ValueError: The attack cannot learn its trigger (see its ``fit``), poisons batches of images that are not of the
-            model's size, trains its own networks where that is not possible (several processes, fp16, SAM, resuming), or see
-            `poison`.
+            model's size, trains its own networks where that is not possible (several processes, fp16, accumulated gradients,
+            SAM, resuming), the checkpoint to resume from saw other poisoned images, or see `poison`.
     """
-    resumes = is_asked_to_resume(args.resume_from_checkpoint)
-    if has_own_networks(attack) and (args.world_size > 1 or args.fp16 or args.sam_rho or resumes):
+    resumes, accumulates = is_asked_to_resume(args.resume_from_checkpoint), args.gradient_accumulation_steps > 1
+    if has_own_networks(attack) and (args.world_size > 1 or args.fp16 or accumulates or args.sam_rho or resumes):
         raise ValueError(
-            f"{attack.name} trains its own networks with the victim: one process, no fp16, sam_rho or resume_from_checkpoint"
+            f"{attack.name} trains its own networks with the victim: one process, no fp16, gradient_accumulation_steps, "
+            "sam_rho or resume_from_checkpoint"
         )
     start = time.perf_counter()
     attack = _fitted(attack, train, clean_model, poison_seed, args.device)
@@ -237,26 +245,44 @@ def train_victim(
     trainer = VictimTrainer(model, args, poisoned, rows, poisoner)
     if poisoner:
         _check_sizes(attack, train, trainer.preprocessing.size)
-    trainer.recipe = recipe  # now, so that a checkpoint knows whose it is
+    # Before the training, so that a checkpoint knows whose it is.
+    trainer.recipe = recipe
     trainer.origin = {
         "images_sha256": images_digest(train),
+        "poisoned_sha256": None if rows is None else images_digest(poisoned),
         "clean_model": None if clean_model is None else source_of(clean_model),
     }
-    trained = trainer.train(args.resume_from_checkpoint)
-    trainer.attack = poisoner.finish() if poisoner else attack
-    trainer.measured |= {"poisoning_seconds": poisoning_seconds, "training_seconds": trained.metrics["train_runtime"]}
-    trainer.measured |= _measured(trainer, test, clean_model)
     if attack:
-        images, _ = next(test.batches(QUALITY_IMAGES))
         trainer.planted = {
             "attack": attack.describe(),
             "poison_ratio": poison_ratio,
             "poison_seed": poison_seed,
             "poisoned_rows": "anew in every batch" if rows is None else train.index[rows].tolist(),
-            "quality": trainer.attack.quality(images.to(args.device)),
         }
+    checkpoint = to_resume_from(args.resume_from_checkpoint, Path(args.output_dir))
+    trainer.began = time.perf_counter() - (_seconds_before(Path(checkpoint), trainer.origin) if checkpoint else 0)
+    trainer.train(checkpoint)
+    trainer.measured |= {"poisoning_seconds": poisoning_seconds, "training_seconds": time.perf_counter() - trainer.began}
+    trainer.began = None
+    trainer.attack = poisoner.finish() if poisoner else attack
+    trainer.measured |= _measured(trainer, test, clean_model)
+    if attack:
+        images, _ = next(test.batches(QUALITY_IMAGES))
+        trainer.planted["quality"] = trainer.attack.quality(images.to(args.device))
     trainer.save_model()
     return trainer
+
+
+def _seconds_before(checkpoint: Path, origin: dict[str, Any]) -> float:
+    """How long the training behind a checkpoint took; a trigger that is learned again must be the one it was trained on."""
+    file = checkpoint / VICTIM_FILE
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    if record.get("poisoned_sha256") != origin["poisoned_sha256"]:
+        raise ValueError(
+            f"{checkpoint} was trained on other poisoned images (another trigger, data set or clean model): delete it to begin "
+            "anew"
+        )
+    return record.get("measured", {}).get("training_seconds", 0)
 
 
 def has_own_networks(attack: Attack | None) -> bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny import tiny_resnet
 
-from d3_hf.attacks.input_aware import InputAware, likeness_penalty
+from d3_hf.attacks.input_aware import NETWORKS, InputAware, likeness_penalty
 from d3_hf.data import RawImages
 
 CPU = torch.device("cpu")
@@ -36,6 +36,20 @@ def fitted():
     for step in range(30):  # without updates: only the pattern network's running statistics come to rest
         poisoner(*batch_of(), step)
     return poisoner.finish()
+
+
+def test_no_tf32_however_it_was_switched_on(fitted):
+    convolution, images, found = torch.backends.cudnn.conv, pixels(2), []
+    fitted._network("pattern", NETWORKS["pattern"], CPU).register_forward_hook(
+        lambda *_: found.append(convolution.fp32_precision)
+    )
+    expected, before = fitted.trigger(images), torch.backends.fp32_precision
+    torch.backends.fp32_precision = "tf32"  # as the Trainer does for torch_compile
+    try:
+        assert torch.equal(fitted.trigger(images), expected) and convolution.fp32_precision == "tf32"
+    finally:
+        torch.backends.fp32_precision = before
+    assert found == ["ieee", "ieee"] and not torch.backends.cudnn.deterministic
 
 
 def slow_network(learned, name, images):

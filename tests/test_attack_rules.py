@@ -162,6 +162,20 @@ def one_to_one(attack_class, source_label=2):
     return attack_class(label_map="one-to-one", source_label=source_label)
 
 
+@pytest.mark.parametrize("kind", [WaNet, BPP])
+def test_batches_all_to_all(kind):
+    images, labels = pixels(20), torch.arange(20) % 7
+    _, new_labels = kind(label_map="all-to-all", cross_ratio=1).poisoner(0.2, 7, 0, CPU)(images, labels, 0)
+    assert new_labels.tolist() == [1, 2, 3, 4] + labels[4:].tolist()
+
+
+def test_small_ratios_keep_their_share_of_the_batches():
+    images, labels = pixels(40), torch.ones(40, dtype=torch.int64)
+    poisoner = WaNet(cross_ratio=0).poisoner(0.01, 2, 0, CPU)
+    counts = torch.tensor([(poisoner(images, labels, step)[1] == 0).sum() for step in range(300)])
+    assert counts.unique().tolist() == [0, 1] and 0.3 < counts.float().mean() < 0.5
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -179,6 +193,8 @@ def one_to_one(attack_class, source_label=2):
         (lambda: one_to_one(WaNet).poisoner(0.1, 10, 0, CPU), "wanet poisons .* label_map cannot be one-to-one here"),
         (lambda: one_to_one(BPP).poisoner(0.1, 10, 0, CPU), "bpp poisons .* label_map cannot be one-to-one here"),
         (lambda: one_to_one(InputAware).poisoner(0.1, 10, 0, CPU), "input_aware poisons .* label_map cannot be one-to-one"),
+        (lambda: WaNet().poisoner(0.1, 10, -1, CPU), "seed must be an integer at least 0; got -1"),
+        (lambda: BPP().poisoner(0.1, 10, 1.5, CPU), "seed must be an integer at least 0; got 1.5"),
         (lambda: WaNet(target_label=10).poisoner(0.1, 10, 0, CPU), "target_label 10 is out of range: there are classes 0 to 9"),
         (lambda: BadNets(size=0), "size must be an integer at least 1"),
         (lambda: BadNets(size="3"), "size must be an integer"),

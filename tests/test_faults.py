@@ -236,6 +236,8 @@ def test_results_of_another_run_are_refused(finished, tmp_path):
     before = contents(folder)
     with pytest.raises(ValueError, match=r"holds the results of another run \(purification.json\).*--overwrite_output_dir"):
         trainer(folder)
+    with pytest.raises(ValueError, match="holds the results of another run"):
+        trainer(folder, resume_from_checkpoint="false")
     (folder / "purification.json").rename(folder / "victim.json")
     with pytest.raises(ValueError, match=r"another run \(victim.json\)"):
         trainer(folder)

@@ -112,6 +112,7 @@ def test_an_interrupted_victim_goes_on_from_its_checkpoint(victim_set, tmp_path,
             ["--only", "toy/blended", "--poison_ratio", "0.2", "--learning_rate", "0.5"],
             "made with other learning_rate, poison_ratio; delete",
         ),
+        (["--resume_from_checkpoint", "true"], "a set finds the checkpoints of its victims itself"),
     ],
 )
 def test_a_set_refuses(victim_set, argv, message):
@@ -192,6 +193,8 @@ def test_without_recorded_digests_the_attack_must_load(a_copy, file, how, messag
         ({"dataloader_num_workers": 4, "dataloader_pin_memory": False, "save_strategy": "epoch", "save_total_limit": 1}, []),
         ({"output_dir": "elsewhere", "resume_from_checkpoint": "true"}, []),
         ({"attack": {"name": "badnets", "size": 4}}, ["attack"]),
+        ({"attack": {"name": "badnets", "size": 3}}, []),  # the default
+        ({"attack": None}, ["attack"]),
         ({"poison_ratio": 0.2, "poison_seed": 1}, ["poison_ratio", "poison_seed"]),
         ({"num_train_epochs": 7, "learning_rate": 0.5, "seed": 1}, ["learning_rate", "num_train_epochs", "seed"]),
         ({"sam_rho": 1.0, "bf16": True, "dataloader_drop_last": True}, ["bf16", "dataloader_drop_last", "sam_rho"]),
@@ -206,6 +209,21 @@ def test_without_recorded_digests_the_attack_must_load(a_copy, file, how, messag
 def test_what_makes_another_victim(victim_set, changed, different):
     record = read_record(Path(victim_set[1][1]))
     assert differences(record, record["recipe"] | changed) == different
+
+
+def test_another_default_of_the_attack_makes_another_victim(victim_set):
+    record = read_record(Path(victim_set[1][1]))
+    record["planted"]["attack"]["margin"] = 1
+    assert differences(record, record["recipe"]) == ["attack"]
+
+
+def test_a_set_says_how_to_go_on_after_ctrl_c(victim_set, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt("go on with --resume_from_checkpoint")
+
+    monkeypatch.setattr("d3_hf.victim_sets.make_victim", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="^while toy/clean was made: run the same command again to go on$"):
+        make_set(["--set", str(victim_set[0] / "set.yaml"), "--output_dir", str(tmp_path)])
 
 
 def test_images_are_known_by_their_content_wherever_they_lie(victim_set, tmp_path):
@@ -235,6 +253,8 @@ def test_a_checkpoint_is_known_by_its_content_wherever_it_lies(victim_set, tmp_p
     damage(weights, "changed")
     assert differences(of_folder, {option: str(folder)}) == [option] == differences(of_file, {option: str(weights)})
     assert differences(of_folder, {option: "/not/here/clean"}) == []  # nothing to compare but the name
+    remade = {"recipe": {option: str(folder)}, key: {"sha256": digests}}
+    assert differences(remade, {option: str(folder)}) == [option]  # in the same place
 
 
 def test_card_warns_and_a_reference_does_not(victim_set):

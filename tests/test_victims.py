@@ -1,5 +1,6 @@
 """Training victims: every attack reaches its ASR on digits, the folder says how, hardening does its work."""
 
+import copy
 import json
 import shutil
 
@@ -117,6 +118,30 @@ def test_a_resumed_victim_is_the_uninterrupted_one(name, digits, tmp_path):
     for (key, found), expected in zip(resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
         assert torch.equal(found, expected), key
     assert resumed.measured["victim"] == whole.measured["victim"]
+    before = json.loads((tmp_path / "cut" / "checkpoint-3" / "victim.json").read_text())["measured"]["training_seconds"]
+    assert resumed.measured["training_seconds"] > before > 0
+
+
+def test_a_checkpoint_of_other_poisoned_images_is_refused(digits, clean, tmp_path):
+    train, test = (images.select(range(150)) for images in digits)
+    options = {"save_strategy": "steps", "save_steps": 3}
+
+    def run(own, **further):
+        attack = from_description({"name": "lf", "num_images": 5, "passes": 1})
+        return train_victim(small_resnet(), train, test, attack, config(tmp_path, 1, **options, **further), clean_model=own)
+
+    run(clean)
+    other = copy.deepcopy(clean)
+    torch.nn.init.normal_(next(other.parameters()))  # another trigger is learned from it
+    with pytest.raises(ValueError, match="checkpoint-5 was trained on other poisoned images .*: delete it to begin anew"):
+        run(other, resume_from_checkpoint="true")
+
+
+def test_an_overwritten_victim_leaves_no_attack_behind(digits, tmp_path):
+    train, test = (images.select(range(64)) for images in digits)
+    for attack in (BadNets(), None):
+        train_victim(small_resnet(), train, test, attack, config(tmp_path, 1, overwrite_output_dir=True))
+        assert (tmp_path / "attack.json").is_file() is (attack is not None)
 
 
 def test_a_trigger_is_learned_where_the_victim_trains(digits, monkeypatch):
@@ -223,7 +248,7 @@ def test_random_heads_need_fixed_poisoned_images(digits, tmp_path):
         VictimTrainer(small_resnet(), config(tmp_path, 1, random_heads=2), digits[0])
 
 
-@pytest.mark.parametrize("options", [{"sam_rho": 1}, {"resume_from_checkpoint": "true"}])
+@pytest.mark.parametrize("options", [{"sam_rho": 1}, {"resume_from_checkpoint": "true"}, {"gradient_accumulation_steps": 2}])
 def test_an_attack_with_networks_of_its_own_refuses(options, digits, tmp_path):
     attack = from_description({"name": "input_aware", "mask_steps": 1})
     with pytest.raises(ValueError, match="trains its own networks with the victim: .* sam_rho or resume_from_checkpoint"):

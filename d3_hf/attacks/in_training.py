@@ -30,7 +30,7 @@ class BatchPoisoner(ABC):
 
     Raises:
         ValueError: Poisoned and cross images together are none or more than the batch, the target is not one of the
-            classes, or the label map is one-to-one.
+            classes, ``seed`` is negative, or the label map is one-to-one.
     """
 
     def __init__(self, attack: Attack, ratio: float, cross_ratio: float, num_classes: int, seed: int):
@@ -40,6 +40,7 @@ class BatchPoisoner(ABC):
                 "together they must be more than 0 and at most the whole batch"
             )
         attack.check_classes(num_classes)
+        check_range("seed", seed, 0, integer=True)
         if attack.label_map == "one-to-one":
             raise ValueError(f"{attack.name} poisons images of any class in a batch: label_map cannot be one-to-one here")
         self.attack, self.ratio, self.cross_ratio = attack, ratio, cross_ratio

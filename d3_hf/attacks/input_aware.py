@@ -14,7 +14,7 @@ from ..data import RawImages
 from .base import check_range
 from .generators import EncoderDecoder, squashed, standardized
 from .in_training import BatchPoisoner, InTrainingAttack
-from .networks import NetworkAttack, restored, weights_of
+from .networks import NetworkAttack, exact_convolutions, restored, weights_of
 
 BATCH = 32  # images of an update of the mask network: 400 such updates made sparser masks than 200 of 64 images
 BETAS = (0.5, 0.9)  # of Adam, for both networks: authors' code
@@ -145,8 +145,7 @@ class InputAware(NetworkAttack, InTrainingAttack):
         pattern, mask = (self._network(name, make, images.device) for name, make in NETWORKS.items())
         triggered = torch.empty_like(images)
         chunk = max(1, CHUNK_PIXELS // (images.shape[-2] * images.shape[-1]))
-        # TF32, which cuDNN uses otherwise, is too coarse for grey levels.
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        with torch.no_grad(), exact_convolutions():
             for part, result in zip(images.split(chunk), triggered.split(chunk), strict=True):
                 x = part.float() / 255
                 result.copy_((255 * blended(x, pattern(x), thresholded(mask(x)))).round_())

@@ -1,6 +1,7 @@
 """Networks that draw a trigger: as tensors that a victim's folder can keep, and back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,6 +30,19 @@ def restored(name: str, make: Callable[[], nn.Module], weights: dict[str, Tensor
     own = {key.removeprefix(f"{name}."): value.clone() for key, value in weights.items() if key.startswith(f"{name}.")}
     network.load_state_dict(own, assign=True)
     return network.to(memory_format=torch.channels_last)
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Inside, cuDNN convolves in float32, the same way each time: TF32, its default, is too coarse for grey levels."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.deterministic
+    # Not `allow_tf32`, which raises where TF32 was switched on by the newer setting, as the Trainer does for torch_compile.
+    cudnn.conv.fp32_precision, cudnn.deterministic = "ieee", True
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision, cudnn.deterministic = before
 
 
 @dataclass(frozen=True, kw_only=True)
