@@ -4,9 +4,13 @@ import json
 
 import pytest
 import torch
+import yaml
 from launched import CASES, run
 from processes import launch
 from safetensors.torch import load_file
+from tiny import FAST, NEW_VIT
+
+from d3_hf.victim_record import read_record
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +39,13 @@ def test_each_process_takes_its_own_active_images(two_processes):
     assert any((one == (0, 0)) != (two == (0, 0)) for one, two in zip(*windows, strict=True))  # one alone has none
     for active, with_graph in zip(record["active"], record["with_graph"], strict=True):
         assert with_graph == [2, 2] + [max(count, 1) for count in active[2:]]  # the first window is dense; one takes part
+
+
+def test_a_set_waits_for_the_clean_model_that_the_next_victim_needs(tmp_path):
+    victims = {"clean": {}, "badnets": {"attack": "badnets", "clean_model": "toy/clean"}}
+    base = NEW_VIT | FAST | {"dataset_name": "digits", "retain_count": 100, "max_test_images": 60}
+    content = {"output_dir": str(tmp_path / "victims"), "groups": {"toy": {"base": base, "victims": victims}}}
+    (tmp_path / "set.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    launch("launched_set.py", tmp_path, timeout=200)
+    clean, badnets = (read_record(tmp_path / "victims" / "toy" / name) for name in victims)
+    assert badnets["clean_model"]["sha256"]["model.safetensors"] == clean["weights_sha256"]
