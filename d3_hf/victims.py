@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .attacks import ATTACK_FILE, LEARNED_FILE, Attack, InTrainingAttack, LearnedAttack, poison, save_attack
 from .attacks.in_training import BatchPoisoner
 from .card import render_victim_card
-from .checkpoints import is_asked_to_resume, to_resume_from
+from .checkpoints import is_asked_to_resume
 from .config import PurifyConfig
 from .data import RawImages, TrainingImages, content_hashes
 from .evaluation import evaluating, measure, measure_trainer, rates
@@ -164,6 +164,19 @@ class VictimTrainer(PurifyTrainer):
             self.heads.update(self.state.global_step + 1, self.optimizer.param_groups[0]["lr"])
         return result
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        file = Path(resume_from_checkpoint) / self.manifest_name
+        record = json.loads(file.read_text()) if file.is_file() else {}
+        # A trigger that is learned again must be the one that the checkpoint was trained on.
+        if record.get("poisoned_sha256") != self.origin.get("poisoned_sha256"):
+            raise ValueError(
+                f"{resume_from_checkpoint} was trained on other poisoned images (another trigger, data set or clean model): "
+                "delete it to begin anew"
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.began is not None:
+            self.began -= record.get("measured", {}).get("training_seconds", 0)
+
     def end_purification(self) -> None:
         """Takes the random heads off the network."""
         if self.heads:
@@ -259,9 +272,8 @@ def train_victim(
             "poison_seed": poison_seed,
             "poisoned_rows": "anew in every batch" if rows is None else train.index[rows].tolist(),
         }
-    checkpoint = to_resume_from(args.resume_from_checkpoint, Path(args.output_dir))
-    trainer.began = time.perf_counter() - (_seconds_before(Path(checkpoint), trainer.origin) if checkpoint else 0)
-    trainer.train(checkpoint)
+    trainer.began = time.perf_counter()
+    trainer.train(args.resume_from_checkpoint)
     trainer.measured |= {"poisoning_seconds": poisoning_seconds, "training_seconds": time.perf_counter() - trainer.began}
     trainer.began = None
     trainer.attack = poisoner.finish() if poisoner else attack
@@ -271,18 +283,6 @@ def train_victim(
         trainer.planted["quality"] = trainer.attack.quality(images.to(args.device))
     trainer.save_model()
     return trainer
-
-
-def _seconds_before(checkpoint: Path, origin: dict[str, Any]) -> float:
-    """How long the training behind a checkpoint took; a trigger that is learned again must be the one it was trained on."""
-    file = checkpoint / VICTIM_FILE
-    record = json.loads(file.read_text()) if file.is_file() else {}
-    if record.get("poisoned_sha256") != origin["poisoned_sha256"]:
-        raise ValueError(
-            f"{checkpoint} was trained on other poisoned images (another trigger, data set or clean model): delete it to begin "
-            "anew"
-        )
-    return record.get("measured", {}).get("training_seconds", 0)
 
 
 def has_own_networks(attack: Attack | None) -> bool:
