@@ -6,7 +6,7 @@ Importing this package is cheap: the public names load on first use, and its net
 import importlib
 from typing import Any
 
-from .models import registration
+from .models.networks import registration
 
 _HOMES = {
     "ANPConfig": "defenses.anp",
@@ -21,7 +21,7 @@ _HOMES = {
     "FinePruningTrainer": "defenses.fine_pruning",
     "FineTuningConfig": "defenses.fine_tuning",
     "FineTuningTrainer": "defenses.fine_tuning",
-    "GuardArguments": "guard",
+    "GuardArguments": "evaluation.guard",
     "IBAUConfig": "defenses.ibau",
     "IBAUTrainer": "defenses.ibau",
     "LinearProbingConfig": "defenses.linear_probing",
@@ -30,12 +30,12 @@ _HOMES = {
     "NADTrainer": "defenses.nad",
     "NeuralCleanseConfig": "defenses.neural_cleanse",
     "NeuralCleanseTrainer": "defenses.neural_cleanse",
-    "Preprocessing": "preprocessing",
-    "PurifyConfig": "config",
-    "PurifyTrainer": "trainer",
+    "Preprocessing": "data.preprocessing",
+    "PurifyConfig": "training.config",
+    "PurifyTrainer": "training.trainer",
     "RNPConfig": "defenses.rnp",
     "RNPTrainer": "defenses.rnp",
-    "RawImages": "data",
+    "RawImages": "data.images",
     "SAUConfig": "defenses.sau",
     "SAUTrainer": "defenses.sau",
     "TSBDConfig": "defenses.tsbd",
@@ -44,10 +44,10 @@ _HOMES = {
     "TSCTrainer": "defenses.tsc",
     "from_description": "attacks",
     "load_classifier": "models",
-    "load_images": "data",
-    "measure": "evaluation",
+    "load_images": "data.load",
+    "measure": "evaluation.measure",
     "purify": "workflow",
-    "retain_split": "data",
+    "retain_split": "data.load",
 }
 
 __all__ = [*_HOMES]  # noqa: PLE0604

@@ -84,7 +84,7 @@ exit codes: 0 done, 1 failure, 2 mistake in what was given, 3 a guard rail broke
 
 def purify(argv: list[str]) -> dict[str, Any]:
     """Run the recipe of D3, or of the method that ``--defence``, or ``--defense``, names."""
-    from .workflow import main
+    from .commands.purify import main
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--defence", "--defense", default="d3", nargs="?", const="")
@@ -101,7 +101,7 @@ def measure(argv: list[str]) -> dict[str, Any]:
 
 def victim(argv: list[str]) -> dict[str, Any]:
     """Make a victim, or with ``--set`` those of a set."""
-    from .victim_sets import make_set, make_victim
+    from .victims.sets import make_set, make_victim
 
     if "--set" in argv:
         return {"folders": make_set(argv)}
@@ -111,7 +111,7 @@ def victim(argv: list[str]) -> dict[str, Any]:
 
 def benchmark(argv: list[str]) -> dict[str, Any]:
     """Run a benchmark grid."""
-    from .benchmark.command import main
+    from .commands.benchmark import main
 
     return {"rows": json.loads(main(argv).to_json(orient="records"))}
 

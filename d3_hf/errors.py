@@ -1,5 +1,6 @@
-"""Errors of d3_hf's own; cheap to import."""
+"""Errors with an exit code of their own, and what messages share."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,3 +17,8 @@ class GuardRailBroken(RuntimeError):
     def __init__(self, reasons: list[str], folder: Path, results: dict[str, Any]):
         super().__init__(f"{'; '.join(reasons)}. The model is in {folder}, nothing was pushed")
         self.reasons, self.folder, self.results = reasons, folder, results
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join names for a message, the first eight of them."""
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -18,17 +18,18 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from d3_hf.arguments import Parser
 from d3_hf.attacks import BadNets
-from d3_hf.augmentation import Augmentation
 from d3_hf.benchmark.meters import peak_memory, reset_peak_memory
 from d3_hf.cli import run
-from d3_hf.data import RawImages, TrainingImages
-from d3_hf.defenses.d3 import D3Config, D3Trainer
+from d3_hf.data.augmentation import Augmentation
+from d3_hf.data.images import RawImages
+from d3_hf.data.preprocessing import Preprocessing
+from d3_hf.data.training_images import TrainingImages
+from d3_hf.defenses.d3.trainer import D3Config, D3Trainer
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
-from d3_hf.evaluation import measure
+from d3_hf.evaluation.measure import measure
 from d3_hf.models import new_model
-from d3_hf.preprocessing import Preprocessing
+from d3_hf.options.parser import Parser
 
 BATCH, CLASSES = 128, 10
 VIT = dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=3, intermediate_size=768, patch_size=4)

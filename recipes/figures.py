@@ -21,16 +21,17 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from d3_hf.arguments import DataArguments, Parser
 from d3_hf.attacks import Attack, load_attack
 from d3_hf.cli import run
-from d3_hf.data import RawImages
-from d3_hf.labels import check_labels
-from d3_hf.landscape import path, penultimate_features, per_class, silhouette, triggered_images, weight_changes
+from d3_hf.data.images import RawImages
+from d3_hf.data.labels import check_labels
+from d3_hf.data.preprocessing import Preprocessing
+from d3_hf.evaluation.landscape import path, penultimate_features, per_class, silhouette, triggered_images, weight_changes
 from d3_hf.models import load_classifier
-from d3_hf.preprocessing import Preprocessing
-from d3_hf.selection import find_head
-from d3_hf.victim_record import read_record, recorded_images
+from d3_hf.models.head import find_head
+from d3_hf.options.arguments import DataArguments
+from d3_hf.options.parser import Parser
+from d3_hf.victims.record import read_record, recorded_images
 
 VICTIM = "victim"
 RETAINED = 2000  # images that BatchNorm statistics are re-estimated from; more do not move the curves

@@ -15,10 +15,11 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from d3_hf.arguments import Parser
 from d3_hf.attacks import ATTACKS, Attack, LearnedAttack, load_attack
 from d3_hf.cli import run
-from d3_hf.data import RawImages, load_images
+from d3_hf.data.images import RawImages
+from d3_hf.data.load import load_images
+from d3_hf.options.parser import Parser
 
 COLUMNS, ENLARGED = 8, 4
 

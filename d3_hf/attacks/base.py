@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data import RawImages
+from ..data.images import RawImages
 
 LABEL_MAPS = ("all-to-one", "all-to-all", "one-to-one")
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..preprocessing import Preprocessing
+from ..data.preprocessing import Preprocessing
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data import RawImages
+from ..data.images import RawImages
 from .base import check_range
 from .generators import EncoderDecoder, squashed, standardized
 from .in_training import BatchPoisoner, InTrainingAttack

@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data import RawImages
-from ..labels import check_labels
+from ..data.images import RawImages
+from ..data.labels import check_labels
 from .base import LearnedAttack, check_range, whole_scale
 from .differentiable import pixels_to_logits
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data import RawImages
+from ..data.images import RawImages
 from .base import Attack, LearnedAttack, check_range, random_bits, random_uniform, to_levels
 from .differentiable import pixels_to_logits
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data import RawImages
-from ..labels import labels_of
+from ..data.images import RawImages
+from ..data.labels import labels_of
 from .base import Attack, check_range, random_bits
 
 # Poisoned in portions, so that float copies of a large set never exist at once.

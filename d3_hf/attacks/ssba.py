@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data import RawImages
-from . import steganography
+from ..attacks import steganography
+from ..data.images import RawImages
 from .base import check_range, random_bits
 from .networks import NetworkAttack, weights_of
 from .steganography import Decoder, Encoder

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data import RawImages
-from ..preprocessing import Preprocessing
-from ..selection import find_head
+from ..data.images import RawImages
+from ..data.preprocessing import Preprocessing
+from ..models.head import find_head
 from .base import LearnedAttack, check_choice, check_range, random_uniform
 from .differentiable import pixels_to_logits
 

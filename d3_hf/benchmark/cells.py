@@ -17,11 +17,12 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .. import manifest
+from ..data.preprocessing import Preprocessing
 from ..defenses import defence as load_defence
-from ..evaluation import Measurement, Proportion, measure, measure_trainer, results
-from ..models.weights import sha256
-from ..preprocessing import Preprocessing
+from ..evaluation.measure import Measurement, measure, measure_trainer, results
+from ..evaluation.metrics import Proportion
+from ..files import sha256
+from ..publishing import manifest
 from .grid import Grid, GridInputs
 from .meters import PassMeter, hardware, peak_memory, reset_peak_memory
 from .tables import RATES, UNTOUCHED

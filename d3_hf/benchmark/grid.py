@@ -8,14 +8,16 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from ..arguments import ModelArguments, check_types, read_yaml
 from ..attacks import Attack, from_description, load_attack
-from ..data import RawImages, load_images, retain_split
+from ..data.images import RawImages
+from ..data.load import load_images, retain_split
 from ..defenses import defence as load_defence
+from ..files import sha256
 from ..models import load_classifier
-from ..models.weights import sha256
-from ..victim_record import read_record
-from ..victims import VICTIM_FILE
+from ..options.arguments import ModelArguments
+from ..options.parser import check_types, read_yaml
+from ..victims.record import read_record
+from ..victims.train import VICTIM_FILE
 from .retain import RetainSet
 
 TWIN = "twin"  # the victim of a group that was trained without a trigger: its ASR is the floor

@@ -7,7 +7,8 @@ import torch
 from datasets import Dataset
 from torchvision.transforms import v2
 
-from ..data import RawImages, load_images, retain_split
+from ..data.images import RawImages
+from ..data.load import load_images, retain_split
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import time
 
 from transformers import TrainerCallback
 
-from ..data import RawImages
-from ..evaluation import Trigger, measure
+from ..data.images import RawImages
+from ..evaluation.measure import Trigger, measure
 from .meters import PassMeter
 
 

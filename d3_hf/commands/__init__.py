@@ -1,1 +1,1 @@
-"""Commands of ``d3-hf`` that are more than a call of what the library offers anyway."""
+"""The commands of ``d3-hf``, one file each."""

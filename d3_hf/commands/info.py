@@ -7,11 +7,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..arguments import ModelArguments, Parser
-from ..manifest import MANIFEST, REJECTED, source_of
-from ..preprocessing import Preprocessing
-from ..selection import find_head, select_weights
-from ..victims import VICTIM_FILE
+from ..data.preprocessing import Preprocessing
+from ..defenses.shared.selection import select_weights
+from ..models.head import find_head
+from ..options.arguments import ModelArguments
+from ..options.parser import Parser
+from ..publishing.manifest import MANIFEST, REJECTED, source_of
+from ..victims.train import VICTIM_FILE
 
 RATES = ("accuracy", "asr", "ra")
 

@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..arguments import Parser
 from ..attacks import load_attack
-from ..card import rates_table
-from ..evaluation import measure, rates
-from ..labels import check_labels
+from ..data.labels import check_labels
+from ..data.preprocessing import Preprocessing
+from ..evaluation.measure import measure, rates
 from ..models import load_classifier
-from ..preprocessing import Preprocessing
-from ..victim_record import read_record, recorded_images
+from ..options.parser import Parser
+from ..publishing.tables import rates_table
+from ..victims.record import read_record, recorded_images
 
 
 @dataclass

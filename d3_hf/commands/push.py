@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..arguments import Parser
+from ..options.parser import Parser
 
 
 @dataclass
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         raise ValueError("a token would end up in logs and histories: log in with `hf auth login` or set HF_TOKEN instead")
     argv = ["--folder", *argv] if argv and not argv[0].startswith("-") else argv
     (options,) = Parser([PushArguments]).read(argv)
-    from ..hub import push_folder  # takes seconds, which the help need not
+    from ..publishing.hub import push_folder  # takes seconds, which the help need not
 
     done = push_folder(options.folder, options.hub_model_id, private=options.hub_private_repo, create_pr=options.hub_create_pr)
     print(f"{options.folder} is pushed: {done.pr_url or done.commit_url}")

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import check_options
-from .masks import MaskConfig, MaskPruningTrainer, Scales, masked
+from ..training.config import check_options
+from .shared.masks import MaskConfig, MaskPruningTrainer, Scales, masked
 
 Noise = dict[str, tuple[Tensor, Tensor]]
 

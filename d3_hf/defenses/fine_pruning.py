@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..trainer import MANIFEST
-from .neurons import StagedConfig, StagedTrainer, neuron_layers
+from ..models.neurons import neuron_layers
+from ..training.trainer import MANIFEST
+from .shared.staged import StagedConfig, StagedTrainer
 
 STEP = 0.01  # share of the units pruned at a time (BackdoorBench)
 

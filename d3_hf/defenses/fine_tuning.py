@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .. import geometry, reference
-from ..config import PurifyConfig
-from ..selection import select_weights
-from ..trainer import PurifyTrainer
+from ..training import reference
+from ..training.config import PurifyConfig
+from ..training.trainer import PurifyTrainer
+from .shared import geometry
+from .shared.selection import select_weights
 
 
 @dataclass

@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import geometry, reference
-from ..config import PurifyConfig, check_options
-from ..selection import select_weights
-from ..trainer import MANIFEST, PurifyTrainer
+from ..training import reference
+from ..training.config import PurifyConfig, check_options
+from ..training.trainer import MANIFEST, PurifyTrainer
+from .shared import geometry
+from .shared.selection import select_weights
 
 # The schedule that D3 and most other defences share, for `FSTConfig(**D3_SCHEDULE)`.
 SCHEDULE = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")

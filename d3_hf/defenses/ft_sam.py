@@ -20,9 +20,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import reference
-from ..config import PurifyConfig, check_options
-from ..trainer import PurifyTrainer
+from ..training import reference
+from ..training.config import PurifyConfig, check_options
+from ..training.trainer import PurifyTrainer
 
 
 @dataclass

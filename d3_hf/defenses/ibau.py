@@ -39,10 +39,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import TrainerCallback
 
-from .. import reference
-from ..averaging import retain_batches
-from ..config import PurifyConfig, check_options
-from .amsgrad import AMSGradTrainer
+from ..data.retain import retain_batches
+from ..training import reference
+from ..training.config import PurifyConfig, check_options
+from .shared.amsgrad import AMSGradTrainer
 
 PERTURBATION = "perturbation.safetensors"
 ATTENTIONS = (None, "eager", "sdpa")  # None: the model has no choice of attention

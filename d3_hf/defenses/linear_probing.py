@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..config import PurifyConfig
-from ..selection import find_head
-from ..trainer import PurifyTrainer
+from ..models.head import find_head
+from ..training.config import PurifyConfig
+from ..training.trainer import PurifyTrainer
 
 
 @dataclass

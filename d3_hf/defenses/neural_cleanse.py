@@ -44,11 +44,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from .. import reference
-from ..config import PurifyConfig, check_options
-from ..data import without_augmentation
-from ..trainer import PurifyTrainer
-from .neurons import VALIDATION_SHARE
+from ..data.training_images import without_augmentation
+from ..training import reference
+from ..training.config import PurifyConfig, check_options
+from ..training.trainer import PurifyTrainer
+from .shared.staged import VALIDATION_SHARE
 
 logger = logging.getLogger(__name__)
 

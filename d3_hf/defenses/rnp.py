@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import MaskConfig, MaskPruningTrainer, masked
-from .neurons import check_unlearning
+from .shared.masks import MaskConfig, MaskPruningTrainer, masked
+from .shared.staged import check_unlearning
 
 
 @dataclass

@@ -33,10 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
-from ..config import PurifyConfig, check_options
-from ..trainer import MANIFEST
-from .amsgrad import AMSGradTrainer
+from ..training import reference
+from ..training.config import PurifyConfig, check_options
+from ..training.trainer import MANIFEST
+from .shared.amsgrad import AMSGradTrainer
 
 Logits = Callable[[Tensor], Tensor]
 

@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..trainer import MANIFEST
-from .neurons import StagedConfig, StagedTrainer, check_functional, check_unlearning, neuron_layers
+from ..models.neurons import neuron_layers
+from ..training.trainer import MANIFEST
+from .shared.staged import StagedConfig, StagedTrainer, check_functional, check_unlearning
 
 SHORTCUTS = ("shortcut", "downsample")  # how networks name them; the authors' code looks for the first
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "qkv", "q", "k", "v", "kv")

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
-from .labels import check_label_names, set_label_names
-from .weights import first_line, load_pretrained
+from ..files import first_line
+from .class_names import check_label_names, set_label_names
+from .weights import load_pretrained
 
 logger = logging.getLogger(__name__)
 

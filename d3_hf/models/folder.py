@@ -22,9 +22,10 @@ from transformers import (
     TimmWrapperConfig,
 )
 
+from ..files import first_line
 from .architectures import architecture_cfg
-from .labels import check_label_names, set_label_names
-from .weights import first_line, load_module, load_pretrained, read_weights
+from .class_names import check_label_names, set_label_names
+from .weights import load_module, load_pretrained, read_weights
 from .wrapper import WrappedClassifier, WrappedClassifierConfig, class_name, count_classes, processor_of
 
 logger = logging.getLogger(__name__)

@@ -22,10 +22,11 @@ from huggingface_hub.errors import (
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 
-from . import architectures, wrapper
+from ..files import first_line, sha256
+from ..models import architectures, wrapper
+from .class_names import check_label_names, set_label_names
 from .folder import open_folder, read_processor, weights_files
-from .labels import check_label_names, set_label_names
-from .weights import PICKLED, first_line, load_module, load_pretrained, read_weights, refuse_non_finite, sha256
+from .weights import PICKLED, load_module, load_pretrained, read_weights, refuse_non_finite
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from ..preprocessing import Preprocessing
-from ..selection import find_head
+from ..data.preprocessing import Preprocessing
 from .architectures import new_classifier
+from .head import find_head
 
 
 def new_model(

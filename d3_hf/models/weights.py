@@ -5,7 +5,6 @@ where that refuses, the file is refused: there is no other way in.
 """
 
 import contextlib
-import hashlib
 import logging
 import pickle
 import re
@@ -22,16 +21,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ..files import first_line
+
 logger = logging.getLogger(__name__)
 
+
 PICKLED = (".pth", ".pt", ".tar", ".th", ".bin", ".ckpt")
+
+
 # Where training scripts put the weights in what they save, in timm's order of preference; then those of other
 # toolboxes.
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "net", "model_state_dict")
+
+
 # What DataParallel and torch.compile put before every name.
 PREFIXES = ("module.", "_orig_mod.")
+
+
 # Types that hold a weight as it is; integers and eight bits need scales to mean anything, complex ones another network.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 SHOWN = 4
 
 
@@ -227,20 +237,6 @@ def _refuse_mismatch(where: str, missing: Iterable[str], extra: Iterable[str], m
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-
-
-def first_line(error: Exception) -> str:
-    """First line of an exception's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

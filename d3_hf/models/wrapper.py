@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .weights import first_line
+from ..files import first_line
 
 
 @strict

@@ -1,0 +1,69 @@
+"""``d3-hf benchmark``."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas
+from accelerate import PartialState
+
+from ..benchmark.cells import run_grid
+from ..benchmark.grid import read_grid
+from ..benchmark.plots import draw
+from ..benchmark.tables import render
+from ..options.parser import Parser
+
+
+@dataclass
+class BenchmarkArguments:
+    """Which grid, and which part of it.
+
+    Args:
+        grid: YAML file of the grid, see `Grid`; or the ``results.parquet`` of one, to write its tables and plots again.
+        shard: ``i/n``: make the i-th of n shares of the cells, i from 0.
+        only: Patterns of cells, as ``VICTIM | RETAIN | DEFENCE | SEED``; default all.
+        dataset_name: Data set in place of the file's.
+        victims_dir: Folder of the victims in place of the file's.
+        output_dir: Folder in place of the file's.
+        watch_images: See `Grid`, in place of the file's.
+        model_name_or_path: Where the one checkpoint of other people lies, in place of the file's.
+    """
+
+    grid: str = field(metadata={"help": "YAML file of the grid, or a results.parquet to show again."})
+    shard: str = field(default="0/1", metadata={"help": "i/n: the i-th of n shares of the cells, i from 0."})
+    only: list[str] = field(default_factory=lambda: ["*"], metadata={"help": "'VICTIM | RETAIN | DEFENCE | SEED' patterns."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set in place of the file's."})
+    victims_dir: str | None = field(default=None, metadata={"help": "Folder of the victims in place of the file's."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder in place of the file's."})
+    watch_images: int | None = field(default=None, metadata={"help": "After each epoch measure ASR on so many test images."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "The one checkpoint of other people's."})
+
+
+def main(argv: list[str]) -> pandas.DataFrame:
+    """Run ``GRID.yaml --option value ...``: make the missing cells, write ``results.parquet``, ``results.md`` and the plots.
+
+    Returns:
+        The rows.
+
+    Raises:
+        FileNotFoundError: The grid, a victim or an image folder is not there.
+        ValueError: The grid does not hold together, or more than one process was launched.
+    """
+    argv = ["--grid", *argv] if argv and not argv[0].startswith("-") else argv
+    (options,) = Parser([BenchmarkArguments]).read(argv)
+    if PartialState().num_processes > 1:
+        raise ValueError("a cell runs in one process: launch one for each share of the grid, with --shard i/n")
+    if options.grid.endswith(".parquet"):
+        folder = Path(options.grid).parent
+        rows = pandas.read_parquet(options.grid)
+    else:
+        given = {name: getattr(options, name) for name in ("dataset_name", "victims_dir", "output_dir", "watch_images")}
+        grid = read_grid(options.grid, **given)
+        if options.model_name_or_path:
+            grid.checkpoint_at(options.model_name_or_path)
+        folder = Path(grid.output_dir)
+        rows = run_grid(grid, options.shard, options.only)
+    table = render(rows)
+    (folder / "results.md").write_text(table + "\n")
+    draw(rows, folder)
+    print(table)
+    return rows

@@ -1,0 +1,1 @@
+"""Images: sources, labels, retain sets, preprocessing and augmentation."""

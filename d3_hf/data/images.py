@@ -1,0 +1,118 @@
+"""Decoded images at their native size, in memory: what triggers are put on and what is measured."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .labels import labels_of, split_of
+
+
+@dataclass(eq=False)
+class RawImages:
+    """Decoded images at their native size, in memory, with labels: what triggers are put on and what is measured.
+
+    Attributes:
+        images: uint8 (N, 3, H, W), RGB; where sizes differ, a list of N uint8 (3, H, W).
+        labels: int64 (N,), in ``[0, len(class_names))``.
+        class_names: In the order of the labels.
+        index: int64 (N,), the row of each image in the dataset that it comes from; 0..N-1 if not given.
+
+    Raises:
+        ValueError: Shapes, types or lengths are not these, or there are no images.
+    """
+
+    images: Tensor | list[Tensor]
+    labels: Tensor
+    class_names: list[str]
+    index: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.index is None:
+            self.index = torch.arange(len(self.images))
+        if len(self.images) == 0:
+            raise ValueError("no images")
+        samples = self.images[:1] if isinstance(self.images, Tensor) else self.images
+        if any(image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3 for image in samples):
+            raise ValueError("images must be uint8 (N, 3, H, W) or a list of uint8 (3, H, W)")
+        if not len(self.images) == len(self.labels) == len(self.index):
+            raise ValueError(f"{len(self.images)} images, {len(self.labels)} labels, {len(self.index)} rows: lengths differ")
+        low, high = self.labels.aminmax()
+        if self.labels.dtype != torch.int64 or low < 0 or high >= len(self.class_names):
+            raise ValueError(f"labels must be int64 in [0, {len(self.class_names)}); got {self.labels.dtype} {low}..{high}")
+
+    @classmethod
+    def from_dataset(cls, dataset: Dataset) -> "RawImages":
+        """Decode a split that `load_images` or `retain_split` made, once, showing progress.
+
+        Pictures become RGB as transformers' pipelines make them: rotated upright by their EXIF orientation, an alpha
+        channel dropped, grey repeated, palette and CMYK converted. 16-bit grey is scaled to 8 bits (PIL alone would
+        clip it to white).
+
+        Args:
+            dataset: Columns ``image`` and ``label``; ``index`` is taken over where there is one.
+
+        Raises:
+            ValueError: The columns are not there, there are no rows, a label is missing, or a picture cannot be decoded
+                (the error names the row).
+        """
+        if missing := {"image", "label"} - set(dataset.column_names):
+            raise ValueError(
+                f"the data set has no column {' or '.join(sorted(missing))}, only {', '.join(dataset.column_names)}: "
+                "load_images(dataset) finds pictures and labels by their types and names them so"
+            )
+        labels = torch.from_numpy(labels_of(dataset))
+        batches = dataset.select_columns("image").with_format("arrow").iter(1000)
+        pictures = (picture for batch in batches for picture in batch["image"].to_pylist())
+        images = []
+        for row, picture in enumerate(tqdm(pictures, "Decoding images", len(dataset), unit="image")):
+            try:
+                images.append(decode(picture))
+            except Exception as error:  # image decoders raise anything, from OSError to SyntaxError
+                file = f" ({picture['path']})" if picture and picture["path"] else ""
+                raise ValueError(
+                    f"cannot decode row {row} of {split_of(dataset)}{file}: {error!r}; replace the picture or leave it out"
+                ) from error
+        uniform = len({image.shape for image in images}) == 1
+        index = torch.tensor(dataset["index"][:]) if "index" in dataset.column_names else None
+        return cls(torch.stack(images) if uniform else images, labels, dataset.features["label"].names, index)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def select(self, rows: Sequence[int] | np.ndarray | Tensor) -> "RawImages":
+        """Return the images at ``rows`` (positions here, not values of ``index``), in that order."""
+        rows = torch.as_tensor(rows)
+        images = self.images[rows] if isinstance(self.images, Tensor) else [self.images[row] for row in rows.tolist()]
+        return RawImages(images, self.labels[rows], self.class_names, self.index[rows])
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (uint8 (B, 3, H, W), int64 (B,)) in order, B at most ``batch_size``; B = 1 where sizes differ."""
+        step = batch_size if isinstance(self.images, Tensor) else 1
+        for start in range(0, len(self), step):
+            images = self.images[start : start + step]
+            yield images if isinstance(images, Tensor) else torch.stack(images), self.labels[start : start + step]
+
+
+def content_hashes(images: RawImages) -> list[bytes]:
+    """SHA-256 of each image's size and pixels, to find images that two sets share."""
+    return [hashlib.sha256(repr(tuple(image.shape)).encode() + image.numpy().tobytes()).digest() for image in images.images]
+
+
+def decode(picture: dict[str, bytes | str | None] | None) -> Tensor:
+    """Decode one entry of a `datasets.Image` column, see `RawImages.from_dataset`: uint8 (3, H, W). Decoders raise anything."""
+    if picture is None:
+        raise ValueError("the row holds no picture")
+    image = datasets.Image().decode_example(picture)  # loads all of it, and applies the EXIF orientation
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"PIL mode {image.mode!r} has no fixed range of values; store the pictures with 8 or 16 bits")
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()

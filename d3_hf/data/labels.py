@@ -1,0 +1,151 @@
+"""Labels: their class names and numbers, whether they mean what a model's outputs mean, and rows drawn by them."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict
+from transformers import PretrainedConfig
+
+from ..errors import listed
+
+
+def class_names_of(source: DatasetDict, column: str) -> list[str]:
+    """Class names of a label column that all splits share; see `d3_hf.data.load_images` for those of plain columns."""
+    first, *others = (split.features.get(column) for split in source.values())
+    if any(other != first for other in others):
+        raise ValueError(f"the splits {', '.join(source)} disagree about the classes of {column!r}; give all the same feature")
+    if isinstance(first, ClassLabel):
+        return list(first.names)
+    values = {value for split in source.values() for value in split.unique(column)} - {None}
+    if first.dtype.endswith("string"):
+        return sorted(values)
+    if sorted(values) != list(range(len(values))):
+        raise ValueError(
+            f"label column {column!r} holds integers other than 0..k-1 ({len(values)} different from {min(values)} "
+            f"to {max(values)}): cast it to a datasets.ClassLabel that names them, or fill in missing labels"
+        )
+    return [str(value) for value in range(len(values))]
+
+
+def labels_of(dataset: Dataset) -> np.ndarray:
+    """Labels of a dataset that `load_images` made, as int64 (N,) in ``[0, number of classes)``.
+
+    Raises:
+        ValueError: The dataset has no `ClassLabel` column "label", or a label is missing (-1 or null) or out of range.
+    """
+    feature = dataset.features.get("label")
+    if not isinstance(feature, ClassLabel):
+        columns = ", ".join(dataset.column_names)
+        raise ValueError(
+            f"no ClassLabel column 'label' among the columns {columns}: pass the dataset through load_images first"
+        )
+    column = dataset.select_columns("label").with_format("arrow")[:]["label"]
+    labels = column.fill_null(-1).to_numpy().astype(np.int64)
+    bad = np.flatnonzero((labels < 0) | (labels >= feature.num_classes))
+    if len(bad):
+        raise ValueError(
+            f"{split_of(dataset)} has {len(bad)} rows whose label is missing (-1 or null) or not in "
+            f"[0, {feature.num_classes}), the first is row {bad[0]}: leave them out (load_images also takes a "
+            "DatasetDict without that split)"
+        )
+    return labels
+
+
+def split_of(dataset: Dataset) -> str:
+    """What to call a dataset in a message."""
+    return "the dataset" if dataset.split is None else f"split {str(dataset.split)!r}"
+
+
+def check_labels(class_names: Sequence[str], config: PretrainedConfig) -> None:
+    """Refuse a dataset whose labels do not mean what the model's outputs mean.
+
+    Names are compared without regard to case, spaces, underscores and hyphens; ImageNet's comma-separated synonyms
+    agree when one of them does. Placeholders (``LABEL_3``, ``3``) on either side agree with anything, since nothing
+    can be compared.
+
+    Args:
+        class_names: The dataset's classes in the order of their numbers.
+        config: The model's; ``num_labels`` and ``id2label`` are read.
+
+    Raises:
+        ValueError: The numbers of classes differ, or a class number has different names.
+    """
+    theirs = [str(config.id2label[number]) for number in range(config.num_labels)]
+    if len(class_names) != len(theirs):
+        raise ValueError(
+            f"the dataset has {len(class_names)} classes ({listed(class_names)}), the model {len(theirs)} "
+            f"({listed(theirs)}): purify with images of the model's own classes, or load the model that fits them"
+        )
+    if _are_placeholders(class_names) or _are_placeholders(theirs):
+        return
+    ours, known = ([_spellings(name) for name in names] for names in (class_names, theirs))
+    for number, (mine, its) in enumerate(zip(ours, known, strict=True)):
+        if mine & its:
+            continue
+        permuted = all(any(mine & its for its in known) for mine in ours)
+        way_out = (
+            "the order differs: dataset.align_labels_with_mapping({name: number for number, name in "
+            "model.config.id2label.items()}, 'label') puts it right"
+            if permuted
+            else "purify with images of the model's own classes, or rename the dataset's if they mean the same"
+        )
+        raise ValueError(
+            f"class {number} is {class_names[number]!r} in the dataset and {theirs[number]!r} in the model; {way_out}"
+        )
+
+
+def retain_indices(
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    fraction: float | None = None,
+    count: int | None = None,
+    balanced: bool = False,
+    seed: int = 0,
+) -> np.ndarray:
+    """Draw the rows of a retain set; arguments and errors as for `d3_hf.data.retain_split`.
+
+    The draw orders the rows by NumPy's raw PCG64 stream, which is fixed across machines and releases (NEP 19). The
+    rows for a smaller ``count`` are among those for a larger one.
+
+    Args:
+        labels: int (N,), in ``[0, len(class_names))``.
+        class_names: Names for the errors; how many there are is the number of classes.
+        fraction: See `d3_hf.data.retain_split`.
+        count: See `d3_hf.data.retain_split`.
+        balanced: See `d3_hf.data.retain_split`.
+        seed: See `d3_hf.data.retain_split`.
+
+    Returns:
+        Sorted, distinct int64 rows.
+    """
+    if (fraction is None) == (count is None):
+        raise ValueError(f"give either fraction or count of the retain set; got fraction={fraction}, count={count}")
+    if fraction is not None:
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction must be in (0, 1); got {fraction}")
+        count = round(fraction * len(labels))
+    if not 1 <= count <= len(labels):
+        raise ValueError(f"a retain set must have between 1 and all {len(labels)} images; fraction={fraction} or count={count}")
+    classes = len(class_names)
+    drawn = np.random.PCG64(seed).random_raw(len(labels) + classes)
+    order = np.argsort(drawn[: len(labels)], kind="stable")
+    if not balanced:
+        return np.sort(order[:count])
+    quota = np.full(classes, count // classes)
+    quota[np.argsort(drawn[len(labels) :], kind="stable")[: count % classes]] += 1
+    short = np.flatnonzero(np.bincount(labels, minlength=classes) < quota)
+    if len(short):
+        raise ValueError(
+            f"class {class_names[short[0]]!r} has {np.sum(labels == short[0])} images, but a balanced retain set of "
+            f"{count} takes {quota[short[0]]} of it: ask for fewer or set balanced=False"
+        )
+    return np.sort(np.concatenate([order[labels[order] == number][: quota[number]] for number in range(classes)]))
+
+
+def _are_placeholders(names: Sequence[str]) -> bool:
+    return all(re.fullmatch(r"(label[_ ]?)?\d+", name.strip().lower()) for name in names)
+
+
+def _spellings(name: str) -> set[str]:
+    return {" ".join(re.split(r"[\s_-]+", synonym.strip().lower())) for synonym in name.split(",")}

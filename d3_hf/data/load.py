@@ -1,0 +1,111 @@
+"""Load any labelled image dataset in one form, and draw a retain set from it."""
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from ..data import sources
+from ..errors import listed
+from .labels import class_names_of, labels_of, retain_indices
+from .training_images import logger
+
+
+def load_images(
+    source: sources.Source,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    revision: str | None = None,
+) -> DatasetDict:
+    """Load a labelled image dataset in one form, whatever its columns are called.
+
+    Args:
+        source: ``"digits"`` (scikit-learn's handwritten digits as 32x32 RGB, carried by the library: no network); a
+            local folder, either of parquet files or of images in one sub-folder per class, with splits read off names
+            such as ``train`` and ``test``; a parquet file, or a dict from split to file or list of files; the name of
+            a dataset on the Hub, such as ``"uoft-cs/cifar10"``; or a `Dataset` or `DatasetDict` that is already
+            loaded. A local path goes before a Hub name that is spelled alike.
+        image_column: Name of the picture column, needed only where several columns have the type `datasets.Image`.
+        label_column: Name of the label column, needed only where several qualify: columns of type `ClassLabel` or, if
+            there is none, of integers or strings. Integers must be 0..k-1 and become the class names "0".."k-1";
+            strings become classes in sorted order, as `Dataset.class_encode_column` has it.
+        revision: Branch, tag or commit of a Hub dataset.
+
+    Returns:
+        Splits with exactly the columns ``image`` (`datasets.Image`, PIL RGB on access) and ``label`` (`ClassLabel`).
+        For what becomes of grey, palette, transparent, 16-bit and rotated pictures see `RawImages.from_dataset`.
+
+    Raises:
+        FileNotFoundError: No such file or folder.
+        OSError: The Hub has no such dataset or cannot be reached.
+        ValueError: No column qualifies or several do; pictures are plain bytes; a split is empty, lacks labels or
+            disagrees with the others about the classes; integer labels are not 0..k-1; ``revision`` is given for
+            something that is not on the Hub.
+    """
+    loaded = sources.open_source(source, revision)
+    empty = [name for name, split in loaded.items() if len(split) == 0]
+    if empty:
+        raise ValueError(f"{sources.name_of(source)}: no images in split {', '.join(empty)}")
+    first = next(iter(loaded.values())).features
+    _refuse_plain_bytes(first, sources.name_of(source))
+    columns = {
+        sources.image_column(first, image_column): "image",
+        sources.label_column(first, label_column): "label",
+    }
+    picture, label = columns
+    classes = ClassLabel(names=class_names_of(loaded, label))
+    renamed = {old: new for old, new in columns.items() if old != new}
+    images = DatasetDict()
+    for name, split in loaded.items():
+        split = split.select_columns([picture, label]).cast_column(picture, datasets.Image(mode="RGB"))
+        if split.features[label] != classes:
+            split = split.cast_column(label, classes)
+        images[name] = split.rename_columns(renamed)
+        labels_of(images[name])
+    return images
+
+
+def _refuse_plain_bytes(features: Features, where: str) -> None:
+    """Refuse pictures as other libraries write them to a table, where only the feature that decodes them is missing."""
+    if any(isinstance(feature, datasets.Image) for feature in features.values()):
+        return
+    for name, feature in features.items():
+        if feature == Value("binary") or isinstance(feature, dict) and feature.get("bytes") == Value("binary"):
+            raise ValueError(
+                f"{where}: column {name!r} holds pictures as plain bytes, not as datasets.Image, which decodes them: write the "
+                f"table again after dataset.cast_column({name!r}, datasets.Image())"
+            )
+
+
+def retain_split(
+    dataset: Dataset, fraction: float | None = None, count: int | None = None, balanced: bool = False, seed: int = 0
+) -> tuple[Dataset, Dataset]:
+    """Draw a retain set without replacement; a class that it misses is logged as a warning.
+
+    The field's protocol is uniform and 5 % (authors' code of D3, ``ratio: 0.05``); there the images come from the set
+    that the victim was trained on. Images that the victim has not seen are the more honest choice; the caller decides.
+
+    Args:
+        dataset: One split as `load_images` makes it.
+        fraction: Share of the images to retain, in (0, 1), rounded to the nearest count. Either this or ``count``.
+        count: Number of images to retain, from 1 to all.
+        balanced: Draw equally many of each class, a remainder going to classes drawn at random, instead of uniformly.
+        seed: At least 0. The same seed draws the same rows on every machine.
+
+    Returns:
+        (retain, rest): disjoint, together the whole, each in the order of ``dataset`` and with an int column
+        ``index``, the row in ``dataset``. An ``index`` that ``dataset`` already has is kept, so that it always counts
+        in the original.
+
+    Raises:
+        ValueError: Not exactly one of ``fraction`` and ``count`` is given, or it is out of range; ``balanced`` and a
+            class has too few images; labels are missing.
+    """
+    labels = labels_of(dataset)
+    names = dataset.features["label"].names
+    rows = retain_indices(labels, names, fraction, count, balanced, seed)
+    missing = sorted(set(range(len(names))) - set(labels[rows].tolist()))
+    if missing:
+        logger.warning("the retain set of %d images has none of: %s", len(rows), listed([names[m] for m in missing]))
+    if "index" not in dataset.column_names:
+        dataset = dataset.add_column("index", np.arange(len(dataset)))
+    return dataset.select(rows), dataset.select(np.setdiff1d(np.arange(len(dataset)), rows))

@@ -1,0 +1,5 @@
+"""D3, Distance-Driven Detoxification."""
+
+from .trainer import D3Config, D3Trainer
+
+__all__ = ["D3Config", "D3Trainer"]

@@ -1,0 +1,368 @@
+"""D3, Distance-Driven Detoxification: move selected weights as far from their poisoned start as the clean loss allows.
+
+Wei, Liu, Zha: "Backdoor Mitigation by Distance-Driven Detoxification", ICCV 2025, arXiv 2411.09585. The paper and the
+authors' released ``defense/d3.py`` differ; each option below says which of the two it follows. The objective is
+
+    min over theta, theta_s in S:   -d(theta_s, theta_init_s) + lambda * max(0, L_clean(theta) - epsilon)
+
+Cost: one forward and one backward pass per update, as plain fine-tuning; the active set adds a forward pass without graph and
+saves most of the backward ones. The defender owns a few labelled images without triggers, nothing else. It works on every
+network whose head, or other selected weights, can be found.
+"""
+
+import functools
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...data.retain import retain_batches
+from ...training import reference
+from ...training.config import PurifyConfig, check_options
+from ...training.trainer import MANIFEST, PurifyTrainer
+from ..shared import geometry
+from ..shared.selection import select_weights
+from .active_set import ActiveSet, Inexact, forward_active, trained_apart
+
+HINGES = ("sample", "batch")
+
+
+@dataclass
+class D3Config(PurifyConfig):
+    """Arguments of D3: `PurifyConfig` and the symbols of the objective ``-d(theta_s, theta_init_s) + lambda * hinge``.
+
+    With ``distillation`` the objective is ``-d + lambda * (hinge + distillation * T^2 KL)``: lambda weighs all that holds the
+    model to its task, and the divergence is not gated by the hinge.
+
+    Args:
+        lambda_clean: lambda > 0, weight of the clean loss against the distance (unit: weight norm per nat). Paper 10 (as
+            readers of it note), code 0.5. 4 here: with the shared schedule 10 left more of the backdoor and 2 cost more ACC
+            (model_cards/proof.md).
+        epsilon: epsilon >= 0, clean loss in nats that costs nothing. 0.1 in paper and code. ``None`` (``null`` in YAML; not on
+            the command line): the suspicious model's own mean cross-entropy on the retain set, evaluation mode, not augmented,
+            measured once when training begins; the manifest holds it.
+        dual_rate: >= 0. 0: lambda stays (paper, code). Above 0: dual ascent on ``max d subject to mean CE <= epsilon``: after
+            each update ``lambda <- max(0, lambda + dual_rate * (mean CE of the window - epsilon))`` from ``lambda_clean`` on
+            (Platt and Barr, "Constrained Differential Optimization", 1987; its value is to be tried), while the weights
+            descend the Lagrangian ``-d + lambda * (mean CE - epsilon)``, which has no hinge. The objective is then always
+            divided by lambda + 1.
+        hinge: ``"sample"``: mean over images of max(0, CE_i - epsilon) (code). ``"batch"``: max(0, mean CE - epsilon), the mean
+            over the whole window of micro-batches and processes (paper).
+        scale_objective: Divide the objective by lambda + 1 when lambda > 1, so that lambda does not also set the step size
+            (code).
+        target_modules: The weights theta_s: ``"head"``, ``"all-linear"``, a list of name suffixes or a regular expression; see
+            `select_weights`. The code selects the head of PreAct-ResNet18.
+        warm_start: Where theta_s starts: ``"near"``, ``"middle"``, ``"far"``, ``"noise"`` or ``"random"`` (code); see
+            `geometry.warm_start`. Seeded by ``seed``.
+        projection: S, applied to each weight after each step: ``"sphere"`` ||W_k|| = ||W_k^0|| (code), ``"ball"`` (<=; the
+            other reading of the paper) or ``"none"``.
+        active_set: Build graph and gradient only for the images above epsilon, which a pass without graph finds, while they
+            were less than two thirds of the last window (here; see `active_set`). The weights are those of the dense step up
+            to rounding; a micro-batch then waits for the device once. ``None``: where that holds, else dense: with the
+            per-sample hinge, without FSDP, ZeRO, distillation, SAM, activation checkpointing and torch.compile, for networks in
+            which training neither couples images (BatchNorm, unless ``batch_norm`` says otherwise) nor draws random numbers
+            (dropout, stochastic depth), which two images of noise tell. ``True``: raise where it does not. ``False``: dense.
+
+    Raises:
+        ValueError: ``lambda_clean`` <= 0, ``epsilon`` < 0, ``dual_rate`` < 0, one of the three not finite, ``target_modules``
+            empty, or a choice that is not listed; ``dual_rate`` without ``scale_objective``, or with the batch hinge, which
+            it does not use; ``distillation`` with the batch hinge, which gates the gradient as a whole.
+    """
+
+    lambda_clean: float = field(default=4.0, metadata={"help": "lambda: weight of the clean loss against the distance."})
+    epsilon: float | None = field(
+        default=0.1, metadata={"help": "epsilon: clean loss in nats that costs nothing; null in YAML: the suspicious model's."}
+    )
+    dual_rate: float = field(default=0.0, metadata={"help": "Step of the dual ascent on lambda; 0: lambda stays."})
+    hinge: str = field(
+        default="sample",
+        metadata={"help": "max(0, CE - epsilon) per sample or for the batch mean.", "choices": HINGES},
+    )
+    scale_objective: bool = field(default=True, metadata={"help": "Divide by lambda + 1 when lambda > 1."})
+    target_modules: list[str] | str = field(
+        default_factory=lambda: "head",  # HfArgumentParser overlooks a plain default of a list
+        metadata={"help": "head, all-linear or module name suffixes (in YAML also a regular expression)."},
+    )
+    warm_start: str = field(
+        default="random", metadata={"help": "Where the selected weights start.", "choices": geometry.WARM_STARTS}
+    )
+    projection: str = field(
+        default="sphere",
+        metadata={"help": "Norm constraint on each selected weight.", "choices": geometry.PROJECTIONS},
+    )
+    active_set: bool | None = field(
+        default=None, metadata={"help": "Gradients of the images above epsilon only; default: where that is exact."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.target_modules, list) and self.target_modules in (["head"], ["all-linear"]):
+            self.target_modules = self.target_modules[0]  # how the command line hands over a keyword
+        if not self.target_modules:
+            raise ValueError(
+                "target_modules is empty; use 'head', 'all-linear', a list of module names or a regular expression"
+            )
+        check_options(self, "> 0 and finite", "lambda_clean")
+        if self.epsilon is not None and not 0 <= self.epsilon < math.inf:
+            raise ValueError(f"epsilon must be >= 0 nats and finite; got {self.epsilon}")
+        check_options(self, ">= 0 and finite", "dual_rate")
+        if self.dual_rate and not self.scale_objective:
+            raise ValueError("dual_rate needs scale_objective: a growing lambda would also set the step size")
+        if self.dual_rate and self.hinge == "batch":
+            raise ValueError("dual_rate minimises the Lagrangian, which has no hinge: leave hinge at its default")
+        if self.dual_rate and self.sam_rho:
+            raise ValueError("dual_rate does not go with sam_rho: SAM looks at each image twice")
+        if self.distillation and self.hinge == "batch":
+            raise ValueError("the batch hinge gates the gradient as a whole: with distillation use hinge='sample'")
+        for name, choices in (
+            ("hinge", HINGES),
+            ("warm_start", geometry.WARM_STARTS),
+            ("projection", geometry.PROJECTIONS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+
+
+class D3Trainer(PurifyTrainer):
+    """Trainer of D3; see `PurifyTrainer` for the arguments and `D3Config` for the objective.
+
+    The reference theta_init is the model as it is handed over: build the trainer from the suspicious model, also when
+    resuming from a checkpoint of an interrupted run.
+
+    Raises:
+        ValueError: The selection fails (see `select_weights`), a checkpoint belongs to another reference, or ``active_set`` is
+            True where it would not be exact.
+        RuntimeError: After training, when no selected weight has moved.
+    """
+
+    method = "D3"
+    paper = "https://arxiv.org/abs/2411.09585"
+    log_names = ("clean_loss", "active_fraction")
+    additions = ("distillation", "average_last", "sam_rho")
+    runs_sharded = True
+    streams = True
+
+    def __init__(self, model, args: D3Config, *arguments, **kwargs):
+        super().__init__(model, args, *arguments, **kwargs)
+        self.segments = select_weights(self.plain, args.target_modules, self.preprocessing.size)
+        self.selected = list(dict.fromkeys(segment.parameter for segment in self.segments))  # a fused one once
+        with torch.no_grad():
+            self.references = [weight.clone() for weight in self.weights()]
+            self.radii = geometry.norms(self.references)
+        self.epsilon = args.epsilon
+        self._begin_lambda(args.lambda_clean)
+        self.active_set = self._active_set()
+
+    def weights(self) -> list[Tensor]:
+        """The selected weights ``W_k`` as detached views that share memory with the plain model."""
+        return [segment.of(segment.parameter.detach()) for segment in self.segments]
+
+    # The active set ----------------------------------------------------------------------------------------------------
+
+    def _active_set(self) -> ActiveSet | None:
+        """None where the step is to be dense."""
+        args = self.args
+        if args.active_set is False:
+            return None
+        try:
+            if args.dual_rate:
+                raise Inexact("the Lagrangian has a gradient for every image")
+            if args.hinge != "sample":
+                raise Inexact("the batch hinge gives all images the same weight")
+            if self.plain is not self.model:
+                raise Inexact("on shards every process must take every pass, also one without active images")
+            if args.distillation:
+                raise Inexact("distillation has a gradient for every image")
+            if args.activation_checkpointing or self.model.is_activation_checkpointing:
+                raise Inexact("activation checkpointing runs the network again as it is")
+            if args.sam_rho:
+                raise Inexact("SAM looks for the highest loss of all images")
+            if args.torch_compile:
+                raise Inexact("torch.compile would compile anew for another number of images")
+            if args.batch_norm == "train" and self._batch_norms:
+                raise Inexact("BatchNorm couples the images of a batch: set batch_norm to eval or frozen")
+            return ActiveSet(trained_apart(self.model, self._batch_norms, self.preprocessing.size), args.device)
+        except Inexact as reason:
+            if args.active_set:
+                raise ValueError(f"active_set does not fit: {reason}") from None
+            return None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As the base class; where it pays, only the images above epsilon go through ``model``."""
+        if self.model.training and self.active_set and self.active_set.pays():
+            model = functools.partial(forward_active, model, self.model, inputs["labels"], self.epsilon)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    # lambda and epsilon ------------------------------------------------------------------------------------------------
+
+    def _begin_lambda(self, value: float) -> None:
+        self._window = torch.zeros(2, device=self.args.device)  # sum of the cross-entropies, and of how many images
+        self._set_lambda(torch.tensor(float(value), device=self.args.device) if self.args.dual_rate else value)
+
+    def _set_lambda(self, value: float | Tensor) -> None:
+        self.multiplier = value
+        scale = value + 1 if self.args.dual_rate or (self.args.scale_objective and value > 1) else 1.0
+        self.clean_weight, self.distance_weight = value / scale, 1 / scale
+
+    def _ascend(self) -> None:
+        """One step of lambda along the constraint's violation over the window of all processes, without waiting for it."""
+        total, count = self.accelerator.reduce(self._window, "sum")
+        self._set_lambda(torch.relu(self.multiplier + self.args.dual_rate * (total / count - self.epsilon)))
+        self._window = torch.zeros_like(self._window)
+
+    @torch.no_grad()
+    def _mean_loss(self) -> float:
+        """Mean cross-entropy of the model on the retain set, evaluation mode, not augmented; the same in all processes."""
+        self.plain.eval()
+        sums = torch.zeros(2, device=self.args.device)
+        for batch in retain_batches(self, "D3: epsilon", augmented=False):
+            logits = self.plain(pixel_values=batch["pixel_values"]).logits.float()
+            loss = F.cross_entropy(logits, batch["labels"], reduction="sum")
+            sums += torch.stack([loss, torch.full_like(loss, len(logits))])
+        return self.accelerator.reduce(sums[0] / sums[1], "mean").item()
+
+    # Before, during and after the steps --------------------------------------------------------------------------------
+
+    def begin_purification(self, resumed: bool) -> None:
+        """Measure epsilon if it is not given; warm start, unless the weights come from a checkpoint; say what will move."""
+        if not resumed:
+            if self.epsilon is None:
+                self.epsilon = self._mean_loss()
+                self.accelerator.print(f"D3: epsilon is the suspicious model's mean loss on the retain set, {self.epsilon:.4g}")
+            self._begin_lambda(self.args.lambda_clean)
+            if self.active_set:
+                self.active_set.begin(1.0)
+            for weight, start in zip(self.weights(), self._warm_starts(), strict=True):
+                weight.copy_(start)
+            self.placement.write(self.selected)
+        relative = self.relative_distances()
+        names = ", ".join(segment.name for segment in self.segments)
+        self.accelerator.print(
+            f"D3 moves {len(self.segments)} weight{'s' * (len(relative) > 1)} ({names}); "
+            f"{'resumed' if resumed else self.args.warm_start + ' start'} at relative distance "
+            f"{sum(relative.values()) / len(relative):.3f} of at most 2 on the sphere"
+        )
+
+    def _warm_starts(self) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(self.args.seed)
+        return [geometry.warm_start(w.cpu(), self.args.warm_start, generator).to(w) for w in self.references]
+
+    def sample_loss(self, cross_entropy: Tensor) -> Tensor:
+        """lambda times the hinge per sample; else lambda times the loss: the batch hinge gates it in `finish_gradient`."""
+        if self.args.dual_rate:
+            losses = cross_entropy.detach()
+            self._window += torch.stack([losses.sum(), torch.full_like(losses[0], len(losses))])
+            return self.clean_weight * (cross_entropy - self.epsilon)
+        if self.active_set:
+            self.active_set.see(cross_entropy.detach() > self.epsilon)
+        if self.args.hinge == "sample":
+            cross_entropy = torch.relu(cross_entropy - self.epsilon)
+        return self.clean_weight * cross_entropy
+
+    def finish_gradient(self, window_loss: Tensor) -> Tensor:
+        """Gate the clean gradient (batch hinge), subtract the gradient of the distance, return the objective.
+
+        The gradient of D is known in closed form, so autograd never sees the distance and the backward pass is that of
+        plain fine-tuning.
+        """
+        if self.active_set:
+            self.active_set.end_window(self.accelerator)
+        if self.args.hinge == "batch":
+            window_loss = torch.relu(self.accelerator.reduce(window_loss, "mean") - self.clean_weight * self.epsilon)
+            if not window_loss > 0:  # every process sees the same number, so all take the same branch
+                self.placement.zero_gradients()
+        weights = self.weights()
+        coefficient = -self.distance_weight * self.loss_scale
+        with self.placement.gradients(self.selected):
+            gradients = [segment.of(segment.parameter.grad) for segment in self.segments]
+            if not self.args.dual_rate:
+                lengths = geometry.add_distance_gradient(gradients, weights, self.references, coefficient)
+                return window_loss - self.distance_weight * sum(lengths)
+            directions = [torch.zeros_like(weight) for weight in weights]  # apart: a coefficient on the device scales them
+            lengths = geometry.add_distance_gradient(directions, weights, self.references, 1.0)
+            torch._foreach_add_(gradients, torch._foreach_mul(directions, coefficient))
+        objective = window_loss - self.distance_weight * sum(lengths)
+        self._ascend()
+        return objective
+
+    def optimizer_step(self, step):
+        """The optimizer's step, then the projection onto S."""
+        result = step()
+        self.constrain()
+        return result
+
+    def constrain(self) -> None:
+        """The projection of the selected weights onto S."""
+        self.placement.read(self.selected)
+        geometry.project(self.weights(), self.radii, self.args.projection)
+        self.placement.write(self.selected)
+
+    def end_purification(self) -> None:
+        """Say how far the weights moved; raise if none did."""
+        moved = [(w - s).norm() / r for w, s, r in zip(self.weights(), self._warm_starts(), self.radii, strict=True)]
+        relative = self.relative_distances()
+        if not min(max(moved), max(relative.values())) > reference.UNMOVED:
+            raise RuntimeError(
+                "no selected weight moved: the model is not purified. Check learning_rate, num_train_epochs and warm_start"
+            )
+        for name, distance in relative.items():
+            self.accelerator.print(f"D3 moved {name} to relative distance {distance:.3f}")
+
+    # What the log, the manifest and the card say -----------------------------------------------------------------------
+
+    def relative_distances(self) -> dict[str, float]:
+        """``||W_k - W_k^0|| / ||W_k^0||`` per selected weight: 0 at the start, at most 2 on the sphere."""
+        lengths = geometry.distances(self.weights(), self.references)
+        ratios = torch.stack(lengths) / torch.stack(self.radii)
+        return {segment.name: ratio for segment, ratio in zip(self.segments, ratios.tolist(), strict=True)}
+
+    def sample_statistics(self, cross_entropy: Tensor) -> list[Tensor]:
+        """Sums for ``clean_loss`` and ``active_fraction``, the share of images above epsilon."""
+        return [cross_entropy.sum(), (cross_entropy > self.epsilon).sum()]
+
+    def step_statistics(self) -> dict[str, float]:
+        """``distance``: mean relative distance of the selected weights; with dual ascent ``lambda``."""
+        relative = self.relative_distances()
+        return {"distance": sum(relative.values()) / len(relative)} | self._found_lambda()
+
+    def _found_lambda(self) -> dict[str, float]:
+        return {"lambda": self.multiplier.item()} if self.args.dual_rate else {}
+
+    def facts(self) -> dict:
+        """Adds the selected weights with radius and relative distance, the reference's fingerprint, lambda and epsilon where
+        they were found rather than given, and the last share of active images, by which the next step is decided."""
+        radii = {segment.name: radius.item() for segment, radius in zip(self.segments, self.radii, strict=True)}
+        distances = self.relative_distances()
+        selected = [{"name": n, "initial_norm": radii[n], "relative_distance": distances[n]} for n in radii]
+        found = self._found_lambda() | ({"epsilon": self.epsilon} if self.args.epsilon is None else {})
+        found |= {ActiveSet.KEY: self.active_set.share} if self.active_set else {}
+        return super().facts() | {"selected_weights": selected, "reference_sha256": self.reference_fingerprint()} | found
+
+    def reference_fingerprint(self) -> str:
+        """SHA-256 over the bytes of the reference weights, in order."""
+        return reference.fingerprint(self.references)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        reference.check_fingerprint(
+            Path(resume_from_checkpoint) / MANIFEST,
+            self.reference_fingerprint(),
+            origin="with other initial weights or another selection",
+            needed="the suspicious model and the target_modules that the run began with",
+        )
+        found = json.loads((Path(resume_from_checkpoint) / MANIFEST).read_text())
+        needed = {"lambda": self.args.dual_rate, "epsilon": self.args.epsilon is None}
+        if missing := [name for name in needed if needed[name] and name not in found]:
+            raise ValueError(
+                f"{resume_from_checkpoint} holds no {' and '.join(missing)}: resume with its dual_rate and epsilon"
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.dual_rate:
+            self._begin_lambda(found["lambda"])
+        if self.args.epsilon is None:
+            self.epsilon = found["epsilon"]
+        if self.active_set:
+            self.active_set.begin(found.get(ActiveSet.KEY, 1.0))

@@ -1,0 +1,1 @@
+"""What several defences use: geometry, selection of weights, stages before the training, masks."""

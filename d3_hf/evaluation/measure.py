@@ -1,0 +1,237 @@
+"""Measuring a classifier before and after: ACC, ASR and RA in one pass, and DER.
+
+DER is that of FT-SAM (Zhu et al., ICCV 2023, eq. 7); for the others see `metrics`.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, Trainer
+
+from ..data.images import RawImages
+from ..models.evaluating import evaluating
+from .metrics import Proportion, accuracy
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What ``measure`` found.
+
+    Args:
+        accuracy: ACC over all images.
+        asr: ASR over the triggered images that the attack counts; None when no attack was given.
+        ra: RA over the same images; None when no attack was given.
+        seconds: Wall-clock time of the measurement.
+        forward_images: Images that went through the model, originals and triggered ones together.
+        untriggered: The share of the same images, without the trigger, that are classified as the attacker wants: what ASR
+            would be without an attack. None when no attack was given.
+        predictions: Predicted classes (N,) of the images as they are, for what compares two models; no part of a record.
+    """
+
+    accuracy: Proportion
+    asr: Proportion | None
+    ra: Proportion | None
+    seconds: float
+    forward_images: int
+    untriggered: Proportion | None = None
+    predictions: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+
+def rates(measurement: Measurement) -> dict[str, Any]:
+    """``accuracy``, and with an attack ``asr``, ``ra`` and ``untriggered``: fractions in [0, 1] with ``<key>_ci95`` and
+    ``<key>_n``."""
+    fields: dict[str, Any] = {}
+    for key, proportion in _proportions(measurement).items():
+        fields |= proportion.as_dict(key)
+    return fields if measurement.untriggered is None else fields | measurement.untriggered.as_dict("untriggered")
+
+
+def _proportions(measurement: Measurement) -> dict[str, Proportion]:
+    found = {"accuracy": measurement.accuracy, "asr": measurement.asr, "ra": measurement.ra}
+    return {key: proportion for key, proportion in found.items() if proportion is not None}
+
+
+def _predict(model: PreTrainedModel, images: Tensor, preprocessing: Callable[[Tensor], Tensor], what: str) -> np.ndarray:
+    logits = model(pixel_values=preprocessing(images)).logits
+    if not torch.isfinite(logits).all():
+        raise ValueError(f"the model's logits on {what} are not finite (NaN or infinite): its weights are broken")
+    return logits.argmax(-1).cpu().numpy()
+
+
+class Trigger(Protocol):
+    """What measuring needs of an attack; `d3_hf.attacks.Attack` is one."""
+
+    def trigger(self, images: Tensor) -> Tensor:
+        """Triggered copies of raw uint8 (B, 3, H, W)."""
+
+    def counted(self, labels: Tensor) -> Tensor:
+        """Which triggered images count: bool (N,) for true labels (N,)."""
+
+    def poisoned_labels(self, labels: Tensor, num_classes: int) -> Tensor:
+        """What the attacker wants them to be called."""
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raises a ValueError if the attack's labels are not among the classes."""
+
+
+def _triggered(attack: Trigger, images: Tensor) -> Tensor:
+    triggered = attack.trigger(images)
+    if triggered.dtype != torch.uint8 or triggered.shape != images.shape:
+        raise ValueError(
+            f"the trigger must return uint8 images of the shape it was given, {tuple(images.shape)}; got "
+            f"{triggered.dtype} of shape {tuple(triggered.shape)}"
+        )
+    return triggered
+
+
+def _check_labels(model: PreTrainedModel, labels: Tensor, attack: Trigger | None) -> None:
+    classes = model.config.num_labels
+    if len(labels) == 0:
+        raise ValueError("there are no images to measure on")
+    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"the images' labels run from {labels.min()} to {labels.max()}, but the model has {classes} classes; "
+            "measure on images of the model's own classes"
+        )
+    if attack is None:
+        return
+    attack.check_classes(classes)
+    if not attack.counted(labels).any():
+        raise ValueError(
+            "no image is of a class that the attack counts (all-to-one: any but the target): ASR and RA are undefined"
+        )
+
+
+def measure(
+    model: PreTrainedModel,
+    images: RawImages,
+    preprocessing: Callable[[Tensor], Tensor],
+    attack: Trigger | None = None,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Measurement:
+    """Measure ACC, and with an attack ASR and RA, in one pass and without augmentation.
+
+    The trigger acts on the raw images at native size, before any preprocessing. Each batch goes through the model once
+    as it is and the images that the attack counts once more with the trigger: 1.9 forward passes per image for ten equally
+    large classes. The model is in eval mode meanwhile, in the precision of its weights; training flags and device are
+    restored.
+
+    Args:
+        model: A classifier: ``model(pixel_values=...).logits`` is (B, C).
+        images: Raw images with true labels.
+        preprocessing: Turns uint8 (B, 3, H, W) into the model's input, on the images' device; a ``Preprocessing``.
+        attack: The trigger and its rule for labels; None measures ACC only.
+        batch_size: Raw images per batch. Images of different sizes go through one by one.
+        device: Where to compute; the model's own device when None.
+        progress: Show a progress bar.
+
+    Returns:
+        The measurement.
+
+    Raises:
+        ValueError: There is no image that the attack counts, a label or the target is not one of the model's classes, the
+            trigger changes dtype or shape, or a logit is not finite.
+    """
+    _check_labels(model, images.labels, attack)
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    start = time.perf_counter()
+    predicted, triggered_predicted = [], []
+    bar = tqdm(total=len(images), desc="Measuring", unit="image", disable=not progress)
+    with bar, torch.inference_mode(), evaluating(model, device):
+        for raw, labels in images.batches(batch_size):
+            raw = raw.to(device)
+            predicted.append(_predict(model, raw, preprocessing, "clean images"))
+            if attack is not None and (counted := attack.counted(labels)).any():
+                triggered = _triggered(attack, raw[counted.to(device)])
+                triggered_predicted.append(_predict(model, triggered, preprocessing, "triggered images"))
+            bar.update(len(labels))
+    asr = ra = untriggered = None
+    plain = np.concatenate(predicted)
+    if attack is not None:
+        counted = attack.counted(images.labels)
+        truth, found = images.labels[counted], np.concatenate(triggered_predicted)
+        wanted = attack.poisoned_labels(truth, model.config.num_labels)
+        asr, ra, untriggered = accuracy(found, wanted), accuracy(found, truth), accuracy(plain[counted.numpy()], wanted)
+    acc = accuracy(plain, images.labels)
+    seconds = time.perf_counter() - start
+    return Measurement(acc, asr, ra, seconds, acc.n + (asr.n if asr else 0), untriggered, plain)
+
+
+def measure_trainer(trainer: Trainer, images: RawImages, attack: Trigger | None = None) -> Measurement | None:
+    """Measure a `PurifyTrainer`'s model as it is now, in float32, on the main process; the others wait.
+
+    Args:
+        trainer: A `PurifyTrainer`; it is not handed the trigger.
+        images: Raw images with true labels.
+        attack: An `Attack`; None measures ACC only.
+
+    Returns:
+        The measurement on the main process, None on the others.
+    """
+    measured = None
+    if trainer.is_world_process_zero():
+        # accelerate leaves its autocast on the model after training: without it before and after are measured alike.
+        model = trainer.accelerator.unwrap_model(trainer.plain, keep_fp32_wrapper=False)
+        measured = measure(model, images, trainer.preprocessing, attack)
+    trainer.accelerator.wait_for_everyone()
+    return measured
+
+
+def detoxification_effectiveness_rating(before: Measurement, after: Measurement) -> float:
+    """DER = (max(0, ASR drop) - max(0, ACC drop) + 1) / 2, in [0, 1]; 0.5 means that nothing was gained.
+
+    FT-SAM (Zhu et al., ICCV 2023), eq. 7. A rise of ACC earns nothing, a rise of ASR costs nothing. One of the two
+    versions in BackdoorBench's code adds the loss of accuracy instead of subtracting it; this is the right one.
+
+    Args:
+        before: The suspicious model.
+        after: The purified one, measured on the same images.
+
+    Raises:
+        ValueError: One of them was measured without a trigger, or they counted different numbers of images.
+    """
+    if before.asr is None or after.asr is None:
+        raise ValueError("DER needs the ASR before and after: measure both with the trigger")
+    if (before.accuracy.n, before.asr.n) != (after.accuracy.n, after.asr.n):
+        raise ValueError(
+            f"before and after must be measured on the same images; got {before.accuracy.n} clean and {before.asr.n} "
+            f"triggered before, {after.accuracy.n} and {after.asr.n} after"
+        )
+    asr_drop = before.asr.value - after.asr.value
+    accuracy_drop = before.accuracy.value - after.accuracy.value
+    return (max(0.0, asr_drop) - max(0.0, accuracy_drop) + 1) / 2
+
+
+def results(before: Measurement, after: Measurement) -> dict[str, Any]:
+    """The content of ``all_results.json``: fractions in [0, 1] with ``<key>_ci95`` = [low, high] and ``<key>_n``.
+
+    Args:
+        before: The suspicious model.
+        after: The purified one, measured on the same images.
+
+    Returns:
+        accuracy_before, asr_before, ra_before, accuracy_after, asr_after, ra_after and der; without the asr, ra and
+        der keys when no trigger was measured.
+
+    Raises:
+        ValueError: Only one of them was measured with a trigger, or they counted different numbers of images.
+    """
+    if before.accuracy.n != after.accuracy.n:
+        raise ValueError(
+            f"before and after must be measured on the same images; got {before.accuracy.n} before and {after.accuracy.n} after"
+        )
+    fields: dict[str, Any] = {}
+    for suffix, measurement in (("before", before), ("after", after)):
+        for key, proportion in _proportions(measurement).items():
+            fields |= proportion.as_dict(f"{key}_{suffix}")
+    if before.asr is not None or after.asr is not None:
+        fields["der"] = detoxification_effectiveness_rating(before, after)
+    return fields

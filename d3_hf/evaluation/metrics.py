@@ -1,0 +1,126 @@
+"""ACC, ASR and RA, each a proportion with its count and interval.
+
+ACC is the accuracy on all clean images. ASR and RA look at the same triggered images (all-to-one: those whose true label is
+not the target): ASR is the share classified as the attacker wants, RA (robust accuracy) the share still given the true
+label. A low ASR alone does not show a repaired model: it may have learnt to avoid the target and still be led astray by the
+trigger. Definitions follow BackdoorBench (Wu et al., NeurIPS 2022).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import binomtest
+from transformers import EvalPrediction
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """A share of counted cases.
+
+    Args:
+        successes: Cases that count, 0 to ``n``.
+        n: All cases, at least 1.
+
+    Raises:
+        ValueError: The counts are out of range; a proportion of no cases has no value.
+    """
+
+    successes: int
+    n: int
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or not 0 <= self.successes <= self.n:
+            raise ValueError(f"a proportion needs n >= 1 cases and 0 to n successes; got {self.successes} of {self.n}")
+
+    @property
+    def value(self) -> float:
+        """The share, in [0, 1]."""
+        return self.successes / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval (low, high), in [0, 1]."""
+        interval = binomtest(self.successes, self.n).proportion_ci(confidence_level=0.95, method="wilson")
+        return float(interval.low), float(interval.high)
+
+    def as_dict(self, key: str) -> dict[str, Any]:
+        """``{key: value, key_ci95: [low, high], key_n: n}``, the form in which result files carry a proportion."""
+        return {key: self.value, f"{key}_ci95": list(self.interval), f"{key}_n": self.n}
+
+
+def _classes(predictions: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if predictions.ndim != 1 or predictions.shape != labels.shape:
+        raise ValueError(
+            "predictions and labels must be two equally long lists of class indices; got shapes "
+            f"{predictions.shape} and {labels.shape}"
+        )
+    return predictions, labels
+
+
+def _non_target(predictions: ArrayLike, labels: ArrayLike, target_label: int) -> tuple[np.ndarray, np.ndarray]:
+    predictions, labels = _classes(predictions, labels)
+    kept = labels != target_label
+    if not kept.any():
+        raise ValueError(f"no image has a true label other than the target {target_label}: ASR and RA are undefined")
+    return predictions[kept], labels[kept]
+
+
+def accuracy(predictions: ArrayLike, labels: ArrayLike) -> Proportion:
+    """ACC: the share of images given their true label.
+
+    Args:
+        predictions: Predicted classes (N,), integers.
+        labels: True classes (N,), integers.
+
+    Raises:
+        ValueError: The shapes differ or are not (N,), or N is 0.
+    """
+    predictions, labels = _classes(predictions, labels)
+    return Proportion(int((predictions == labels).sum()), len(labels))
+
+
+def attack_success_rate(predictions: ArrayLike, labels: ArrayLike, target_label: int) -> Proportion:
+    """ASR: the share of triggered images classified as the target, without those that are of the target class anyway.
+
+    Args:
+        predictions: Predicted classes of the triggered images (N,), integers.
+        labels: True classes of the same images (N,), integers.
+        target_label: The attacker's class.
+
+    Raises:
+        ValueError: The shapes differ or are not (N,), or no image has another true label than the target.
+    """
+    predictions, _ = _non_target(predictions, labels, target_label)
+    return Proportion(int((predictions == target_label).sum()), len(predictions))
+
+
+def robust_accuracy(predictions: ArrayLike, labels: ArrayLike, target_label: int) -> Proportion:
+    """RA: the share of the triggered images that ASR counts which are given their true label; ASR + RA <= 1.
+
+    Args:
+        predictions: Predicted classes of the triggered images (N,), integers.
+        labels: True classes of the same images (N,), integers.
+        target_label: The attacker's class.
+
+    Raises:
+        ValueError: The shapes differ or are not (N,), or no image has another true label than the target.
+    """
+    return accuracy(*_non_target(predictions, labels, target_label))
+
+
+def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
+    """ACC for a Trainer's ``compute_metrics``: ``{"accuracy": share}``.
+
+    Args:
+        eval_prediction: ``predictions`` are logits (N, C), ``label_ids`` true classes (N,).
+
+    Raises:
+        ValueError: A logit is not finite.
+    """
+    logits = np.asarray(eval_prediction.predictions)
+    if not np.isfinite(logits).all():
+        raise ValueError("the model's logits are not finite (NaN or infinite): its weights are broken")
+    return {"accuracy": accuracy(logits.argmax(-1), eval_prediction.label_ids).value}

@@ -1,0 +1,1 @@
+"""CIFAR networks that hubs lack, registered with timm when timm is imported."""

@@ -1,0 +1,1 @@
+"""Options of commands and recipes: a YAML file first, the command line over it."""

@@ -1,0 +1,183 @@
+"""Options about the model, the images and the attack, and how to load what they name."""
+
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .parser import read_json
+
+if TYPE_CHECKING:  # each takes seconds: what a command loads beyond its options it imports when it needs it
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedModel
+
+    from ..attacks import Attack
+    from ..data.images import RawImages
+
+logger = logging.getLogger(__name__)
+
+
+NO_IMAGES = "no images: give --dataset_name (a Hub data set, a folder, a parquet file, or digits)"
+
+
+VALIDATION = ("validation", "val")  # measured on where there is no test split
+
+
+@dataclass
+class ModelArguments:
+    """Which checkpoint, for `load_classifier`.
+
+    Args:
+        model_name_or_path: Hub id, folder, ``.safetensors`` file or state dict.
+        architecture: Network of a bare state dict: a timm name, d3_hf's own networks included.
+        class_names: Class names in the order of the logits, where the checkpoint does not carry them.
+        image_mean, image_std: Normalisation of a bare state dict, three numbers in units of [0, 1] each.
+        image_size: Side of the square input in pixels.
+        revision: Branch, tag or commit of a Hub id.
+        model_args: Arguments of the architecture's constructor, of a new network too (on the command line as JSON).
+    """
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id, folder or file of the checkpoint."})
+    architecture: str | None = field(default=None, metadata={"help": "Network of a bare state dict, a timm name."})
+    class_names: list[str] | None = field(default=None, metadata={"help": "Class names in the order of the logits."})
+    image_mean: list[float] | None = field(default=None, metadata={"help": "Mean of each channel, in [0, 1]."})
+    image_std: list[float] | None = field(default=None, metadata={"help": "Standard deviation of each channel, in [0, 1]."})
+    image_size: int | None = field(default=None, metadata={"help": "Side of the square input in pixels."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
+    model_args: dict | str | None = field(default=None, metadata={"help": "Arguments of the architecture, as JSON."})
+
+    def __post_init__(self):
+        if isinstance(self.model_args, str):
+            self.model_args = read_json(self.model_args, "model_args")
+
+    def load(self) -> "PreTrainedModel":
+        """Load the checkpoint; see `load_classifier` for the errors."""
+        from ..models import load_classifier
+
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if "class_names" in given:  # TrainingArguments has a label_names that means something else
+            given["label_names"] = given.pop("class_names")
+        return load_classifier(given.pop("model_name_or_path"), **given)
+
+
+@dataclass
+class DataArguments:
+    """Which images, for `load_images` and `retain_split`.
+
+    Args:
+        dataset_name: Hub data set, folder of images or parquet files, parquet file, or ``digits``.
+        train_split, test_split: Splits to draw the retain set from and to measure on. Where there is no ``test``, the default,
+            ``validation`` or ``val`` is measured on, and without these the images outside the retain set.
+        image_column, label_column: Only needed when several columns qualify.
+        retain_fraction, retain_count: Size of the retain set, one of the two; default 5 % (paper).
+        retain_balanced: The same number of images of each class.
+        retain_seed: Seed of the draw.
+        max_test_images: Measure on so many test images, drawn with seed 0: the first ones of a folder are of one class.
+
+    Attributes:
+        is_default_size: Whether neither ``retain_fraction`` nor ``retain_count`` was given.
+        measured_split: What `load` has chosen to measure on: the name of a split, or ``rest of NAME``; None before.
+
+    Raises:
+        ValueError: ``max_test_images`` is below 1, or ``retain_seed`` below 0.
+    """
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub data set, folder, parquet file or `digits`."})
+    train_split: str = field(default="train", metadata={"help": "Split that the retain set is drawn from."})
+    test_split: str = field(default="test", metadata={"help": "Split to measure on."})
+    image_column: str | None = field(default=None, metadata={"help": "Image column, if several qualify."})
+    label_column: str | None = field(default=None, metadata={"help": "Label column, if several qualify."})
+    retain_fraction: float | None = field(
+        default=None, metadata={"help": "Share of the split that is the retain set; 0.05 unless one of the two is given."}
+    )
+    retain_count: int | None = field(default=None, metadata={"help": "Number of images in the retain set."})
+    retain_balanced: bool = field(default=False, metadata={"help": "Draw the same number of each class."})
+    retain_seed: int = field(default=0, metadata={"help": "Seed of the retain set."})
+    max_test_images: int | None = field(default=None, metadata={"help": "Measure on so many test images, drawn at random."})
+
+    def __post_init__(self):
+        self.is_default_size = self.retain_fraction is None and self.retain_count is None
+        self.measured_split: str | None = None
+        if self.is_default_size:
+            self.retain_fraction = 0.05
+        if self.max_test_images is not None and self.max_test_images < 1:
+            raise ValueError(f"max_test_images must be at least 1; got {self.max_test_images}")
+        if self.retain_seed < 0:
+            raise ValueError(f"retain_seed must be at least 0; got {self.retain_seed}")
+
+    def load(self) -> tuple["Dataset", "Dataset", "RawImages"]:
+        """Load the images.
+
+        Returns:
+            (retain, rest, test): the retain set, the remaining rows of its split, and what is measured on, see
+            ``measured_split``; which one is logged where it is not ``test_split``.
+
+        Raises:
+            ValueError: No data set is named, a split that is named is not there, nothing is left to measure on, or see
+                `load_images` and `retain_split`.
+        """
+        from ..data.images import RawImages
+        from ..data.labels import labels_of, retain_indices
+        from ..data.load import load_images, retain_split
+
+        if self.dataset_name is None:
+            raise ValueError(NO_IMAGES)
+        images = load_images(self.dataset_name, self.image_column, self.label_column)
+        named = [self.train_split] if self.test_split == "test" else [self.train_split, self.test_split]
+        if missing := [name for name in named if name not in images]:
+            raise ValueError(f"{self.dataset_name} has no split {missing[0]!r}; it has {', '.join(images)}")
+        split = images[self.train_split]
+        retain, rest = retain_split(split, self.retain_fraction, self.retain_count, self.retain_balanced, self.retain_seed)
+        test = self._to_measure_on(images, rest)
+        if len(test) == 0:
+            raise ValueError(
+                f"{self.dataset_name} has no split {self.test_split!r} and the retain set is all of {self.train_split!r}: "
+                "nothing is left to measure on; retain fewer"
+            )
+        if self.max_test_images is not None and self.max_test_images < len(test):
+            test = test.select(retain_indices(labels_of(test), test.features["label"].names, count=self.max_test_images))
+        return retain, rest, RawImages.from_dataset(test)
+
+    def _to_measure_on(self, images: "DatasetDict", rest: "Dataset") -> "Dataset":
+        names = [name for name in (self.test_split, *VALIDATION) if name in images and name != self.train_split]
+        self.measured_split = names[0] if names else f"rest of {self.train_split}"
+        if self.measured_split != self.test_split:
+            logger.warning(
+                "%s has no separate split %r: measuring on its %s", self.dataset_name, self.test_split, self.measured_split
+            )
+        return images[names[0]] if names else rest
+
+
+@dataclass
+class AttackArguments:
+    """The trigger that is planted or measured.
+
+    Args:
+        attack: Name of an attack; a mapping with ``name`` and its parameters (on the command line as JSON); or, for a trigger
+            that was learned, the folder of the victim that holds it.
+    """
+
+    attack: dict | str | None = field(
+        default=None, metadata={"help": "Attack: a name, JSON with name and parameters, or a victim's folder."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.attack, str):
+            named = not self.attack.startswith("{")
+            self.attack = {"name": self.attack} if named else read_json(self.attack, "attack")
+
+    def load(self) -> "Attack | None":
+        """The attack, with what it has learned where a folder is named; None where none is.
+
+        Raises:
+            FileNotFoundError: The folder holds no attack.
+            ValueError: See `from_description` and `load_attack`.
+        """
+        from ..attacks import ATTACKS, from_description, load_attack
+
+        if not self.attack:
+            return None
+        name = str(self.attack.get("name"))
+        if self.attack.keys() == {"name"} and name not in ATTACKS and (folder := Path(name).expanduser()).is_dir():
+            return load_attack(folder)
+        return from_description(self.attack)

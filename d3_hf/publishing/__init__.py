@@ -1,0 +1,1 @@
+"""What a purification publishes: manifest, card, tables, the push to the Hub."""

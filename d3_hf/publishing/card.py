@@ -1,0 +1,94 @@
+"""The model card and the results table, rendered from the manifest: no number in them is typed by hand."""
+
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .tables import RESULT_NAMES, rates_table, results_table
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+FOLDER = "path/to/this/folder"  # in a card's example, until the repository's name is known
+
+
+def victim_table(facts: dict) -> str:
+    """The rates of a victim beside those of a model without backdoor; ``facts`` as in ``victim.json``."""
+    headings = {"victim": "victim" if facts["planted"] else "this model", "clean_model": "model without backdoor"}
+    columns = {heading: facts["measured"][key] for key, heading in headings.items() if facts["measured"].get(key)}
+    return rates_table(columns) if columns else "Nothing was measured."
+
+
+def render_victim_card(facts: dict, model_name: str) -> ModelCard:
+    """Model card of a victim: its first line says that the model is deliberately backdoored.
+
+    Args:
+        facts: The manifest, `VictimTrainer.facts`.
+        model_name: Title of the card.
+    """
+    card_data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "backdoored-for-research", "d3_hf"]
+        if facts["planted"]
+        else ["image-classification", "d3_hf"],
+        model_name=model_name,
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATES / "victim_card.md"),
+        model_name=model_name,
+        facts=facts,
+        table=victim_table(facts),
+    )
+
+
+def render_card(facts: dict, results: dict | None, model_name: str, hub_model_id: str | None = None) -> ModelCard:
+    """Model card of a purified model.
+
+    Args:
+        facts: The manifest, `PurifyTrainer.facts`.
+        results: As `evaluation.results` makes it; ``None`` if nothing was measured.
+        model_name: Title of the card.
+        hub_model_id: Repository the card is for, if any.
+
+    Returns:
+        A card whose metadata carry the lineage and, when measured, a ``model-index``.
+    """
+    source = facts["source"]
+    card_data = ModelCardData(
+        base_model=source["name"] if source["kind"] == "hub" else None,
+        base_model_relation="finetune" if source["kind"] == "hub" else None,
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "backdoor-defense", "purified", "d3_hf"],
+        model_name=model_name,
+        eval_results=_eval_results(results, facts["measured"]) if results else None,
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATES / "purified_card.md"),
+        model_name=model_name,
+        facts=facts,
+        results_table=results_table(results) if results else None,
+        place=hub_model_id or FOLDER,
+    )
+
+
+def _eval_results(results: dict, measured: dict) -> list[EvalResult]:
+    data, found = measured.get("data") or "held-out images", []
+    for key, (metric, short) in RESULT_NAMES.items():
+        if f"{key}_after" in results:
+            found.append(
+                EvalResult(
+                    task_type="image-classification",
+                    dataset_type=data,
+                    dataset_name=data,
+                    dataset_config="as they are" if key == "accuracy" else f"triggered by {measured['trigger']['name']}",
+                    dataset_split=measured.get("split"),
+                    metric_type=metric,
+                    metric_name=f"{short} after purification",
+                    metric_value=results[f"{key}_after"],
+                )
+            )
+    return found

@@ -1,0 +1,206 @@
+"""The Hub: what of a purified model goes up, how a push that failed is finished, what the Hub says of the source."""
+
+import contextlib
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
+from huggingface_hub.utils import get_session
+
+from ..files import first_line
+from ..models.weights import PICKLED
+from ..training.config import PurifyConfig
+from .card import FOLDER
+from .manifest import MANIFEST, REJECTED, RETAIN_INDICES
+
+logger = logging.getLogger(__name__)
+
+# All that ever goes up: no pickle, no optimizer state, no checkpoint, nothing that happens to lie in the folder.
+PUBLISHED = (
+    "config.json",
+    "preprocessor_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "README.md",
+    "*.png",
+    MANIFEST,
+    "all_results.json",
+    RETAIN_INDICES,
+    "model.sig",  # of model-signing
+)
+NEEDED = ("config.json", "README.md", MANIFEST)
+TIMEOUT = 120.0  # seconds that a server may be silent; huggingface_hub itself would wait for ever
+UNKNOWN = "not available"
+
+
+def check_push(args: PurifyConfig, source: dict[str, Any], manifest_name: str) -> None:
+    """Say before the training what would stop the push after it, without the network.
+
+    Raises:
+        ValueError: The model is no purified one; nobody is logged in; a pull request is asked for and the source is not on the
+            Hub.
+    """
+    if manifest_name != MANIFEST:
+        raise ValueError("push_to_hub is for purified models: a deliberately backdoored one stays here")
+    if get_token() is None:
+        raise ValueError("push_to_hub needs an account: log in with `hf auth login` or set HF_TOKEN")
+    if args.hub_create_pr and source["kind"] != "hub":
+        raise ValueError(f"hub_create_pr opens a pull request on the source's repository, but {source['name']} is none")
+
+
+def repository(args: PurifyConfig) -> str:
+    """The repository to push to: as given, or named after the output folder."""
+    return args.hub_model_id or Path(args.output_dir).absolute().name
+
+
+def published_files(folder: Path) -> list[Path]:
+    """The files of a purified model that go up: those of `PUBLISHED` at the top of the folder.
+
+    Raises:
+        FileNotFoundError: The manifest, the card, the configuration or weights are missing.
+        ValueError: One of them is a link out of the folder.
+    """
+    if missing := [name for name in NEEDED if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} holds no {' and no '.join(missing)}: it is no folder of a purified model")
+    files = [f for f in sorted(folder.iterdir()) if f.is_file() and any(fnmatchcase(f.name, name) for name in PUBLISHED)]
+    if links := [file for file in files if file.resolve().parent != folder.resolve()]:
+        raise ValueError(f"{links[0]} is a link out of the folder: put the file itself there")
+    names, index = {file.name for file in files}, folder / "model.safetensors.index.json"
+    needed = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    if missing := sorted(needed - names):
+        raise FileNotFoundError(f"{folder} holds no {' and no '.join(missing)}: the weights are not whole")
+    return files
+
+
+def push_folder(
+    folder: str | Path,
+    repo: str | None = None,
+    *,
+    private: bool = True,
+    create_pr: bool = False,
+    revision: str | None = None,
+    message: str = "Purified model",
+) -> CommitInfo:
+    """Upload the folder of a purified model, in one commit; running it again finishes what failed.
+
+    Args:
+        folder: What a purification wrote.
+        repo: Model repository, with or without its namespace; made if it does not exist.
+        private: Make it private; one that exists stays as it is.
+        create_pr: Open a pull request on the repository that the model came from, on top of the commit that was purified.
+        revision: Branch, with ``repo``.
+        message: Of the commit.
+
+    Returns:
+        The commit, with ``pr_url`` of the pull request.
+
+    Raises:
+        FileNotFoundError: The folder holds no purified model.
+        ValueError: No repository is named, or both are; a pull request on a source that is not on the Hub; a guard rail
+            rejected the model; the manifest is damaged; a file is a link out of the folder.
+        OSError: The Hub did not take it; the folder is as it was.
+    """
+    folder = Path(folder).expanduser()
+    files = published_files(folder)
+    source, reasons = _source_and_reasons(folder / MANIFEST)
+    if reasons:
+        raise ValueError(f"{folder} was rejected and is not pushed ({'; '.join(reasons)}): purify with other options")
+    if create_pr == bool(repo):
+        raise ValueError("name one place to push to: --hub_model_id, or --hub_create_pr for the source's repository")
+    if create_pr:
+        if source["kind"] != "hub":
+            raise ValueError(f"hub_create_pr opens a pull request on the source's repository, but {source['name']} is none")
+        repo, parent, place = source["name"], source["revision"], "--hub_create_pr"
+    else:
+        parent, place = None, f"--hub_model_id {repo}" + ("" if private else " --hub_private_repo false")
+    api = HfApi(library_name="d3_hf")
+    try:
+        with _timeout(TIMEOUT):
+            if not create_pr:
+                repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+            card = (folder / "README.md").read_text(encoding="utf-8").replace(FOLDER, repo)
+            contents = {file.name: file for file in files} | {"README.md": card.encode()}
+            operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+            return api.create_commit(
+                repo, operations, commit_message=message, create_pr=create_pr, parent_commit=parent, revision=revision
+            )
+    except Exception as error:  # a network can fail in any way; none of them is recovered from
+        raise OSError(
+            f"the push to {repo} failed ({first_line(error)}); {folder} is whole. Finish it with: d3-hf push {folder} {place}"
+        ) from error
+
+
+def _source_and_reasons(file: Path) -> tuple[dict[str, Any], list[str] | None]:
+    """The model's source and the guard rails that it broke, as the manifest has them."""
+    try:
+        facts = json.loads(file.read_text())
+        source = {name: facts["source"][name] for name in ("kind", "name", "revision")}
+        return source, facts["measured"].get(REJECTED)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # the latter two: JSON, but no object
+        raise ValueError(f"{file} is no manifest of a purification ({error!r}): purify again") from error
+
+
+def source_checks(source: dict[str, Any]) -> dict[str, Any] | None:
+    """What scanners say of the source. They find code in files, not a backdoor in weights.
+
+    Args:
+        source: The fields of a `Source`, with the path as it was given.
+
+    Returns:
+        For a Hub id ``security_scan``, as the Hub reports it for the repository, and ``checksums`` with how many files were
+        ``compared`` and which ``differ``; for a pickled file ``pickle_scan``, see `pickle_scan`; each ``"not available"``
+        where it cannot be asked. None for other sources.
+    """
+    if source["kind"] == "file" and Path(source["name"]).suffix in PICKLED:
+        return {"pickle_scan": pickle_scan(Path(source["name"]).expanduser())}
+    if source["kind"] != "hub":
+        return None
+    checks = {"security_scan": UNKNOWN, "checksums": UNKNOWN}
+    api = HfApi(library_name="d3_hf")
+    try:
+        with _timeout(10):
+            info = api.model_info(source["name"], revision=source["revision"], securityStatus=True)
+            checks["security_scan"] = info.security_repo_status or UNKNOWN
+            found = api.verify_repo_checksums(source["name"], revision=source["revision"])
+    except Exception as error:  # offline, an older server, a cache elsewhere: it is a record, not a condition
+        logger.info("%s: the Hub's checks are not available (%s)", source["name"], first_line(error))
+        return checks
+    differ = sorted(mismatch["path"] for mismatch in found.mismatches)
+    if differ:
+        logger.warning("%s: not as in the repository: %s; fetch it again", source["name"], ", ".join(differ))
+    return checks | {"checksums": {"compared": found.checked_count, "differ": differ}}
+
+
+def pickle_scan(file: Path) -> dict[str, Any] | str:
+    """What picklescan (``pip install 'd3_hf[scan]'``) says of a file, which was opened without running what it may hold.
+
+    Returns:
+        ``issues`` and ``suspicious``, how many, and the ``globals`` that the file imports; ``"not available"`` without
+        picklescan.
+    """
+    if importlib.util.find_spec("picklescan") is None:
+        return UNKNOWN
+    from picklescan.scanner import scan_file_path
+
+    found = scan_file_path(str(file))
+    if found.issues_count:
+        logger.warning("%s: picklescan finds %d dangerous imports", file, found.issues_count)
+    names = sorted({f"{item.module}.{item.name}" for item in found.globals})
+    return {"issues": found.issues_count, "suspicious": found.suspicious_count, "globals": names}
+
+
+@contextlib.contextmanager
+def _timeout(seconds: float) -> Iterator[None]:
+    """Let no request of huggingface_hub's own client wait longer than this for an answer."""
+    session = get_session()
+    before, session.timeout = session.timeout, seconds
+    try:
+        yield
+    finally:
+        session.timeout = before

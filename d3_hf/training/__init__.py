@@ -1,0 +1,1 @@
+"""The trainer that every defence extends, and what it is made of."""

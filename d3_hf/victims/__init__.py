@@ -1,0 +1,1 @@
+"""Victims: classifiers with a planted backdoor, made to measure defences on."""

@@ -1,0 +1,377 @@
+"""The command line: how each command ends, what goes to stdout, and that every command of the README exists."""
+
+import contextlib
+import errno
+import io
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import time
+from inspect import get_annotations
+from pathlib import Path
+
+import pandas
+import pytest
+import yaml
+from fake_hub import logged_in
+from places import ROOT
+from tiny import FAST, NEW_VIT
+
+from d3_hf import cli
+from d3_hf.cli import COMMANDS, run
+from d3_hf.commands.purify import OPTIONS
+from d3_hf.defenses import DEFENCES, defence
+from d3_hf.errors import GuardRailBroken
+from d3_hf.options.parser import parse_arguments
+
+IMAGES = {"dataset_name": "digits", "retain_count": 60, "max_test_images": 40}
+
+
+def command(*argv):
+    """Run `d3-hf` in this process; returns its exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["d3-hf", *map(str, argv)])
+        cli.main()
+        pytest.fail("main returned")
+    return stop.value.code
+
+
+@pytest.mark.parametrize("name", DEFENCES)
+def test_options_of_every_defence_fit_beside_those_of_a_run(name):
+    config_class, _ = defence(name)
+    *_, args = parse_arguments([*OPTIONS, config_class], ["--output_dir", "out", "--max_accuracy_drop", "0.2", "--use_cpu"])
+    assert type(args) is config_class
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A victim, the model purified from it, a grid about it."""
+    folder = tmp_path_factory.mktemp("cli")
+    content = NEW_VIT | IMAGES | FAST | {"attack": "badnets", "output_dir": str(folder / "v" / "vit" / "badnets")}
+    (folder / "victim.yaml").write_text(yaml.safe_dump(content))
+    content = IMAGES | FAST | {"model_name_or_path": content["output_dir"], "attack": "badnets"}
+    (folder / "purify.yaml").write_text(yaml.safe_dump(content))
+    grid = {
+        "output_dir": str(folder / "grid"), "dataset_name": "digits", "victims": ["vit/badnets"],
+        "victims_dir": str(folder / "v"), "defences": {"D3": {"defence": "d3"}, "RNP": {"defence": "rnp"}},
+        "retain": {"30": {"count": 30}}, "held_out": 60, "seeds": [0], "test_images": 40, "common": FAST,
+    }  # fmt: skip
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert command("victim", "victim.yaml") == 0
+        assert command("purify", "purify.yaml", "--output_dir", "purified", "--max_accuracy_drop", "1") == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(request, monkeypatch):
+    if "folder" in request.fixturenames:
+        monkeypatch.chdir(request.getfixturevalue("folder"))
+
+
+VICTIM = "v/vit/badnets"
+
+
+@pytest.mark.parametrize(
+    ("argv", "keys"),
+    [
+        (["measure", VICTIM, "--json"], {"accuracy", "asr", "ra"}),
+        (["info", "purified", "--json"], {"source", "classes", "selection", "manifest"}),
+        (["victim", "--json", "victim.yaml", "--output_dir", "again"], {"folder", "attack", "measured"}),
+        (["benchmark", "grid.yaml", "--json"], {"rows"}),
+        (
+            # With the other spelling, and with the attack that the victim's folder holds.
+            ["purify", "--json", "purify.yaml", "--defense", "fine_tuning", "--attack", VICTIM, "--output_dir", "ft"]
+            + ["--max_accuracy_drop", "1"],
+            {"accuracy_before", "asr_after", "der"},
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_json_is_all_that_stdout_gets(folder, capsys, argv, keys):
+    assert command(*argv) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert keys <= found.keys() and shown.err
+
+
+def test_json_is_what_the_files_hold(folder, capsys):
+    command("info", "purified", "--json")
+    about = json.loads(capsys.readouterr().out)
+    results = json.loads(Path("purified/all_results.json").read_text())
+    assert about["manifest"]["measured"] == {key: results[key] for key in about["manifest"]["measured"]}
+    assert len(about["manifest"]["measured"]) == 7 and about["manifest"]["method"] == "D3"
+    command("benchmark", "grid.yaml", "--json")
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    frame = pandas.read_parquet("grid/results.parquet")
+    assert [row["defence"] for row in rows] == list(frame["defence"])
+    assert "BatchNorm" in next(row["error"] for row in rows if row["defence"] == "RNP")
+
+
+def test_info(folder, capsys):
+    assert command("info", VICTIM, "--json") == 0
+    about = json.loads(capsys.readouterr().out)
+    facts = json.loads(Path(VICTIM, "victim.json").read_text())
+    assert about["source"]["kind"] == "folder" and about["source"]["sha256"]["model.safetensors"] == facts["weights_sha256"]
+    assert about["classes"] == [str(digit) for digit in range(10)] and about["image_size"] == [32, 32]
+    assert about["selection"] == {"head": "classifier", "linear_weights": 7}  # q, k, v, out, two of the MLP, head
+    assert about["batch_norms"] == 0 and about["image_mean"] == [0.5] * 3
+    assert about["manifest"]["planted"]["attack"]["name"] == "badnets" and "poisoned_rows" not in about["manifest"]["planted"]
+    assert about["manifest"]["measured"]["asr"] == facts["measured"]["victim"]["asr"]
+    assert command("info", VICTIM) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert '  head: "classifier"' in shown and f"parameters: {about['parameters']}" in shown
+
+
+def test_measure_shows_what_was_recorded(folder, capsys):
+    assert command("measure", VICTIM, "--max_test_images", "30") == 0
+    assert "| measured now | recorded |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["unheard"], 2, r"^d3-hf: unknown command 'unheard': choose one of purify, .*info$"),
+        (["make-victim"], 2, "unknown command"),
+        (["purify"], 2, "^d3-hf purify: no checkpoint: give --model_name_or_path"),
+        (["purify", "--retain_cuont", "5"], 2, "unknown argument '--retain_cuont': did you mean --retain_count\\?"),
+        (["purify", "--retain_count", "many"], 2, "retain_count.*: invalid int value: 'many'; --help lists the options"),
+        (["purify", "absent.yaml"], 2, "no configuration file absent.yaml"),
+        (["purify", "broken.yaml"], 2, "broken.yaml is no YAML"),
+        (["purify", "--attack", "{name"], 2, "--attack is no JSON"),
+        (["purify", "--defence", "unheard"], 2, "unknown defence 'unheard'; known: d3, fine_tuning"),
+        (["purify", "--defence"], 2, "unknown defence ''"),
+        (["purify", "--model_name_or_path", VICTIM], 2, "^d3-hf purify: no images: give --dataset_name"),
+        (["purify", "--model_name_or_path", VICTIM, "--dataset_name", "digits"], 2, "5 % of 1437 images are 72, fewer than 10"),
+        (["purify", "purify.yaml", "--max_accuracy_drop", "5"], 2, "0.05 for five points; got 5"),
+        (["purify", "purify.yaml", "--model_name_or_path", "nobody/unheard"], 1, "nobody/unheard is no local path"),
+        (["measure"], 2, "required: --folder"),
+        (["measure", "purified"], 2, "no folder that make_victim wrote"),
+        (["victim", "--set", "absent.yaml"], 2, "no configuration file absent.yaml"),
+        (["benchmark"], 2, "required: --grid"),
+        (["benchmark", "grid.yaml", "--shard", "4/4"], 2, "shard must be i/n"),
+        (["info"], 2, "name a Hub id, a folder or a file"),
+        (["info", "absent.safetensors"], 2, "no such file or folder: absent.safetensors"),
+        (["info", "nobody/unheard", "--json"], 1, "nobody/unheard is no local path"),
+        (["push", VICTIM, "--hub_model_id", "me/x"], 2, "holds no purification.json: it is no folder of a purified model"),
+        (["push", "purified", "--hub_model_id", "me/x", "--token", "hf_x"], 2, "hf auth login"),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
+)
+def test_an_error_is_one_line_and_a_code(folder, capfd, argv, code, message):
+    Path("broken.yaml").write_text("a: [1\n")
+    before = sorted(folder.rglob("*"))
+    capfd.readouterr()
+    assert command(*argv) == code
+    shown = capfd.readouterr()
+    assert re.search(message, shown.err.splitlines()[-1]) and "Traceback" not in shown.err and shown.out == ""
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_repository_that_does_not_exist_is_a_mistake_and_a_failing_hub_is_none(folder, monkeypatch, capfd):
+    with logged_in(monkeypatch) as hub:
+        assert command("info", "me/unheard") == 2
+        assert "no model on the Hub that you may read: check the name" in capfd.readouterr().err
+        hub.broken = ("info", "500")
+        assert command("info", "me/unheard") == 1
+
+
+def test_a_broken_rail_ends_with_3_and_its_model_cannot_be_pushed(folder, capfd):
+    argv = ["purify", "purify.yaml", "--min_agreement", "1", "--max_accuracy_drop", "1", "--json"]  # D3 draws the head anew
+    assert command(*argv, "--output_dir", "ruined") == 3
+    shown = capfd.readouterr()
+    found = json.loads(shown.out)
+    assert found["folder"] == "ruined/rejected" and "min_agreement" in found["rejected"][0] and "accuracy_after" in found
+    assert "nothing was pushed" in shown.err.splitlines()[-1] and "Traceback" not in shown.err
+    assert command("push", "ruined/rejected", "--hub_model_id", "me/x") == 2
+    assert "ruined/rejected was rejected and is not pushed" in capfd.readouterr().err
+    command("info", "ruined/rejected", "--json")
+    assert json.loads(capfd.readouterr().out)["manifest"]["rejected"] == found["rejected"]
+
+
+def test_push(folder, monkeypatch, capfd):
+    Path("purified/optimizer.pt").write_bytes(b"pickle")
+    Path("purified/token").write_text("hf_secret")
+    with logged_in(monkeypatch) as hub:
+        assert command("push", "purified", "--hub_model_id", "me/purified-vit", "--json") == 0
+        done = json.loads(capfd.readouterr().out)
+        pushed = hub.repos["me/purified-vit"]
+        sha, files = pushed.commits[-1]
+    assert pushed.private and done["commit"] == sha and done["url"].endswith(sha)
+    assert set(files) == {file.name for file in Path("purified").iterdir()} - {"optimizer.pt", "token"}
+    assert 'model="me/purified-vit"' in files["README.md"].decode()
+    assert command("push", "purified", "--hub_model_id", "me/purified-vit") == 1  # nobody listens any more
+    assert "d3-hf push" in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("what,\n  where"), 2, "what, where"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), 2, "No such file or directory: x"),
+        (NotADirectoryError("x is a file"), 2, "x is a file"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "No space left on device: x: free some space or write .*"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 1, "Permission denied: x: check its permissions .*"),
+        (ConnectionError("no network"), 1, "no network"),
+        (RuntimeError("no selected weight moved"), 1, "no selected weight moved"),
+        (FloatingPointError("the clean loss is nan"), 1, "the clean loss is nan"),
+        (KeyError("x"), 1, "KeyError: 'x'; nobody foresaw this, --debug shows where it comes from"),
+        (RuntimeError(), 1, "RuntimeError"),
+        (RuntimeError("long " * 400), 1, r"(long ){100,200}\.\.\. \(all of it: --debug\)"),
+        (GuardRailBroken(["ACC fell"], Path("out/rejected"), {}), 3, "ACC fell. The model is in out/rejected, nothing .*"),
+        (KeyboardInterrupt(), 130, "interrupted; what is finished stays: run the same command again"),
+        (KeyboardInterrupt("go on with x"), 130, "interrupted; go on with x"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)  # fmt: skip
+@pytest.mark.parametrize("debug", [False, True])
+def test_how_a_recipe_ends(error, code, line, debug, capsys, monkeypatch):
+    def fail(argv):
+        assert argv == ["--x"]
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["recipes/some.py"])
+    with pytest.raises(SystemExit) as stop:
+        run(fail, ["--x", *["--debug"] * debug])
+    shown = capsys.readouterr()
+    assert stop.value.code == code and re.fullmatch(f"some.py: {line}", shown.err.splitlines()[-1])
+    assert ("Traceback" in shown.err) == (debug and code != 130) and shown.out == ""
+
+
+def test_what_returns_ends_with_0_and_the_trainers_own_debug_is_left_alone():
+    seen = []
+    with pytest.raises(SystemExit) as stop:
+        run(seen.extend, ["--debug", "underflow_overflow", "--debug"])
+    assert stop.value.code == 0 and seen == ["--debug", "underflow_overflow"]
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*.py")))
+def test_a_recipe_ends_like_the_command(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"recipes/{recipe}", *(["path"] if recipe == "figures.py" else []), "--lamda", "3"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "recipes" / recipe), run_name="__main__")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and ("--lamda" in line or "are required" in line)
+
+
+def test_the_process_ends_with_the_code():
+    done = subprocess.run([sys.executable, "-m", "d3_hf.cli", "unheard"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+
+
+# Help, and the README ---------------------------------------------------------------------------------------------------
+
+
+def seconds(*argv):
+    """The fastest of three runs."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *argv], check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_import_and_help_are_quick():
+    # Alone on a core 0.01 s beyond the interpreter's own start, and 0.1 s; five times what is promised, for a loaded machine.
+    assert seconds("-c", "import d3_hf") - seconds("-c", "pass") < 5 * 0.2
+    assert seconds("-m", "d3_hf.cli", "--help") < 5 * 0.5
+    assert seconds("-m", "d3_hf.cli", "push", "--help") < 5 * 1.5  # 1.2 s, most of it argparse of transformers
+
+
+def test_help_into_a_closed_pipe_is_quiet():
+    done = subprocess.run(f"{sys.executable} -m d3_hf.cli --help | true", shell=True, capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+def test_help_fits_a_screen(capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["d3-hf", "--help"])
+        cli.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert 24 <= len(lines) <= 40 and max(map(len, lines)) <= 128
+    assert [line.split()[0] for line in lines if re.match(r"  \w", line)] == list(COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """What each command's --help prints, by the command."""
+    return {name: shown(name, "--help") for name in COMMANDS}
+
+
+def shown(*argv):
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        assert command(*argv) == 0
+    return text.getvalue()
+
+
+@pytest.fixture(scope="module")
+def every_help(helps):
+    """All options of each command, by the command or by the recipe's file."""
+    found = helps | {name: shown(name, "--help_all") for name in ("purify", "victim")}
+    found["victim"] += shown("victim", "--set", "x", "--help")
+    recipes = {"d3_vit": "purify", "d3_resnet": "purify", "make_victim": "victim", "benchmark": "benchmark"}
+    return found | {f"recipes/{recipe}.py": found[name] for recipe, name in recipes.items()}
+
+
+def options_in(text):
+    return set(re.findall(r"(?<![\w-])--[a-z]\w*", text))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_begins_with_a_real_example(helps, name):
+    first, example, *_ = helps[name].splitlines()
+    assert first == "example:" and example.startswith(f"      d3-hf {name} ")
+    assert options_in(example) <= options_in(helps[name])
+    assert "--json" in helps[name] and "\n  -h, --help" in helps[name]
+    assert len(helps[name].splitlines()) <= 50 and max(map(len, helps[name].splitlines())) <= 128
+
+
+def test_help_has_what_a_file_needs_and_says_what_options_do(helps):
+    needed = {"image_mean", "image_std", "class_names", "test_split", "max_test_images", "min_class_accuracy"}
+    assert {f"--{name}" for name in needed} <= options_in(helps["purify"])
+    lines = {line.split()[0]: line for line in helps["purify"].splitlines() if line.startswith("  --")}
+    assert (
+        "0.05" in lines["--retain_fraction"] and "folder" in lines["--attack"] and "`true`" in lines["--resume_from_checkpoint"]
+    )
+    assert lines["--push_to_hub"].endswith("at the end")
+    assert "retain set" not in next(line for line in helps["victim"].splitlines() if "--num_train_epochs" in line)
+
+
+@pytest.mark.parametrize("name", DEFENCES)
+def test_help_shows_what_a_method_adds(name):
+    short, whole = shown("purify", "--defence", name, "--help"), shown("purify", "--defence", name, "--help_all")
+    own = {f"--{option}" for option in get_annotations(defence(name)[0])}
+    assert own <= options_in(short) < options_in(whole) and "--weight_decay" in whole
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").replace("&&", "\n").splitlines()
+    return [line for line in lines if line.strip() and not line.strip().startswith(("pip ", "pytest", "#"))]
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_commands_of_the_readme_exist(every_help, line):
+    words = shlex.split(line)
+    words = words[2:] if words[:2] == ["accelerate", "launch"] else words[1:] if words[0] == "python" else words
+    assert words[0] == "d3-hf" or (ROOT / words[0]).is_file(), words[0]
+    known = every_help[words[1] if words[0] == "d3-hf" else words[0]]
+    assert {word for word in words if word.startswith("--")} <= options_in(known)
+    for word in words:
+        if word.startswith("recipes/"):
+            assert (ROOT / word).is_file(), word
+
+
+def test_options_named_in_the_readme_exist(every_help):
+    ours = options_in("\n".join(every_help.values()))
+    recipes = {"--rounds", "--steps", "--active_steps", "--purified", "--output", "--victim"}  # bench, figures
+    theirs = {"--config_file", "--num_processes", "--signature", "--ignore-paths", "--private_key", "--public_key"}
+    known = ours | recipes | theirs  # accelerate, model-signing
+    assert options_in((ROOT / "README.md").read_text()) <= known
+    assert {"--set", "--only", "--defence"} <= known

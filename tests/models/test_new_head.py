@@ -1,0 +1,52 @@
+"""A trained network under an untrained head: what is kept, what is drawn, and that the folder loads again."""
+
+import pytest
+import torch
+from tiny import SIZE, tiny_resnet, tiny_timm_vit, tiny_vit
+from torch import nn
+
+from d3_hf.models import load_classifier, with_new_head
+from d3_hf.models.head import find_head
+from d3_hf.victims.sets import make_victim
+
+NAMES = ["a", "b", "c", "d", "e"]
+
+
+@pytest.mark.parametrize("make", [tiny_vit, tiny_resnet, tiny_timm_vit])
+def test_only_the_head_is_new_and_the_folder_loads(make, tmp_path):
+    old, model = make().eval(), with_new_head(make().eval(), NAMES)
+    head = find_head(old, (SIZE, SIZE))
+    kept = {key: value for key, value in old.state_dict().items() if not key.startswith(head)}
+    assert kept and all(torch.equal(model.state_dict()[key], value) for key, value in kept.items())
+    model.save_pretrained(tmp_path)
+    model.image_processor.save_pretrained(tmp_path)
+    loaded, pixels = load_classifier(str(tmp_path)), torch.rand(2, 3, SIZE, SIZE)
+    assert loaded.config.id2label == dict(enumerate(NAMES))
+    assert torch.allclose(loaded(pixels).logits, model(pixels).logits, atol=1e-6)
+    assert model(pixels).logits.shape == (2, len(NAMES))
+
+
+def test_a_head_that_is_not_linear_is_refused():
+    class Convolutional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Conv2d(3, 4, 1)
+
+        def forward(self, pixels):
+            return self.head(pixels).mean((2, 3))
+
+    model = load_classifier(Convolutional(), num_labels=4, image_mean=[0.5] * 3, image_std=[0.5] * 3, image_size=SIZE)
+    with pytest.raises(ValueError):
+        with_new_head(model, NAMES)
+
+
+def test_a_victim_of_a_network_for_other_classes(tmp_path):
+    """Three classes before, the ten digits after; no floor, since the checkpoint cannot be measured on them."""
+    model = tiny_resnet()
+    model.save_pretrained(tmp_path / "start")
+    model.image_processor.save_pretrained(tmp_path / "start")
+    options = {"model_name_or_path": str(tmp_path / "start"), "new_head": True, "attack": "badnets", "max_steps": 1}
+    options |= {"dataset_name": "digits", "max_test_images": 30, "use_cpu": True, "output_dir": str(tmp_path / "victim")}
+    victim = make_victim([], options)
+    assert "clean_model" not in victim.measured and victim.measured["victim"]["accuracy_n"] == 30
+    assert load_classifier(victim.folder).config.num_labels == 10

@@ -1,0 +1,172 @@
+"""YAML first, the command line over it; what the options load."""
+
+import logging
+import re
+
+import pytest
+import timm
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from pictures import encoded, noise
+
+from d3_hf.attacks import LF, BadNets, save_attack
+from d3_hf.data.images import RawImages, content_hashes
+from d3_hf.data.load import load_images
+from d3_hf.defenses.d3.trainer import D3Config
+from d3_hf.options.arguments import AttackArguments, DataArguments, ModelArguments
+from d3_hf.options.parser import Parser, parse_arguments
+from d3_hf.victims.sets import KINDS
+
+
+def write(folder, text):
+    file = folder / "config.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):
+    file = write(tmp_path, "lambda_clean: 3\nepsilon: 0.2\nretain_count: 50\n")
+    data, config = parse_arguments([DataArguments, D3Config], [file, "--epsilon", "0.3", "--use_cpu"])
+    assert (config.lambda_clean, config.epsilon, config.hinge) == (3, 0.3, "sample")
+    assert (data.retain_count, data.retain_fraction) == (50, None)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "argv", "want"),
+    [
+        ("{}", [], "head"),
+        ("target_modules: all-linear", [], "all-linear"),
+        ("target_modules: '.*q_proj'", [], ".*q_proj"),
+        ("target_modules: [q_proj, v_proj]", [], ["q_proj", "v_proj"]),
+        ("{}", ["--target_modules", "all-linear"], "all-linear"),
+        ("{}", ["--target_modules", "q_proj", "v_proj"], ["q_proj", "v_proj"]),
+    ],
+)
+def test_target_modules(tmp_path, yaml, argv, want):
+    (config,) = parse_arguments([D3Config], [write(tmp_path, yaml), *argv, "--use_cpu"])
+    assert config.target_modules == want
+
+
+@pytest.mark.parametrize("argv", [["--attack", "badnets"], ["--attack", '{"name": "badnets"}']], ids=["name", "json"])
+def test_attack_is_a_name_or_json(argv):
+    assert parse_arguments([AttackArguments], argv)[0].attack == {"name": "badnets"}
+
+
+@pytest.mark.parametrize("attack", [BadNets(size=5), LF(learned={"pattern": torch.full((3, 32, 32), 5, dtype=torch.int16)})])
+def test_attack_is_read_from_a_victims_folder(attack, tmp_path):
+    save_attack(attack, tmp_path)
+    found = AttackArguments(str(tmp_path)).load()
+    images = torch.arange(2 * 3 * 32 * 32).reshape(2, 3, 32, 32).to(torch.uint8)
+    assert found == attack and torch.equal(found.trigger(images), attack.trigger(images))
+    assert AttackArguments().load() is None and AttackArguments("badnets").load() == BadNets()
+
+
+def test_an_attacks_name_comes_before_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "badnets").mkdir()
+    assert AttackArguments("badnets").load() == BadNets()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty holds no attack.json"):
+        AttackArguments("empty").load()
+    with pytest.raises(ValueError, match="unknown attack 'nowhere'; known: badnets"):
+        AttackArguments("nowhere").load()
+
+
+def test_a_file_takes_further_arguments_of_its_architecture(tmp_path):
+    network = timm.create_model("wrn_cifar", num_classes=3, depth=10, width=1)
+    torch.save(network.state_dict(), tmp_path / "wrn.pth")
+    argv = ["--model_name_or_path", str(tmp_path / "wrn.pth"), "--architecture", "wrn_cifar", "--image_mean", "0", "0", "0"]
+    argv += ["--image_std", "1", "1", "1", "--model_args", '{"depth": 10, "width": 1}']
+    model = parse_arguments([ModelArguments], argv)[0].load()
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(pixel_values=images).logits, network.eval()(images))
+
+
+def test_five_percent_unless_told():
+    data, told = (parse_arguments([DataArguments], argv)[0] for argv in ([], ["--retain_count", "9"]))
+    assert (data.retain_fraction, data.is_default_size) == (0.05, True)
+    assert (told.retain_fraction, told.is_default_size) == (None, False)
+    assert not parse_arguments([DataArguments], ["--retain_fraction", "0.05"])[0].is_default_size
+
+
+def test_images_have_to_be_named():
+    with pytest.raises(ValueError, match="^no images: give --dataset_name"):
+        DataArguments().load()
+
+
+def test_no_help_offers_to_push_a_victim():
+    victim, purified = Parser(KINDS), Parser([ModelArguments, D3Config])
+    offered = victim.format_help() + victim.format_whole_help()
+    assert "--random_heads" in offered and not re.search("--(push_to_hub|(no_)?hub_)", offered)
+    assert "--hub_create_pr" in purified.format_help() and "--hub_strategy" in purified.format_whole_help()
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("lamda: 3", ValueError, "unknown option lamda"),
+        ("- 1", ValueError, "no mapping"),
+        (None, FileNotFoundError, "no configuration file"),
+    ],
+)
+def test_bad_files(tmp_path, text, error, message):
+    file = str(tmp_path / "absent.yaml") if text is None else write(tmp_path, text)
+    with pytest.raises(error, match=message):
+        parse_arguments([ModelArguments, D3Config], [file])
+
+
+# What is measured on --------------------------------------------------------------------------------------------------
+
+
+def photos(labels):
+    rows = [{"bytes": encoded(noise(6, 5, 3, seed=row)), "path": None} for row in range(len(labels))]
+    features = Features({"image": Image(), "label": ClassLabel(num_classes=3)})
+    return Dataset.from_dict({"image": rows, "label": labels}, features=features)
+
+
+SIZES = {"train": 12, "test": 7, "validation": 6, "val": 5, "dev": 4}
+
+
+@pytest.mark.parametrize(
+    ("splits", "options", "measured", "count"),
+    [
+        (["train", "test", "validation"], {}, "test", 7),
+        (["train", "validation", "val"], {}, "validation", 6),
+        (["train", "val"], {}, "val", 5),
+        (["train", "dev"], {}, "rest of train", 9),
+        (["train", "dev"], {"test_split": "dev"}, "dev", 4),
+        (["train"], {"test_split": "train"}, "rest of train", 9),
+        (["test"], {"train_split": "test"}, "rest of test", 4),
+        (["validation"], {"train_split": "validation"}, "rest of validation", 3),
+    ],
+)
+def test_what_is_measured_on_is_named_as_it_is(splits, options, measured, count, monkeypatch, caplog):
+    made = DatasetDict({name: photos([row % 3 for row in range(SIZES[name])]) for name in splits})
+    monkeypatch.setattr("d3_hf.data.load.load_images", lambda *_: load_images(made))
+    data = DataArguments("photos", retain_count=3, **options)
+    with caplog.at_level(logging.WARNING):
+        retain, _, test = data.load()
+    assert (data.measured_split, len(test)) == (measured, count)
+    assert (f"measuring on its {measured}" in caplog.text) == (measured != data.test_split)
+    if measured.startswith("rest of"):
+        assert not set(content_hashes(RawImages.from_dataset(retain))) & set(content_hashes(test))
+
+
+def test_a_split_that_is_named_must_be_there():
+    with pytest.raises(ValueError, match="digits has no split 'tset'; it has train, test"):
+        DataArguments("digits", retain_count=3, test_split="tset").load()
+
+
+def test_fewer_test_images_are_drawn_and_not_the_first(monkeypatch):
+    made = DatasetDict(train=photos([0, 1, 2]), test=photos(sorted([0, 1, 2] * 40)))  # class by class, as a folder is read
+    monkeypatch.setattr("d3_hf.data.load.load_images", lambda *_: load_images(made))
+    few, again, other_seed, all_of_them = (
+        DataArguments("photos", retain_count=1, **options).load()[2]
+        for options in ({"max_test_images": 30}, {"max_test_images": 30}, {"max_test_images": 30, "retain_seed": 1}, {})
+    )
+    assert len(few) == 30 and few.labels.bincount(minlength=3).min() >= 5
+    assert content_hashes(few) == content_hashes(again) == content_hashes(other_seed)
+    whole = content_hashes(RawImages.from_dataset(load_images(made)["test"]))
+    assert set(content_hashes(few)) < set(whole) and content_hashes(all_of_them) == whole
+    most = DataArguments("photos", retain_count=1, max_test_images=1000).load()[2]
+    assert content_hashes(most) == whole

@@ -1,0 +1,94 @@
+"""The optional extras: picklescan on a pickled source, model-signing on the output folder, trackio as the tracker."""
+
+import importlib.util
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import tiny_samples, tiny_vit
+
+from d3_hf.defenses.d3.trainer import D3Config, D3Trainer
+from d3_hf.publishing import hub
+from d3_hf.publishing.card import render_card
+
+FAST = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True}
+
+
+class Runs:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def source(file):
+    return {"kind": "file", "name": str(file), "revision": None, "sha256": None}
+
+
+def test_picklescan_says_what_a_file_imports(tmp_path, caplog):
+    pytest.importorskip("picklescan")
+    torch.save(tiny_vit().state_dict(), tmp_path / "weights.pth")
+    found = hub.source_checks(source(tmp_path / "weights.pth"))["pickle_scan"]
+    assert found["issues"] == 0 and "collections.OrderedDict" in found["globals"] and not caplog.text
+    (tmp_path / "hostile.pt").write_bytes(pickle.dumps(Runs()))
+    found = hub.source_checks(source(tmp_path / "hostile.pt"))["pickle_scan"]
+    assert found["globals"] == ["builtins.print"] and found["issues"] + found["suspicious"] == 1
+
+
+def test_the_card_shows_the_scan(tmp_path):
+    trainer = D3Trainer(tiny_vit(), D3Config(str(tmp_path), **FAST), tiny_samples())
+    trainer.train()
+    facts = trainer.facts() | {"source_checks": {"pickle_scan": {"issues": 0, "suspicious": 0, "globals": []}}}
+    card = str(render_card(facts, None, "x"))
+    assert '| picklescan on the source | `{"globals": [], "issues": 0, "suspicious": 0}` |' in card
+
+
+def test_without_picklescan_it_is_not_available(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert hub.source_checks(source(tmp_path / "a.pth")) == {"pickle_scan": "not available"}
+    assert hub.source_checks(source(tmp_path / "a.safetensors")) is None
+
+
+@pytest.fixture
+def purified(tmp_path):
+    trainer = D3Trainer(tiny_vit(), D3Config(str(tmp_path / "purified"), **FAST), tiny_samples())
+    trainer.train()
+    trainer.save_model()
+    return tmp_path / "purified"
+
+
+def signing(verb, folder, *options):
+    """The README's command; the card is left out, since a push writes the repository's name into it."""
+    paths = ["--signature", str(folder / "model.sig"), "--ignore-paths", str(folder / "README.md")]
+    command = [sys.executable, "-m", "model_signing", verb, "key", str(folder), *paths, *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_a_signed_folder_verifies_until_it_is_changed(purified, tmp_path):
+    pytest.importorskip("model_signing")
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem = serialization.Encoding.PEM
+    plain = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (tmp_path / "key.pem").write_bytes(plain)
+    public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    (tmp_path / "key.pub").write_bytes(public)
+    done = signing("sign", purified, "--private_key", str(tmp_path / "key.pem"))
+    assert done.returncode == 0, done.stderr
+    assert "model.sig" in [file.name for file in hub.published_files(purified)]
+    assert signing("verify", purified, "--public_key", str(tmp_path / "key.pub")).returncode == 0
+    with (purified / "config.json").open("a") as file:
+        file.write(" ")
+    assert signing("verify", purified, "--public_key", str(tmp_path / "key.pub")).returncode != 0
+
+
+def test_trackio_gets_the_log(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
+    pytest.importorskip("trackio")
+    args = D3Config(str(tmp_path / "run"), report_to="trackio", logging_steps=1, project="d3", run_name="one", **FAST)
+    trainer = D3Trainer(tiny_vit(), args, tiny_samples())
+    trainer.train()
+    written = b"".join(file.read_bytes() for file in (tmp_path / "trackio").rglob("*") if file.is_file())
+    assert b"clean_loss" in written and b"distance" in written
