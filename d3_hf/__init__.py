@@ -4,10 +4,13 @@ Importing this package is cheap: the public names load on first use, and its net
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .models.networks import registration
 
+__version__ = "0.1.0"
+
+# The public names and where they live; the types below repeat it, and a test compares the two.
 _HOMES = {
     "ANPConfig": "defenses.anp",
     "ANPTrainer": "defenses.anp",
@@ -43,7 +46,7 @@ _HOMES = {
     "TSCConfig": "defenses.tsc",
     "TSCTrainer": "defenses.tsc",
     "from_description": "attacks",
-    "load_classifier": "models",
+    "load_classifier": "models.load",
     "load_images": "data.load",
     "measure": "evaluation.measure",
     "purify": "workflow",
@@ -51,15 +54,55 @@ _HOMES = {
 }
 
 __all__ = [*_HOMES]  # noqa: PLE0604
-__version__ = "0.1.0"
 
 registration.install()
 
+if TYPE_CHECKING:
+    from .attacks import from_description as from_description
+    from .data.images import RawImages as RawImages
+    from .data.load import load_images as load_images
+    from .data.load import retain_split as retain_split
+    from .data.preprocessing import Preprocessing as Preprocessing
+    from .defenses.anp import ANPConfig as ANPConfig
+    from .defenses.anp import ANPTrainer as ANPTrainer
+    from .defenses.d3 import D3Config as D3Config
+    from .defenses.d3 import D3Trainer as D3Trainer
+    from .defenses.fine_pruning import FinePruningConfig as FinePruningConfig
+    from .defenses.fine_pruning import FinePruningTrainer as FinePruningTrainer
+    from .defenses.fine_tuning import FineTuningConfig as FineTuningConfig
+    from .defenses.fine_tuning import FineTuningTrainer as FineTuningTrainer
+    from .defenses.fst import FSTConfig as FSTConfig
+    from .defenses.fst import FSTTrainer as FSTTrainer
+    from .defenses.ft_sam import FTSAMConfig as FTSAMConfig
+    from .defenses.ft_sam import FTSAMTrainer as FTSAMTrainer
+    from .defenses.ibau import IBAUConfig as IBAUConfig
+    from .defenses.ibau import IBAUTrainer as IBAUTrainer
+    from .defenses.linear_probing import LinearProbingConfig as LinearProbingConfig
+    from .defenses.linear_probing import LinearProbingTrainer as LinearProbingTrainer
+    from .defenses.nad import NADConfig as NADConfig
+    from .defenses.nad import NADTrainer as NADTrainer
+    from .defenses.neural_cleanse import NeuralCleanseConfig as NeuralCleanseConfig
+    from .defenses.neural_cleanse import NeuralCleanseTrainer as NeuralCleanseTrainer
+    from .defenses.rnp import RNPConfig as RNPConfig
+    from .defenses.rnp import RNPTrainer as RNPTrainer
+    from .defenses.sau import SAUConfig as SAUConfig
+    from .defenses.sau import SAUTrainer as SAUTrainer
+    from .defenses.tsbd import TSBDConfig as TSBDConfig
+    from .defenses.tsbd import TSBDTrainer as TSBDTrainer
+    from .defenses.tsc import TSCConfig as TSCConfig
+    from .defenses.tsc import TSCTrainer as TSCTrainer
+    from .evaluation.guard import GuardArguments as GuardArguments
+    from .evaluation.measure import measure as measure
+    from .models.load import load_classifier as load_classifier
+    from .training.config import PurifyConfig as PurifyConfig
+    from .training.trainer import PurifyTrainer as PurifyTrainer
+    from .workflow import purify as purify
+else:  # hidden from type checkers, which would take every misspelt name for one that is here
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'd3_hf' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"d3_hf.{_HOMES[name]}"), name)
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"module 'd3_hf' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"d3_hf.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

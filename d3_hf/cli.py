@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 a failure, 2 the user's mistake, 3 a broken guard rail, 13
 stderr; ``--debug`` adds the traceback. Nothing heavy is imported before a command runs.
 """
 
-import argparse
 import contextlib
 import errno
 import json
@@ -15,9 +14,9 @@ import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
-from .defenses import DEFENCES, defence
+from .commands import COMMANDS, Command
 from .errors import GuardRailBroken
 
 FAILURE, MISTAKE, BROKEN_RAIL, INTERRUPTED = 1, 2, 3, 130
@@ -31,108 +30,11 @@ ADVICE = {
     errno.EPERM: "check its permissions or choose another folder",
     errno.EROFS: "choose another folder",
 }
-
-
-class Command(NamedTuple):
-    """What the help says of a command.
-
-    Attributes:
-        arguments: What follows its name.
-        summary: What it does.
-        example: A whole command line.
-        further: Lines about options that its own parser does not know.
-    """
-
-    arguments: str
-    summary: str
-    example: str
-    further: tuple[str, ...] = ()
-
-
-ABOUT = {
-    "purify": Command(
-        "[CONFIG.yaml] --option value ...",
-        "purify a checkpoint with D3; --defence NAME takes another method",
-        "d3-hf purify --model_name_or_path me/suspicious-vit --dataset_name path/to/images --retain_count 500",
-        (f"  --defence  {', '.join(DEFENCES)}",),
-    ),
-    "measure": Command("FOLDER", "measure a victim again, from its folder alone", "d3-hf measure outputs/victim"),
-    "victim": Command(
-        "[CONFIG.yaml] --option value ...",
-        "plant a backdoor, for research; --set FILE.yaml makes a set of victims",
-        "d3-hf victim recipes/configs/fire_drill_vit_victim.yaml --seed 0 --output_dir outputs/victim",
-        ("  --set FILE.yaml [--only GROUP/VICTIM ...]  the victims of a set, see recipes/victims.yaml",),
-    ),
-    "benchmark": Command(
-        "GRID.yaml [--shard i/n]",
-        "victims x retain sets x defences x seeds: tables and plots",
-        "d3-hf benchmark recipes/grids/cpu.yaml --dataset_name uoft-cs/cifar10",
-    ),
-    "push": Command(
-        "FOLDER --hub_model_id REPOSITORY",
-        "upload a purified folder, private by default",
-        "d3-hf push outputs/purified --hub_model_id me/model-purified",
-    ),
-    "info": Command("SOURCE", "what a checkpoint is and what D3 could move of it", "d3-hf info google/vit-base-patch16-224"),
-}
 COMMON = """\
   --json     one JSON object on stdout and nothing else there
   --debug    show where an error came from"""
 CODES = """\
 exit codes: 0 done, 1 failure, 2 mistake in what was given, 3 a guard rail broke (the model is in rejected/), 130 interrupted"""
-
-
-def purify(argv: list[str]) -> dict[str, Any]:
-    """Run the recipe of D3, or of the method that ``--defence``, or ``--defense``, names."""
-    from .commands.purify import main
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--defence", "--defense", default="d3", nargs="?", const="")
-    chosen, argv = parser.parse_known_args(argv)
-    return main(argv, *defence(chosen.defence))
-
-
-def measure(argv: list[str]) -> dict[str, Any]:
-    """Measure a victim again."""
-    from .commands.measure import measure_victim
-
-    return measure_victim(argv)
-
-
-def victim(argv: list[str]) -> dict[str, Any]:
-    """Make a victim, or with ``--set`` those of a set."""
-    from .victims.sets import make_set, make_victim
-
-    if "--set" in argv:
-        return {"folders": make_set(argv)}
-    made = make_victim(argv)
-    return {"folder": made.folder, "attack": made.attack.describe() if made.attack else None, "measured": made.measured}
-
-
-def benchmark(argv: list[str]) -> dict[str, Any]:
-    """Run a benchmark grid."""
-    from .commands.benchmark import main
-
-    return {"rows": json.loads(main(argv).to_json(orient="records"))}
-
-
-def push(argv: list[str]) -> dict[str, Any]:
-    """Push a purified folder."""
-    from .commands.push import main
-
-    return main(argv)
-
-
-def info(argv: list[str]) -> dict[str, Any]:
-    """Say what a checkpoint is."""
-    from .commands.info import main
-
-    return main(argv)
-
-
-COMMANDS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
-    command.__name__: command for command in (purify, measure, victim, benchmark, push, info)
-}
 
 
 def main() -> None:
@@ -148,21 +50,23 @@ def main() -> None:
     run(COMMANDS[name], argv)
 
 
-def run(function: Callable[[list[str]], Any], argv: list[str]) -> NoReturn:
+def run(task: Command | Callable[[list[str]], Any], argv: list[str]) -> NoReturn:
     """Run a command or a recipe's function and exit: code as above, an error as one line on stderr.
 
     Args:
-        function: Takes the arguments; if it is one of `COMMANDS`, ``--json`` prints what it returns, and all that it prints
-            itself goes to stderr.
+        task: Takes the arguments. What a command returns is all that stdout gets with ``--json``; the rest goes to stderr.
         argv: Arguments without the program's name. A ``--debug`` with a value is left in, for `TrainingArguments`.
     """
-    name = next((name for name, command in COMMANDS.items() if command is function), None)
-    title = f"d3-hf {name}" if name else Path(sys.argv[0]).name
+    if isinstance(task, Command):
+        command, title, function = task, f"d3-hf {task.name}", task.run
+    else:
+        command, title, function = None, Path(sys.argv[0]).name, task
     debug, argv = _take_debug(argv)
-    as_json = name is not None and "--json" in argv
-    argv = [argument for argument in argv if not as_json or argument != "--json"]
-    if name and {"-h", "--help", "--help_all"} & set(argv):
-        print(_header(name))
+    as_json = command is not None and "--json" in argv
+    if as_json:
+        argv = [argument for argument in argv if argument != "--json"]
+    if command and {"-h", "--help", "--help_all"} & set(argv):
+        print(_header(command))
     code, found = 0, None
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
@@ -170,7 +74,7 @@ def run(function: Callable[[list[str]], Any], argv: list[str]) -> NoReturn:
     except KeyboardInterrupt as stop:
         code, message = INTERRUPTED, f"interrupted; {str(stop) or RUN_AGAIN}"
     except Exception as error:
-        code, message = exit_code(error), one_line(error)
+        code, message = exit_code(error), error_line(error)
         if code == BROKEN_RAIL:
             found = error.results | {"rejected": error.reasons, "folder": str(error.folder)}
         if debug:
@@ -200,7 +104,7 @@ def exit_code(error: Exception) -> int:
     return MISTAKE if isinstance(error, MISTAKES) else FAILURE
 
 
-def one_line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """What, where, what to do, in one line."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -223,18 +127,17 @@ def _take_debug(argv: list[str]) -> tuple[bool, list[str]]:
 
 def _usage() -> str:
     """What ``d3-hf --help`` prints."""
-    commands = [f"{_summary(name)}\n      {command.example}\n" for name, command in ABOUT.items()]
+    commands = [f"{_summary(command)}\n      {command.example}\n" for command in COMMANDS.values()]
     return "\n".join(["usage: d3-hf COMMAND ...\n", *commands, COMMON, "  --help     after a command: its options\n", CODES])
 
 
-def _header(name: str) -> str:
+def _header(command: Command) -> str:
     """What a command's help begins with: an example, what it does, and the options that its own parser does not know."""
-    command = ABOUT[name]
-    return "\n".join(["example:", f"      {command.example}", "", _summary(name), *command.further, COMMON, ""])
+    return "\n".join(["example:", f"      {command.example}", "", _summary(command), *command.further, COMMON, ""])
 
 
-def _summary(name: str) -> str:
-    return f"  {f'{name} {ABOUT[name].arguments}':<40}  {ABOUT[name].summary}"
+def _summary(command: Command) -> str:
+    return f"  {f'{command.name} {command.arguments}':<40}  {command.summary}"
 
 
 if __name__ == "__main__":

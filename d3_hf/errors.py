@@ -19,6 +19,6 @@ class GuardRailBroken(RuntimeError):
         self.reasons, self.folder, self.results = reasons, folder, results
 
 
-def listed(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
     """Join names for a message, the first eight of them."""
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -2,9 +2,8 @@
 
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
@@ -14,63 +13,77 @@ from .errors import GuardRailBroken
 from .evaluation.guard import GuardArguments, broken_rails
 from .evaluation.measure import measure_trainer, results
 from .evaluation.retain_check import retain_warnings
-from .publishing.manifest import REJECTED
+from .publishing.report import REJECTED, Report
 from .training.trainer import PurifyTrainer
 
 logger = logging.getLogger(__name__)
 
 
 def purify(
-    trainer: PurifyTrainer, test: RawImages, attack: Attack | None = None, guard: GuardArguments | None = None
-) -> dict[str, Any]:
+    trainer: PurifyTrainer,
+    test: RawImages,
+    attack: Attack | None = None,
+    guard: GuardArguments | None = None,
+    report: Report | None = None,
+) -> Report:
     """Measure, train, measure again, save; push if ``trainer.args.push_to_hub``.
 
     The trigger is used for the two measurements only: the trainer was built without it and is not handed it. What makes the
-    retain set look unfit is logged before the training and kept in the manifest; see `guard.retain_warnings`.
+    retain set look unfit is logged before the training and kept in the manifest; see `retain_warnings`.
 
     Args:
         trainer: A defence's trainer, built from the suspicious model and the retain set.
         test: Images to measure on, disjoint from the retain set.
         attack: Trigger and target label to measure ASR and RA with; ``None`` measures ACC alone.
         guard: What the purified model must keep; ``None``: nothing.
+        report: What the images measured on are called, for manifest and card.
 
     Returns:
-        What ``all_results.json`` holds: ``accuracy_before``, ``accuracy_after``, with an attack also ``asr_*``, ``ra_*`` and
-        ``der``; fractions in [0, 1], each proportion with ``_ci95`` and ``_n``. Empty on all but the main process.
+        The report, with what was found. ``results`` holds what ``all_results.json`` does: ``accuracy_before``,
+        ``accuracy_after``, with an attack also ``asr_*``, ``ra_*`` and ``der``; fractions in [0, 1], each proportion with
+        ``_ci95`` and ``_n``; empty on all but the main process.
 
     Raises:
         GuardRailBroken: A guard rail is broken. The model is then in ``rejected`` below ``output_dir``, with the reasons in its
-            card and its manifest, ``trainer.args.output_dir`` names that folder, and nothing was pushed.
+            card and its manifest, and nothing was pushed.
         KeyboardInterrupt: It was interrupted; the message says how to go on.
     """
+    report = report or Report()
     before = measure_trainer(trainer, test, attack)
     if trainer.is_world_process_zero():
-        trainer.measured["warnings"] = retain_warnings(trainer, test, before)
-        for warning in trainer.measured["warnings"]:
+        found = retain_warnings(
+            trainer.train_dataset,
+            trainer.accelerator.unwrap_model(trainer.plain, keep_fp32_wrapper=False),  # without autocast, as it is measured
+            trainer.preprocessing,
+            test,
+            before,
+            trainer.args.per_device_eval_batch_size,
+        )
+        report = replace(report, warnings=tuple(found))
+        for warning in report.warnings:
             logger.warning(warning)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     training = time.perf_counter() - started
     after = measure_trainer(trainer, test, attack)
-    reasons = []
     if trainer.is_world_process_zero():
-        trainer.results = results(before, after)
-        reasons = broken_rails(guard, before, after, test.labels, test.class_names) if guard else []
-        trainer.measured |= {
-            "trigger": attack.describe() if attack else None,
-            "n_images": len(test),
-            "seconds": {"before": before.seconds, "training": training, "after": after.seconds},
-            "guard_rails": asdict(guard) if guard else None,
-        }
-    (reasons,) = broadcast_object_list([reasons])
-    if reasons:
-        trainer.measured[REJECTED] = reasons
-        trainer.args.output_dir = str(Path(trainer.args.output_dir) / REJECTED)
-        trainer.args.push_to_hub = False
+        report = replace(
+            report,
+            results=results(before, after),
+            trigger=attack.describe() if attack else None,
+            n_images=len(test),
+            seconds={"before": before.seconds, "training": training, "after": after.seconds},
+            guard_rails=asdict(guard) if guard else None,
+            rejected=tuple(broken_rails(guard, before, after, test.labels, test.class_names)) if guard else (),
+        )
+    (rejected,) = broadcast_object_list([report.rejected])
+    trainer.record(replace(report, rejected=rejected))
+    if rejected:
+        folder = Path(trainer.args.output_dir) / REJECTED
+        trainer.save_model(str(folder), _internal_call=True)
+        raise GuardRailBroken(list(rejected), folder, report.results)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     else:
         trainer.save_model()
-    if reasons:
-        raise GuardRailBroken(reasons, Path(trainer.args.output_dir), trainer.results or {})
-    return trainer.results or {}
+    return trainer.report

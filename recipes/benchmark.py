@@ -9,7 +9,7 @@ Same as `d3-hf benchmark`. Make the victims first: recipes/make_victim.py --set 
 
 import sys
 
-from d3_hf.cli import benchmark, run
+from d3_hf.cli import COMMANDS, run
 
 if __name__ == "__main__":
-    run(benchmark, sys.argv[1:])
+    run(COMMANDS["benchmark"], sys.argv[1:])

@@ -10,10 +10,10 @@ Every option: `python recipes/d3_vit.py --help`.
 import sys
 from pathlib import Path
 
-from d3_hf.cli import purify, run
+from d3_hf.cli import COMMANDS, run
 
 CONFIGS = Path(__file__).parent / "configs"
 FIRE_DRILL = [str(CONFIGS / "fire_drill_vit.yaml"), "--victim_config", str(CONFIGS / "fire_drill_vit_victim.yaml")]
 
 if __name__ == "__main__":
-    run(purify, sys.argv[1:] or FIRE_DRILL)
+    run(COMMANDS["purify"], sys.argv[1:] or FIRE_DRILL)

@@ -124,10 +124,10 @@ class Case:
 
     def images(self) -> tuple[RawImages, Dataset]:
         """(test, retain): the test images, and up to 2,000 of the recorded retain set, which the victim has not seen."""
-        retain, _, test = self.data.load()
+        images = self.data.load()
         for model in self.models.values():
-            check_labels(test.class_names, model.config)
-        return test, retain.select(range(min(RETAINED, len(retain))))
+            check_labels(images.test.class_names, model.config)
+        return images.test, images.retain.select(range(min(RETAINED, len(images.retain))))
 
 
 def path_numbers(case: Case, options: PathArguments) -> dict[str, Any]:

@@ -1,50 +1,136 @@
-"""Rules of the house that a reader would otherwise have to check by eye."""
+"""The map of the house, and what a reader would otherwise have to check by eye.
+
+A room is a folder of ``d3_hf/`` or a file directly in it. `FLOORS` lists them from the street down to the cellar; a room may
+use all rooms of the floors below its own, and none of its own floor.
+"""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
 
 import pytest
-from places import ROOT
+from places import RECIPES, ROOT
 
 PACKAGE = ROOT / "d3_hf"
 
+FLOORS = [
+    {"recipes": "scripts and configurations that a user copies"},
+    {"cli": "the command line: which command, what an error looks like, exit codes"},
+    {"commands": "what each command does with its options"},
+    {"benchmark": "victims x retain sets x defences x seeds: cells, tables, plots"},
+    {
+        "defenses": "D3 and its rivals, one file or folder each",
+        "victims": "backdoored models, made for research, and what is recorded of them",
+        "workflow": "purify: measure, train, measure, save, push",
+    },
+    {
+        "training": "the Trainer that all defences share: checkpoints, placement, weight averages",
+        "options": "what a command reads from YAML and the command line",
+    },
+    {
+        "publishing": "manifest, card and push",
+        "attacks": "triggers, to plant and to measure",
+        "evaluation": "ACC, ASR and RA, guard rails, the retain set's check",
+    },
+    {"models": "load, wrap and make classifiers"},
+    {"data": "images, labels and batches"},
+    {"files": "whole files and their digests", "errors": "exceptions and how they are worded"},
+]
 
-def imports_of(file):
-    """Modules of d3_hf that a file imports, as paths like ``attacks.badnets``."""
-    package = ("d3_hf", *file.relative_to(PACKAGE).parts[:-1])
+# Doors that stay shut although the floors would allow them.
+NEVER = {
+    "defenses": {"attacks", "evaluation", "victims", "options"},  # a defence sees the model and the retain set, nothing else
+    "training": {"attacks"},  # no trainer sees a trigger
+    "defenses.shared.geometry": {"training", "models", "data"},  # D3's mathematics alone
+}
+
+FILES_IN_THE_HALL, LINES_OF_A_FILE = 6, 400
+
+
+def modules():
+    """Files of the package and the recipes, by module without ``d3_hf``: ``training.trainer``, ``recipes.figures``."""
+    found = {f"recipes.{file.stem}": file for file in RECIPES.glob("*.py")}
+    for file in PACKAGE.rglob("*.py"):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name):
+    """Modules that a module imports anywhere: at its top, inside a function, or for its types alone."""
+    file = MODULES[name]
+    package = ("d3_hf", *file.relative_to(PACKAGE).parts[:-1]) if file.is_relative_to(PACKAGE) else ()
+    found = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            base = package[: len(package) + 1 - node.level] if node.level else ()
-            module = (*base, *(node.module or "").split(".")) if node.module else base
-            if module[:1] == ("d3_hf",):
-                yield ".".join(module[1:])
-                yield from (".".join((*module[1:], alias.name)) for alias in node.names)
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            below = {alias.name for alias in node.names if f"{source}.{alias.name}".removeprefix("d3_hf.") in MODULES}
+            found |= {f"{source}.{module}" for module in below}
+            if len(below) < len(node.names):
+                found.add(source)
+    return {module.removeprefix("d3_hf").removeprefix(".") for module in found if re.match(r"d3_hf\b", module)}
 
 
-@pytest.mark.parametrize(
-    ("files", "forbidden"),
-    [
-        ("defenses/shared/geometry.py", ""),
-        ("training/config.py", ""),
-        ("defenses/**/*.py", "attacks|evaluation|workflow|victims"),
-        ("training/**/*.py", "attacks|workflow|victims|defenses"),
-        ("attacks/*.py", "defenses|training|workflow"),
-        ("models/**/*.py", "training|defenses|attacks|workflow"),
-        ("evaluation/measure.py", "attacks|defenses|training"),
-    ],
-)
-def test_imports_run_one_way(files, forbidden):
-    found = {file.name: list(imports_of(file)) for file in PACKAGE.glob(files)}
-    assert found
-    for name, modules in found.items():
-        wrong = modules if not forbidden else [m for m in modules if re.match(forbidden, m)]
-        assert not wrong, f"{name} imports {wrong}"
+GRAPH = {name: imports(name) for name in MODULES}
+
+
+def room(module):
+    return module.partition(".")[0]
+
+
+def inside(module, place):
+    return module == place or module.startswith(f"{place}.")
+
+
+def test_the_map_shows_every_room_once():
+    shown = [name for floor in FLOORS for name in floor]
+    assert sorted(shown) == sorted({room(module) for module in MODULES} - {""})
+
+
+@pytest.mark.parametrize("depth", range(len(FLOORS)), ids=lambda depth: "+".join(FLOORS[depth]))
+def test_imports_run_down(depth):
+    below = {name for floor in FLOORS[depth + 1 :] for name in floor}
+    if depth == 0:
+        below.add("")  # recipes take the public names from d3_hf itself; inside the package that would close a circle
+    for module in MODULES:
+        if room(module) in FLOORS[depth]:
+            up = sorted(used for used in GRAPH[module] if room(used) not in below | {room(module)})
+            assert not up, f"{module} imports {', '.join(up)}"
+
+
+@pytest.mark.parametrize("place", NEVER)
+def test_shut_doors(place):
+    inhabitants = [module for module in MODULES if inside(module, place)]
+    assert inhabitants
+    for module in inhabitants:
+        forbidden = sorted(used for used in GRAPH[module] if room(used) in NEVER[place])
+        assert not forbidden, f"{module} imports {', '.join(forbidden)}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    try:
+        graphlib.TopologicalSorter({module: used for module, used in GRAPH.items() if module}).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_files_are_few_in_the_hall_and_short():
+    assert len(list(PACKAGE.glob("*.py"))) <= FILES_IN_THE_HALL
+    files = [file for folder in (PACKAGE, RECIPES, ROOT / "tests") for file in folder.rglob("*.py")]
+    lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in files}
+    assert not {file: lines for file, lines in lengths.items() if lines > LINES_OF_A_FILE}
 
 
 def test_no_code_of_a_checkpoint_can_run():
-    source = "\n".join(file.read_text() for file in [*PACKAGE.rglob("*.py"), *(ROOT / "recipes").glob("*.py")])
+    source = "\n".join(file.read_text() for file in MODULES.values())
     assert not re.search(
         r"trust_remote_code\s*=\s*True|allow_pickle\s*=\s*True|pickle\.(loads?|Unpickler)\(|(?<!\.)\b(eval|exec)\(", source
     )
@@ -65,8 +151,16 @@ def test_import_is_cheap(module, light):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-def test_public_names_exist():
+def test_public_names_exist_and_type_checkers_see_them():
     import d3_hf
 
     for name in d3_hf.__all__:
         assert getattr(d3_hf, name).__doc__
+    (mirror,) = [
+        node
+        for node in ast.parse((PACKAGE / "__init__.py").read_text()).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    # `import x as x` is how a type checker is told that a name is public.
+    shown = {alias.name: (node.module, alias.asname) for node in mirror.body for alias in node.names}
+    assert shown == {name: (home, name) for name, home in d3_hf._HOMES.items()}

@@ -78,11 +78,10 @@ class BPPPoisoner(TriggerPoisoner):
     def cross(self, crossed: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
         """Return the negatives uint8 (n, 3, H, W); the residuals are drawn from ``others`` with replacement.
 
-        Raises:
-            ValueError: There are no ``others``.
+        Without ``others``, as in a last batch of one image, there is no residual, and the images stay as they are.
         """
         if len(others) == 0:
-            raise ValueError("bpp: the whole batch would be negatives; use larger batches or a smaller cross_ratio")
+            return crossed
         drawn = torch.randint(len(others), (len(crossed),), generator=generator).to(others.device)
         donors = others[drawn]
         residual = self.attack.trigger(donors).to(torch.int16) - donors.to(torch.int16)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data.preprocessing import Preprocessing
+from ..models.evaluating import evaluating
+from ..models.source import preprocessing_of
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def pixels_to_logits(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tens
     Yields:
         Function from float32 (B, 3, H, W) in [0, 1], on the model's device, to logits float32 (B, C).
     """
-    preprocessing = Preprocessing.from_processor(model.image_processor)
+    preprocessing = preprocessing_of(model)
     device = next(model.parameters()).device
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
 
@@ -34,13 +35,11 @@ def pixels_to_logits(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tens
             images = F.interpolate(images, tuple(preprocessing.size), mode="bilinear", antialias=True)
         return model(pixel_values=(images - mean) / std).logits.float()
 
-    training = {module: module.training for module in model.modules()}
-    needs = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval().requires_grad_(False)
+    needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        yield logits
+        model.requires_grad_(False)
+        with evaluating(model):
+            yield logits
     finally:
-        for module, flag in training.items():
-            module.training = flag
-        for parameter, flag in needs.items():
+        for parameter, flag in needs:
             parameter.requires_grad_(flag)

@@ -22,7 +22,7 @@ class BatchPoisoner(ABC):
         ratio: Share of each batch that is poisoned, in (0, 1 / (1 + cross_ratio)].
         cross_ratio: Cross images per poisoned one, at least 0.
         num_classes: C.
-        seed: Integer of at least 0. All draws depend on (seed, step) alone, so a resumed run repeats them.
+        seed: Integer of at least 0. All draws depend on (seed, number of the batch) alone, so a resumed run repeats them.
 
     Attributes:
         penalty: Scalar with gradients to the attack's own networks, which the trainer adds to the loss of the batch poisoned
@@ -47,18 +47,18 @@ class BatchPoisoner(ABC):
         self.num_classes, self.seed = num_classes, seed
         self.penalty: Tensor | None = None
 
-    def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """Poison one batch.
 
         Args:
             images: uint8 (B, 3, H, W) at the model's size, after augmentation, on the training device; not modified.
             labels: int64 (B,).
-            step: Number of the update.
+            number: Number of the micro-batch in the run; those of one update draw differently.
 
         Returns:
             Images as uint8, or as float32 in [0, 255] where they carry gradients to the attack's own networks; labels.
         """
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % (2**63 - 25))
         chance = torch.rand((), generator=generator).item()
         poisoned, crossed = (int(ratio * len(labels) + chance) for ratio in (self.ratio, self.cross_ratio * self.ratio))
         new_labels = labels.clone()

@@ -182,16 +182,17 @@ class InputAwarePoisoner(BatchPoisoner):
         if n == 0:  # a batch too small for the ratio stays as it is
             self.penalty = None
             return torch.cat([crossed, rest])
-        batch = torch.cat([poisoned, crossed, rest]).float() / 255
-        # A random rotation of the batch makes every image meet another one, poisoned ones (for the penalty) and crossed ones.
-        shift = int(torch.randint(1, max(2, len(batch) - n), (1,), generator=generator))
-        others = batch.roll(-n - shift, 0)[: max(n, len(crossed))]
-        drawn_from = torch.cat([batch[:n], others])
-        patterns, masks = self.pattern(drawn_from), thresholded(self.mask(drawn_from))
-        likeness = likeness_penalty(batch[:n], others[:n], patterns[:n], patterns[n : 2 * n])
-        self.penalty = self.attack.lambda_div * likeness
         changed = n + len(crossed)
-        return torch.cat([255 * blended(batch[:changed], patterns[:changed], masks[:changed]), rest.float()])
+        batch = torch.cat([poisoned, crossed, rest]).float() / 255
+        partners, donors = meetings(n, len(crossed), len(batch), generator)
+        # Each image that is needed goes through the networks once, whatever it is needed for.
+        drawn_from, places = torch.cat([torch.arange(n), partners, donors]).unique(return_inverse=True)
+        own, partner, donor = places.split([n, n, len(crossed)])
+        patterns, masks = self.pattern(batch[drawn_from]), thresholded(self.mask(batch[drawn_from]))
+        likeness = likeness_penalty(batch[:n], batch[drawn_from[partner]], patterns[own], patterns[partner])
+        self.penalty = self.attack.lambda_div * likeness
+        worn = torch.cat([own, donor])
+        return torch.cat([255 * blended(batch[:changed], patterns[worn], masks[worn]), rest.float()])
 
     def update(self, rate: float) -> None:
         """One step of Adam on the pattern network, by what the victim's backward pass and the penalty left there.
@@ -206,6 +207,26 @@ class InputAwarePoisoner(BatchPoisoner):
     def finish(self) -> InputAware:
         """The attack with the pattern network as trained until now."""
         return replace(self.attack, learned=self.attack._need() | weights_of("pattern", self.pattern))
+
+
+def meetings(poisoned: int, crossed: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Which other image each poisoned one is compared with, and whose trigger each crossed one carries, by one random rotation.
+
+    Args:
+        poisoned: How many images are poisoned, at least 1: the first of the batch.
+        crossed: How many are crossed: the next.
+        count: Size of the batch.
+        generator: CPU generator of the draw.
+
+    Returns:
+        Rows of the batch for the poisoned and for the crossed images, int64 on the CPU; never an image's own where ``count`` is
+        at least 2.
+    """
+    rows = torch.arange(count)
+    turn = int(torch.randint(1, max(2, count - poisoned), (), generator=generator))
+    # So both take the same rows, and the networks fewer; in a tiny batch such a turn may lead the poisoned back to themselves.
+    partner_turn = (poisoned + turn) % count or 1
+    return rows.roll(-partner_turn)[:poisoned], rows.roll(-poisoned - turn)[:crossed]
 
 
 def blended(images: Tensor, patterns: Tensor, masks: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data.images import RawImages
-from ..data.preprocessing import Preprocessing
 from ..models.head import find_head
+from ..models.source import preprocessing_of
 from .base import LearnedAttack, check_choice, check_range, random_uniform
 from .differentiable import pixels_to_logits
 
@@ -97,7 +97,7 @@ class TrojanNN(LearnedAttack):
             raise ValueError(f"{self.name} learns its trigger on a classifier of the attacker: pass one as model")
         if not isinstance(images.images, Tensor):
             raise ValueError(f"{self.name} learns its trigger at one size: the images differ in size, resize them first")
-        head = model.get_submodule(find_head(model, Preprocessing.from_processor(model.image_processor).size))
+        head = model.get_submodule(find_head(model, preprocessing_of(model).size))
         chosen = strongest_inputs(head.weight, self.neurons)
         trigger, before, after = self._learn(model, head, chosen, images.images.shape[-2:], seed)
         if self._miss(after) >= self._miss(before):

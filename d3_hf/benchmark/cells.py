@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import os
 import re
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,12 @@ from ..data.preprocessing import Preprocessing
 from ..defenses import defence as load_defence
 from ..evaluation.measure import Measurement, measure, measure_trainer, results
 from ..evaluation.metrics import Proportion
-from ..files import sha256
+from ..files import atomic_file, sha256
 from ..publishing import manifest
+from ..publishing.report import Report
 from .grid import Grid, GridInputs
 from .meters import PassMeter, hardware, peak_memory, reset_peak_memory
-from .tables import RATES, UNTOUCHED
+from .tables import MISSING, RATES, UNTOUCHED
 from .watch import Watch
 
 RESULTS = "results.parquet"
@@ -88,15 +87,22 @@ class Runner:
         return self.grid.common | own
 
     def spec(self, cell: Cell) -> dict[str, Any]:
-        """All that defines what a cell computes; two cells with the same one are the same cell."""
+        """All that defines what a cell computes; two cells with the same one are the same cell.
+
+        Images and weights are known by their content, wherever they lie. Options have their defaults filled in, so that a cell
+        that was made with other ones is not taken for this one. Versions and hardware are written into the row and not
+        compared: each release of a package would throw away weeks of work, and which of them matters nobody knows beforehand.
+        """
         config_class, _ = load_defence(self.grid.defences[cell.defence]["defence"])
+        own, declared = manifest.own_defaults(config_class), {f.name: f.default for f in fields(config_class)}
+        given = {name: value for name, value in self.options(cell).items() if name in own or value != declared.get(name)}
+        drawn = self.grid.retain[cell.retain].items()
         spec = asdict(cell) | {
             "weights": self.inputs.identity(cell.victim),
-            # With the defaults, so that a cell that was made with other ones is not taken for this one.
-            "options": manifest.own_defaults(config_class) | self.options(cell),
-            "retain_set": self.grid.retain[cell.retain],
-            "held_out": self.grid.held_out,
-            "test_images": self.grid.test_images,
+            "options": own | given,
+            "retain_set": {name: value for name, value in drawn if value is not None and name != "dataset_name"},
+            "retain_sha256": self.inputs.retain_sha256(cell.retain, cell.seed),
+            "test_sha256": self.inputs.test_sha256,
         }
         return spec | ({"watch_images": self.grid.watch_images} if self.grid.watch_images else {})
 
@@ -160,18 +166,19 @@ class Runner:
         versions = {f"version_{name}": version for name, version in manifest.versions().items()}
         row |= versions | {"arguments": json.dumps(manifest.arguments_of(args))}
         if self.grid.save_models:
-            trainer.results = results(before, after)
-            trainer.measured |= {"trigger": attack.describe(), "n_images": len(self.inputs.test)}
+            found = results(before, after)
+            trainer.record(Report(results=found, trigger=attack.describe(), n_images=len(self.inputs.test)))
             trainer.save_model()
             row["weights_sha256"] = sha256(self.folder(cell) / SAFE_WEIGHTS_NAME)
         return row
 
     def before(self, model_of: str, attack_of: str) -> Measurement:
-        """Measure an untouched model under a victim's trigger, once."""
+        """Measure an untouched model under a victim's trigger, once; by what is compared and what is not see `spec`."""
         name = re.sub(r"[^\w.-]+", "_", f"{model_of}--{attack_of}")
         attack = self.inputs.attack(attack_of)
         weights, planted = self.inputs.identity(model_of), self.inputs.identity(attack_of)
-        spec = {"weights": weights, "planted": planted, "attack": attack.describe(), "images": self.grid.test_images}
+        images = self.inputs.test_sha256
+        spec = {"weights": weights, "planted": planted, "attack": attack.describe(), "test_sha256": images}
         file = self.root / "before" / f"{name}--{_digest(spec)[:8]}.json"
         if counts := _verified(file):
             shares = {key: Proportion(**counts[key]) for key in ("accuracy", "asr", "ra")}
@@ -200,7 +207,8 @@ def run_grid(grid: Grid, shard: str = "0/1", only: Sequence[str] = ("*",)) -> pa
     """Make the cells of one share that are not there yet, and collect all that exist.
 
     A cell that exists and verifies is skipped, one that is damaged or failed is made again; shares need no coordination, they
-    may run at the same time on machines that share the folder.
+    may run at the same time on machines that share the folder. Each writes the table of all cells that exist when it ends, and
+    into it how many cells of the grid it lacks: those that others still make, and what ``only`` leaves out.
 
     Args:
         grid: The grid.
@@ -209,14 +217,17 @@ def run_grid(grid: Grid, shard: str = "0/1", only: Sequence[str] = ("*",)) -> pa
 
     Returns:
         The content of ``results.parquet``: one row a cell, and the untouched models under ``defence`` "victim" and
-        "twin without backdoor".
+        "twin without backdoor". ``missing_cells`` is the same in every row: how many cells of the grid have none.
 
     Raises:
         FileNotFoundError: A victim is not there.
-        ValueError: See `cells_of` and `GridInputs.folder`.
+        ValueError: See `cells_of` and `GridInputs.record`.
     """
-    runner = Runner(grid)
-    todo = [cell for cell in cells_of(grid, shard, only) if "error" in (runner.read(cell) or {"error": None})]
+    runner, chosen = Runner(grid), cells_of(grid, shard, only)
+    todo = [cell for cell in chosen if "error" in (runner.read(cell) or {"error": None})]
+    for victim in dict.fromkeys(cell.victim for cell in chosen):
+        if twin := runner.inputs.twin(victim):
+            runner.inputs.record(twin)  # refused before the work, not when its floor is measured for the table
     failed = 0
     try:
         for cell in (bar := tqdm(todo, desc="Cells", unit="cell")):
@@ -225,12 +236,23 @@ def run_grid(grid: Grid, shard: str = "0/1", only: Sequence[str] = ("*",)) -> pa
             failed += "error" in row
             bar.write(f"{cell} | {summary(row)}")
     finally:  # also after Ctrl-C: what was made is in the table
-        frame = pandas.DataFrame(list(runner.rows()))
-        if len(frame):
-            with _beside(Path(grid.output_dir) / RESULTS) as beside:
-                frame.to_parquet(beside)
+        frame = _collect(runner)
     if failed:
         print(f"{failed} of {len(todo)} cells failed; their errors are in the table, their tracebacks in {CELL} of each folder")
+    return frame
+
+
+def _collect(runner: Runner) -> pandas.DataFrame:
+    """Write the rows of all cells that exist, if there are any, and say how many are missing."""
+    rows, total = list(runner.rows()), len(cells_of(runner.grid))
+    missing = total - sum(row["defence"] not in UNTOUCHED for row in rows)
+    frame = pandas.DataFrame(rows)
+    if rows:
+        frame[MISSING] = missing
+        with atomic_file(runner.root / RESULTS) as beside:
+            frame.to_parquet(beside)
+    if missing:
+        print(f"{missing} of the grid's {total} cells are not made yet and missing from the tables; run it again to make them")
     return frame
 
 
@@ -250,18 +272,9 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-@contextmanager
-def _beside(file: Path) -> Iterator[Path]:
-    """Where to write what becomes ``file`` afterwards: it is whole or absent, whichever of several shards writes it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(f".{os.getpid()}.partial")
-    yield beside
-    beside.rename(file)
-
-
 def _write(file: Path, content: dict, row: dict) -> None:
     """Write what was measured, ``row``, with its digest, and what else there is to say."""
-    with _beside(file) as beside:
+    with atomic_file(file) as beside:
         beside.write_text(json.dumps(content | {"row": row, "sha256": _digest(row)}, indent=1) + "\n")
 
 

@@ -1,6 +1,6 @@
 """What a grid file says, and the images and victims that it names."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,23 @@ from transformers import PreTrainedModel
 
 from ..attacks import Attack, from_description, load_attack
 from ..data.images import RawImages
-from ..data.load import load_images, retain_split
+from ..data.labels import retain_indices
+from ..data.load import LoadedImages
 from ..defenses import defence as load_defence
 from ..files import sha256
 from ..models import load_classifier
-from ..options.arguments import ModelArguments
+from ..models.folder import weights_files
+from ..options.arguments import DataArguments, ModelArguments
 from ..options.parser import check_types, read_yaml
-from ..victims.record import read_record
-from ..victims.train import VICTIM_FILE
+from ..publishing.manifest import VICTIM_FILE
+from ..victims.record import check_files, read_record, recorded_images
+from ..victims.train import images_digest
 from .retain import RetainSet
+from .tables import UNTOUCHED
 
 TWIN = "twin"  # the victim of a group that was trained without a trigger: its ASR is the floor
+# The options that choose which images of a data set a victim was trained on.
+DRAW = ("train_split", "retain_count", "retain_fraction", "retain_balanced", "retain_seed")
 
 
 @dataclass
@@ -31,22 +37,24 @@ class Grid:
         output_dir: Where cells, ``results.parquet``, tables and plots go.
         dataset_name: Images, see `load_images`.
         victims: Folders below ``victims_dir`` that ``make_victim.py --set`` made, as ``GROUP/NAME``; or, for checkpoints of
-            other people, per name the options of `ModelArguments` and ``attack``.
+            other people, per name the options of `ModelArguments` and ``attack``. Give the ``revision`` of a Hub id: what its
+            branch holds may change without a cell being made anew.
         defences: Per name ``defence`` (a key of `d3_hf.defenses.DEFENCES`) and options of its Config; entries with the same
             ``curve`` are joined by a line in the plot of ACC against ASR, in their order.
         victims_dir: See ``victims``.
         retain: Per name one retain set, see `RetainSet`. Default 5 % of CIFAR-10, 2,500 images.
         held_out: Training images that no victim has seen, from which every retain set is drawn: the victims' ``retain_count``.
         seeds: Each draws a retain set and seeds the defence.
-        test_images: Measure on the first so many test images; all if null.
+        test_images: Measure on so many test images, drawn as ``max_test_images`` of `DataArguments`; all if null.
         common: Options that all defences share.
-        watch_images: While a defence trains, measure ASR on the first so many test images at the end of each epoch; the clock
-            and the pass meter stop meanwhile. Not at all if null.
+        watch_images: While a defence trains, measure ASR at the end of each epoch on so many of the images that are measured
+            on, drawn likewise; the clock and the pass meter stop meanwhile. Not at all if null.
         save_models: Keep each purified model in its cell's folder, for ``recipes/figures.py``.
 
     Raises:
-        ValueError: No victim, defence, seed or retain set; ``watch_images`` below 1; an unknown defence or a wrong key; or a
-            retain set is larger than ``held_out``.
+        ValueError: No victim, defence, seed or retain set; ``test_images`` or ``watch_images`` below 1; an unknown defence or a
+            wrong key, or one that is called as the tables call the untouched models; or a retain set is larger than
+            ``held_out``, or see `RetainSet`.
     """
 
     output_dir: str
@@ -66,9 +74,12 @@ class Grid:
         for name in ("victims", "defences", "retain", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"the grid has no {name}")
-        if self.watch_images is not None and self.watch_images < 1:
-            raise ValueError(f"watch_images must be at least 1, or left out; got {self.watch_images}")
+        for name in ("test_images", "watch_images"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, or left out; got {count}")
         for name, options in self.defences.items():
+            if name in UNTOUCHED:
+                raise ValueError(f"a defence cannot be called {name!r}: the tables call an untouched model so")
             config_class, _ = load_defence(options.get("defence", ""))
             known = {f.name for f in fields(config_class)} | {"defence", "curve"}
             if unknown := sorted((options | self.common).keys() - known):
@@ -76,6 +87,7 @@ class Grid:
         for name, options in self.retain.items():
             if unknown := sorted(options.keys() - {f.name for f in fields(RetainSet)}):
                 raise ValueError(f"retain set {name!r} has no option {', '.join(unknown)}")
+            RetainSet(**options)
             if options.get("dataset_name") is None and options.get("count", 0) > self.held_out:
                 raise ValueError(f"retain set {name!r}: count {options['count']} is more than held_out, {self.held_out}")
 
@@ -117,28 +129,59 @@ class GridInputs:
 
     def __init__(self, grid: Grid):
         self.grid = grid
+        # As `make_victim` draws them: what a victim holds out for the defender is what the grid may draw retain sets from.
+        self.data = DataArguments(grid.dataset_name, retain_count=grid.held_out, max_test_images=grid.test_images)
+        self._retain_digests: dict[tuple[str, int], str | None] = {}
 
     @cached_property
-    def _images(self) -> tuple[Dataset, Dataset]:
-        images = load_images(self.grid.dataset_name)
-        return images["train"], images["test"]
+    def _images(self) -> LoadedImages:
+        images = self.data.load()
+        if images.split == f"rest of {self.data.train_split}":
+            raise ValueError(f"{self.grid.dataset_name} has no test or validation split, and victims were trained on the rest")
+        return images
 
-    @cached_property
+    @property
+    def held_out(self) -> Dataset:
+        """The training images that no victim has seen: those that ``make_victim`` leaves out with ``retain_count`` as many."""
+        return self._images.retain
+
+    @property
     def test(self) -> RawImages:
-        """The test images."""
-        count = self.grid.test_images
-        return RawImages.from_dataset(self._images[1].select(range(count)) if count else self._images[1])
+        """The images to measure on."""
+        return self._images.test
 
     @cached_property
     def watched(self) -> RawImages | None:
-        """The test images to watch ASR on, if any."""
-        count = self.grid.watch_images
-        return self.test.select(range(min(count, len(self.test)))) if count else None
+        """The images to watch ASR on, if any."""
+        if self.grid.watch_images is None:
+            return None
+        count = min(self.grid.watch_images, len(self.test))
+        return self.test.select(retain_indices(self.test.labels.numpy(), self.test.class_names, count=count))
 
     @cached_property
-    def held_out(self) -> Dataset:
-        """The training images that no victim has seen: those that ``make_victim`` leaves out with ``retain_count`` as many."""
-        return retain_split(self._images[0], count=self.grid.held_out, seed=0)[0]
+    def test_sha256(self) -> str:
+        """Digest of the images to measure on."""
+        return images_digest(self.test)
+
+    @cached_property
+    def rest_sha256(self) -> str:
+        """Digest of the training images that are not held out: of all that a victim may have seen."""
+        return images_digest(RawImages.from_dataset(self._images.rest))
+
+    def retain_sha256(self, name: str, seed: int) -> str | None:
+        """Digest of a retain set as it was drawn, before its transforms, which may round otherwise on another machine.
+
+        None where it cannot be drawn, as when its own data set is not there: making the cell says why.
+        """
+        if (name, seed) not in self._retain_digests:
+            drawn, held_out = replace(RetainSet(**self.grid.retain[name]), transform=None), self.held_out
+            try:
+                images = drawn.draw(held_out, seed)
+                digest = images_digest(images if isinstance(images, RawImages) else RawImages.from_dataset(images))
+            except (OSError, ValueError):
+                digest = None
+            self._retain_digests[name, seed] = digest
+        return self._retain_digests[name, seed]
 
     def retain(self, name: str, seed: int) -> Dataset | RawImages:
         """The retain set ``name`` of one seed."""
@@ -153,7 +196,7 @@ class GridInputs:
 
         Raises:
             FileNotFoundError: The victim is not there.
-            ValueError: It has seen images that the retain sets are drawn from, or its record is damaged.
+            ValueError: It has, or may have, seen images that the retain sets are drawn from; or its record is damaged.
         """
         if isinstance(self.grid.victims, dict):
             return {}
@@ -161,35 +204,55 @@ class GridInputs:
         if not self.is_made(victim):
             raise FileNotFoundError(f"no victim {folder}: make it first with recipes/make_victim.py --set")
         record = read_record(folder)
-        count, seed = record["recipe"].get("retain_count"), record["recipe"]["retain_seed"]
-        if (count, seed) != (self.grid.held_out, 0):
-            raise ValueError(
-                f"{folder} holds {count} images out (seed {seed}), the grid {self.grid.held_out} (seed 0): set held_out, or "
-                "the defence would see the victim's own training images"
-            )
+        self._check_unseen(folder, record)
         return record
+
+    def _check_unseen(self, folder: Path, record: dict[str, Any]) -> None:
+        """Refuse a victim whose training images are not known to be those that the grid does not hold out.
+
+        By the options first, which say how to put it right. They do not tell versions of a data set apart, the digest does; a
+        record of an earlier version has none, so that the data set's last name must do.
+        """
+        ours, theirs, digest = asdict(self.data), asdict(recorded_images(record)), record.get("images_sha256")
+        different = [f"{name} {theirs[name]}, here {ours[name]}" for name in DRAW if theirs[name] != ours[name]]
+        if not digest and Path(theirs["dataset_name"] or "").name != Path(ours["dataset_name"]).name:
+            different.append(f"dataset_name {theirs['dataset_name']}, here {ours['dataset_name']}")
+        if different:
+            raise ValueError(
+                f"{folder} holds other images out than the grid ({'; '.join(different)}): set held_out or make another victim; "
+                "the defence would see this one's own training images"
+            )
+        if digest and digest != self.rest_sha256:
+            raise ValueError(
+                f"{folder} was trained on other images than {self.grid.dataset_name} has besides those held out (images_sha256 "
+                "differs): name the data set that it was made from, in the same version"
+            )
 
     def is_made(self, victim: str) -> bool:
         """Whether the victim is there; other people's checkpoints are taken to be."""
         return isinstance(self.grid.victims, dict) or (Path(self.grid.victims_dir) / victim / VICTIM_FILE).is_file()
 
     def identity(self, victim: str) -> Any:
-        """What tells a victim's weights from others, wherever they lie: SHA-256, or name and revision of a Hub id."""
+        """What tells a victim's weights from others, wherever they lie: SHA-256; name and revision, as given, of a Hub id."""
         record = self.record(victim)
         return record["weights_sha256"] if record else self._theirs[victim]
 
     @cached_property
     def _theirs(self) -> dict[str, dict[str, Any]]:
-        """Other people's checkpoints, a file by its digest: computed once, since every cell asks several times."""
-        found = {}
-        for victim, options in self.grid.victims.items():
-            file = Path(options["model_name_or_path"])
-            found[victim] = options | {"model_name_or_path": sha256(file)} if file.is_file() else options
-        return found
+        """Other people's checkpoints, files by their digests: computed once, since every cell asks several times."""
+        return {
+            victim: options | {"model_name_or_path": _content(options["model_name_or_path"])}
+            for victim, options in self.grid.victims.items()
+        }
 
     def model(self, victim: str) -> PreTrainedModel:
-        """Load a victim."""
+        """Load a victim.
+
+        Raises:
+            ValueError: Its weights or its attack are not those that its record speaks of, or see `record`.
+        """
         if folder := self.folder(victim):
+            check_files(folder, self.record(victim))
             return load_classifier(str(folder))
         options = {name: value for name, value in self.grid.victims[victim].items() if name != "attack"}
         return ModelArguments(**options).load()
@@ -204,3 +267,14 @@ class GridInputs:
         """The network of the victim's group that was trained without a trigger, if it was made."""
         twin = f"{victim.rpartition('/')[0]}/{TWIN}"
         return twin if isinstance(self.grid.victims, list) and self.is_made(twin) else None
+
+
+def _content(place: str) -> Any:
+    """Digests of the file or folder that `load_classifier` would read; a Hub id as it is."""
+    path = Path(place).expanduser()
+    if path.is_file():
+        return sha256(path)
+    if path.is_dir():
+        files = [path / "config.json", path / "preprocessor_config.json", *weights_files(path, place)]
+        return {file.name: sha256(file) for file in files if file.is_file()}
+    return place

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas
 
+from ..files import atomic_file
 from .tables import UNTOUCHED, blocks, split
 
 SIZE, FONT, DPI = (7, 5), 12, 150
@@ -25,10 +26,13 @@ def draw(rows: pandas.DataFrame, folder: Path) -> list[Path]:
     Returns:
         The files.
     """
-    files = []
+    files, names = [], set()
     for group, retain, chosen in blocks(split(rows)[0]):
         means = averages(chosen)
         name = "_".join(re.findall(r"\w+", f"{group} {retain}"))
+        while name in names:  # retain sets "5 %" and "5"
+            name += "_2"
+        names.add(name)
         victims = chosen["victim"].unique()
         shown = f"mean of {len(victims)} victims" if len(victims) > 1 else victims[0]
         title = f"{group} retain set {retain}, {shown}".strip()
@@ -55,7 +59,7 @@ def acc_against_asr(means: pandas.DataFrame, title: str, file: Path) -> Path:
     axes.set_xticks(TICKS, TICKS)
     axes.set_xlim(-0.5, 130)
     for number, (curve, joined) in enumerate(means.groupby("curve", sort=False)):
-        style = dict(color=f"C{number}", marker=MARKERS[number], markeredgecolor="black")
+        style = dict(color=f"C{number}", marker=MARKERS[number % len(MARKERS)], markeredgecolor="black")
         axes.plot(joined["asr_after"], joined["accuracy_after"], label=curve, **style)
         side, alignment = SIDES[number % len(SIDES)]
         for name, row in joined.iterrows():
@@ -101,7 +105,7 @@ def _points(axes, means: pandas.DataFrame, x: str, y: str) -> None:
 def _save(figure, file: Path) -> Path:
     from matplotlib import pyplot
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=DPI)
+    with atomic_file(file) as beside:
+        figure.savefig(beside, dpi=DPI)
     pyplot.close(figure)
     return file

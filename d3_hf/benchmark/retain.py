@@ -17,7 +17,7 @@ class RetainSet:
 
     Args:
         count: Images; default all there are.
-        dataset_name: Another data set in place of the victim's: its training split.
+        dataset_name: Another data set in place of the victim's: its split ``train``.
         classes: Per class of that data set the victim's class of the same meaning; other classes are left out. Needed with
             ``dataset_name``.
         transform: Per name of a `torchvision.transforms.v2` class its arguments, applied once to each image, in their order:
@@ -47,7 +47,7 @@ class RetainSet:
             A data set as `retain_split` makes it; `RawImages` where images are of other data or were changed.
 
         Raises:
-            ValueError: There are not so many images, or a class is not known.
+            ValueError: There are not so many images, a class is not known, or the other data set has no split ``train``.
         """
         names = held_out.features["label"].names
         images = held_out if self.dataset_name is None else self._relabelled(names)
@@ -63,7 +63,10 @@ class RetainSet:
         return self._transformed(raw, seed) if self.transform else raw
 
     def _relabelled(self, names: list[str]) -> Dataset:
-        images = load_images(self.dataset_name)["train"]
+        splits = load_images(self.dataset_name)
+        if "train" not in splits:
+            raise ValueError(f"{self.dataset_name} has no split 'train' to draw a retain set from; it has {', '.join(splits)}")
+        images = splits["train"]
         theirs = images.features["label"].names
         if unknown := sorted((self.classes.keys() - set(theirs)) | (set(self.classes.values()) - set(names))):
             raise ValueError(f"classes names what neither data set has: {', '.join(unknown)}")

@@ -7,8 +7,11 @@ from collections.abc import Iterator, Sequence
 import pandas
 from scipy.stats import t
 
+from ..publishing.tables import markdown_table
+
 RATES = {"ACC": "accuracy_after", "ASR": "asr_after", "RA": "ra_after"}
 UNTOUCHED = ("victim", "twin without backdoor")
+MISSING = "missing_cells"  # the column that says, in every row, how many cells of the grid have none
 # The worst of several victims and seeds: the lowest ACC and RA, and the highest ASR, each by itself.
 WORST = {"ACC": "min", "ASR": "max", "RA": "min"}
 
@@ -20,13 +23,15 @@ def render(rows: pandas.DataFrame) -> str:
         rows: The content of ``results.parquet``.
 
     Returns:
-        Markdown. Per group of victims and retain set a table of ACC / ASR / RA per victim with average and worst case; then
-        every victim with mean and 95 % interval over seeds, DER and cost; where ASR was watched, the seconds that it took to
-        fall; then the cells that failed. Rates in percent.
+        Markdown. How many cells are missing, if any are. Per group of victims and retain set a table of ACC / ASR / RA per
+        victim with average and worst case; then every victim with mean and 95 % interval over seeds, DER and cost; where ASR
+        was watched, the seconds that it took to fall; then the cells that failed. Rates in percent.
     """
     if not len(rows):
         return "No cell was made."
     parts = []
+    if MISSING in rows and (missing := rows[MISSING].iloc[0]):
+        parts.append(f"**Missing cells of the grid: {missing}**, not made yet when this was written; run it again to make them")
     done, failed = split(rows)
     for group, retain, chosen in blocks(done):
         title = ", ".join(filter(None, [group, f"retain set {retain}"]))
@@ -68,7 +73,7 @@ def overview(rows: pandas.DataFrame) -> str:
         known = found.dropna()
         partial = f" ({len(known)} of {len(victims)})" if len(known) < len(victims) else ""
         lines.append([defence, *triples, triple(known.mean()) + partial, triple(worst.loc[defence]) + partial])
-    return markdown(["ACC / ASR / RA", *victims, "average", "worst"], lines)
+    return markdown_table(["ACC / ASR / RA", *victims, "average", "worst"], lines)
 
 
 def remarks(rows: pandas.DataFrame) -> list[str]:
@@ -90,7 +95,7 @@ def details(rows: pandas.DataFrame) -> str:
             rates = [interval(100 * chosen[key]) for key in RATES.values()]
             lines.append([victim, defence, *rates, *costs(chosen)])
     head = ["victim", "defence", *RATES, "DER", "seeds", "seconds", "passes forward + backward", "peak MiB"]
-    return markdown(head, lines)
+    return markdown_table(head, lines)
 
 
 def costs(rows: pandas.DataFrame) -> list[str]:
@@ -118,7 +123,7 @@ def times(rows: pandas.DataFrame) -> str:
         lowest = 100 * min(asr for _, asr in series)
         lines.append([row["victim"], row["defence"], f"{row['seed']:.0f}", *until, f"{series[-1][0]:.0f}", f"{lowest:.1f}"])
     head = [f"s to ASR < {100 * limit:.0f} %, first / for good" for limit in limits]
-    return markdown(["victim", "defence", "seed", *head, "s in all", "lowest ASR"], lines)
+    return markdown_table(["victim", "defence", "seed", *head, "s in all", "lowest ASR"], lines)
 
 
 def seconds_until(series: Sequence[tuple[float, float]], asr: float) -> tuple[float | None, float | None]:
@@ -132,7 +137,7 @@ def failures(rows: pandas.DataFrame) -> str:
     """One line per cell that failed, with its error."""
     columns = ["victim", "retain", "defence", "seed", "error"]
     texts = rows[columns].astype({"seed": int}).astype(str)  # beside rows without a seed pandas makes it a float
-    return markdown(columns, [[text.replace("|", "\\|") for text in line] for line in texts.values.tolist()])
+    return markdown_table(columns, texts.values.tolist())
 
 
 def ordered(rows: pandas.DataFrame) -> list[str]:
@@ -152,9 +157,3 @@ def interval(values: pandas.Series) -> str:
         return f"{values.mean():.1f}"
     half = t.ppf(0.975, len(values) - 1) * values.sem()
     return f"{values.mean():.1f} ± {half:.1f}"
-
-
-def markdown(head: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table; all but the first column on the right."""
-    rows = [head, ["---"] + ["---:"] * (len(head) - 1), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

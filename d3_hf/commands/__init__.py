@@ -1,1 +1,83 @@
-"""The commands of ``d3-hf``, one file each."""
+"""The commands of ``d3-hf``: what each is called and does, here; how it does it, in a file each, with one ``run(argv)``.
+
+A file is imported when its command runs, so that the list of commands costs nothing.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from ..defenses import DEFENCES
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, as its help describes it.
+
+    Attributes:
+        name: Its name, which is its module's here.
+        arguments: What follows its name.
+        summary: What it does.
+        example: A whole command line.
+        further: Lines about options that its own parser does not know.
+    """
+
+    name: str
+    arguments: str
+    summary: str
+    example: str
+    further: tuple[str, ...] = ()
+
+    def run(self, argv: list[str]) -> dict[str, Any]:
+        """Run it with the arguments after its name; what it returns is JSON-able. Errors: see its module."""
+        return importlib.import_module(f"{__name__}.{self.name}").run(argv)
+
+
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command(
+            name="purify",
+            arguments="[CONFIG.yaml] --option value ...",
+            summary="purify a checkpoint with D3; --defence NAME takes another method",
+            example="d3-hf purify --model_name_or_path me/suspicious-vit --dataset_name path/to/images --retain_count 500",
+            further=(f"  --defence  {', '.join(DEFENCES)}",),
+        ),
+        Command(
+            name="measure",
+            arguments="FOLDER",
+            summary="measure a victim again, from its folder alone",
+            example="d3-hf measure outputs/victim",
+        ),
+        Command(
+            name="victim",
+            arguments="[CONFIG.yaml] --option value ...",
+            summary="plant a backdoor, for research; --set FILE.yaml makes a set of victims",
+            example="d3-hf victim recipes/configs/fire_drill_vit_victim.yaml --seed 0 --output_dir outputs/victim",
+            further=("  --set FILE.yaml [--only GROUP/VICTIM ...]  the victims of a set, see recipes/victims.yaml",),
+        ),
+        Command(
+            name="benchmark",
+            arguments="GRID.yaml [--shard i/n]",
+            summary="victims x retain sets x defences x seeds: tables and plots",
+            example="d3-hf benchmark recipes/grids/cpu.yaml --dataset_name uoft-cs/cifar10",
+        ),
+        Command(
+            name="push",
+            arguments="FOLDER --hub_model_id REPOSITORY",
+            summary="upload a purified folder, private by default",
+            example="d3-hf push outputs/purified --hub_model_id me/model-purified",
+        ),
+        Command(
+            name="info",
+            arguments="SOURCE",
+            summary="what a checkpoint is and what D3 could move of it",
+            example="d3-hf info google/vit-base-patch16-224",
+        ),
+    )
+}
+
+
+def with_option(name: str, argv: list[str]) -> list[str]:
+    """The arguments with ``--name`` before the first one, where that is a bare value."""
+    return [f"--{name}", *argv] if argv and not argv[0].startswith("-") else argv

@@ -1,7 +1,9 @@
 """``d3-hf benchmark``."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas
 from accelerate import PartialState
@@ -10,7 +12,9 @@ from ..benchmark.cells import run_grid
 from ..benchmark.grid import read_grid
 from ..benchmark.plots import draw
 from ..benchmark.tables import render
+from ..files import atomic_file
 from ..options.parser import Parser
+from . import with_option
 
 
 @dataclass
@@ -38,7 +42,12 @@ class BenchmarkArguments:
     model_name_or_path: str | None = field(default=None, metadata={"help": "The one checkpoint of other people's."})
 
 
-def main(argv: list[str]) -> pandas.DataFrame:
+def run(argv: list[str]) -> dict[str, Any]:
+    """Run ``GRID.yaml --option value ...``, see `run_benchmark`; ``rows`` are its, one mapping a row."""
+    return {"rows": json.loads(run_benchmark(argv).to_json(orient="records"))}
+
+
+def run_benchmark(argv: list[str]) -> pandas.DataFrame:
     """Run ``GRID.yaml --option value ...``: make the missing cells, write ``results.parquet``, ``results.md`` and the plots.
 
     Returns:
@@ -48,8 +57,7 @@ def main(argv: list[str]) -> pandas.DataFrame:
         FileNotFoundError: The grid, a victim or an image folder is not there.
         ValueError: The grid does not hold together, or more than one process was launched.
     """
-    argv = ["--grid", *argv] if argv and not argv[0].startswith("-") else argv
-    (options,) = Parser([BenchmarkArguments]).read(argv)
+    (options,) = Parser([BenchmarkArguments]).read(with_option("grid", argv))
     if PartialState().num_processes > 1:
         raise ValueError("a cell runs in one process: launch one for each share of the grid, with --shard i/n")
     if options.grid.endswith(".parquet"):
@@ -63,7 +71,8 @@ def main(argv: list[str]) -> pandas.DataFrame:
         folder = Path(grid.output_dir)
         rows = run_grid(grid, options.shard, options.only)
     table = render(rows)
-    (folder / "results.md").write_text(table + "\n")
+    with atomic_file(folder / "results.md") as beside:
+        beside.write_text(table + "\n")
     draw(rows, folder)
     print(table)
     return rows

@@ -4,21 +4,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.preprocessing import Preprocessing
 from ..defenses.shared.selection import select_weights
+from ..files import read_mapping
+from ..models.batch_norm import batch_norms
 from ..models.head import find_head
 from ..options.arguments import ModelArguments
 from ..options.parser import Parser
-from ..publishing.manifest import MANIFEST, REJECTED, source_of
-from ..victims.train import VICTIM_FILE
+from ..publishing.manifest import MANIFEST, REJECTED, RESULTS, VICTIM_FILE, read_manifest, source_facts
+from . import with_option
 
 RATES = ("accuracy", "asr", "ra")
 
 
-def main(argv: list[str]) -> dict[str, Any]:
+def run(argv: list[str]) -> dict[str, Any]:
     """Run ``SOURCE --option value ...``: load a classifier as a purification would, say what it is.
 
     Args:
@@ -30,8 +31,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: No source is named, or see `load_classifier`.
     """
-    argv = ["--model_name_or_path", *argv] if argv and not argv[0].startswith("-") else argv
-    (options,) = Parser([ModelArguments]).read(argv)
+    (options,) = Parser([ModelArguments]).read(with_option("model_name_or_path", argv))
     if options.model_name_or_path is None:
         raise ValueError("no checkpoint: name a Hub id, a folder or a file")
     found = describe(options.load()) | {"manifest": manifest_of(Path(options.model_name_or_path).expanduser())}
@@ -47,7 +47,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
     """
     preprocessing = Preprocessing.from_processor(model.image_processor)
     return {
-        "source": source_of(model),
+        "source": source_facts(model),
         "class": type(model).__name__,
         "architecture": getattr(model.config, "architecture", None) or model.config.model_type,
         "classes": [str(model.config.id2label[number]) for number in range(model.config.num_labels)],
@@ -55,7 +55,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         "image_mean": list(preprocessing.mean),
         "image_std": list(preprocessing.std),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "batch_norms": sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()),
+        "batch_norms": len(batch_norms(model)),
         "selection": selection_of(model, preprocessing.size),
     }
 
@@ -79,20 +79,20 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
     """What a folder's ``purification.json`` or ``victim.json`` says: method, attack, rates, warnings; None where it has none.
 
     Raises:
-        ValueError: The file is no JSON mapping.
+        ValueError: The file is damaged.
     """
     if (folder / MANIFEST).is_file():
-        facts, rates = _read(folder / MANIFEST), {}
-        if (folder / "all_results.json").is_file():
-            rates = _read(folder / "all_results.json")
-        measured = facts.get("measured") or {}
+        facts, rates = read_manifest(folder / MANIFEST), {}
+        if (folder / RESULTS).is_file():
+            rates = read_mapping(folder / RESULTS, "table of a purification's results", "purify again")
+        measured = facts["measured"]
         kept = {f"{rate}_{when}" for rate in RATES for when in ("before", "after")} | {"der"}
         said = {"method": facts.get("method"), "measured": {key: rates[key] for key in rates if key in kept}}
         said |= {key: measured[key] for key in ("data", "split", "trigger", "warnings", REJECTED) if measured.get(key)}
         return {"file": MANIFEST} | said
     if (folder / VICTIM_FILE).is_file():
-        facts = _read(folder / VICTIM_FILE)
-        rates, planted = (facts.get("measured") or {}).get("victim") or {}, facts.get("planted") or {}
+        facts = read_mapping(folder / VICTIM_FILE, "record of make_victim", "make the victim again", {"measured": {}})
+        rates, planted = facts["measured"].get("victim") or {}, facts.get("planted") or {}
         said = {"method": facts.get("method"), "measured": {key: rates[key] for key in RATES if key in rates}}
         said |= {"planted": {key: planted[key] for key in planted if key != "poisoned_rows"} or None}
         return {"file": VICTIM_FILE} | said
@@ -107,13 +107,3 @@ def as_text(found: dict[str, Any], margin: str = "") -> str:
         lines.append(f"{margin}{name}:" if nested else f"{margin}{name}: {json.dumps(value)}")
         lines += [as_text(value, margin + "  ")] if nested else []
     return "\n".join(lines)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON mapping")
-    return content

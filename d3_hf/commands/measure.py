@@ -12,6 +12,7 @@ from ..models import load_classifier
 from ..options.parser import Parser
 from ..publishing.tables import rates_table
 from ..victims.record import read_record, recorded_images
+from . import with_option
 
 
 @dataclass
@@ -29,7 +30,7 @@ class MeasureArguments:
     max_test_images: int | None = field(default=None, metadata={"help": "Measure on so many test images, drawn at random."})
 
 
-def measure_victim(argv: list[str]) -> dict[str, Any]:
+def run(argv: list[str]) -> dict[str, Any]:
     """Run ``FOLDER --option value ...``: measure a victim with the attack that its folder holds, print it beside the record.
 
     Args:
@@ -42,12 +43,11 @@ def measure_victim(argv: list[str]) -> dict[str, Any]:
         FileNotFoundError: The folder is none that `make_victim` wrote.
         ValueError: The folder's record is damaged, or see `load_classifier`, `load_images` and `measure`.
     """
-    argv = ["--folder", *argv] if argv and not argv[0].startswith("-") else argv
-    (options,) = Parser([MeasureArguments]).read(argv)
+    (options,) = Parser([MeasureArguments]).read(with_option("folder", argv))
     folder = Path(options.folder)
     record = read_record(folder)
     images = recorded_images(record, dataset_name=options.dataset_name, max_test_images=options.max_test_images)
-    _, _, test = images.load()
+    test = images.load().test
     model = load_classifier(str(folder))
     check_labels(test.class_names, model.config)
     attack = load_attack(folder) if record["planted"] else None

@@ -1,18 +1,19 @@
 """``d3-hf purify`` and the recipes: load, purify, print the table."""
 
+import argparse
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..data.labels import check_labels
-from ..defenses.d3.trainer import D3Config, D3Trainer
+from ..defenses import defence
 from ..errors import GuardRailBroken
 from ..evaluation.guard import GuardArguments
 from ..evaluation.retain_check import FEW_IMAGES
 from ..options.arguments import NO_IMAGES, AttackArguments, DataArguments, ModelArguments
 from ..options.parser import parse_arguments
-from ..publishing.manifest import REJECTED, public_name
-from ..publishing.tables import results_table
-from ..training.config import PurifyConfig
+from ..publishing.manifest import public_name
+from ..publishing.report import Report
 from ..training.trainer import PurifyTrainer
 from ..victims.sets import make_victim
 from ..workflow import purify
@@ -33,26 +34,24 @@ class DrillArguments:
 OPTIONS = [ModelArguments, DataArguments, AttackArguments, DrillArguments, GuardArguments]
 
 
-def main(
-    argv: list[str] | None = None,
-    config_class: type[PurifyConfig] = D3Config,
-    trainer_class: type[PurifyTrainer] = D3Trainer,
-) -> dict[str, Any]:
-    """Run ``[CONFIG.yaml] --option value ...``: load, purify, print the table.
+def run(argv: list[str]) -> dict[str, Any]:
+    """Run ``[--defence NAME] [CONFIG.yaml] --option value ...``: load, purify by D3 or another method, print the table.
 
     Args:
-        argv: Arguments without the program's name; default ``sys.argv[1:]``.
-        config_class: Configuration of the defence.
-        trainer_class: Its trainer.
+        argv: Arguments without the program's name.
 
     Returns:
-        As `purify`.
+        `Report.results` of `purify`.
 
     Raises:
         GuardRailBroken: See `purify`; ``max_accuracy_drop`` is five points unless it is given.
-        ValueError: No checkpoint or no images are named, fp16 without a GPU, the default draws fewer than 10 images a class, or
-            see `load_classifier`, `load_images` and the defence.
+        ValueError: There is no such method, no checkpoint or no images are named, fp16 without a GPU, the default draws fewer
+            than 10 images a class, or see `load_classifier`, `load_images` and the defence.
     """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--defence", "--defense", default="d3", nargs="?", const="")
+    chosen, argv = parser.parse_known_args(argv)
+    config_class, trainer_class = defence(chosen.defence)
     model_args, data_args, attack_args, drill, guard, args = parse_arguments([*OPTIONS, config_class], argv)
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16 is for a GPU and this run has none: use bf16, or leave it out")
@@ -60,27 +59,28 @@ def main(
         raise ValueError("no checkpoint: give --model_name_or_path (a Hub id, a folder or a file)")
     if data_args.dataset_name is None:
         raise ValueError(NO_IMAGES)
+    if model_args.model_name_or_path is None and attack_args.attack:
+        raise ValueError("--attack is that of the victim in a drill, which --victim_config says: give one of the two")
     attack = attack_args.load()
     if model_args.model_name_or_path is None:
         victim = make_victim([drill.victim_config])
         model_args.model_name_or_path, attack = victim.folder, victim.attack
     model = model_args.load()
-    retain, rest, test = data_args.load()
+    images = data_args.load()
     if data_args.is_default_size:
-        _refuse_few(len(retain), len(retain) + len(rest), len(test.class_names))
-    check_labels(test.class_names, model.config)
-    trainer = trainer_class(model=model, args=args, train_dataset=retain)
-    trainer.data_source = data_args.dataset_name
-    trainer.measured |= {"data": public_name(data_args.dataset_name), "split": data_args.measured_split}
+        _refuse_few(len(images.retain), len(images.retain) + len(images.rest), len(images.test.class_names))
+    check_labels(images.test.class_names, model.config)
+    trainer = trainer_class(model=model, args=args, train_dataset=images.retain, data_source=images.source)
+    report = Report(data=public_name(images.source), split=images.split)
     try:
-        found = purify(trainer, test, attack, guard)
+        report = purify(trainer, images.test, attack, guard, report)
     except GuardRailBroken as broken:
         if broken.results:
-            print_summary(trainer)
+            print_summary(trainer, broken.folder)
         raise
-    if found:
-        print_summary(trainer)
-    return found
+    if report.results:
+        print_summary(trainer, Path(args.output_dir))
+    return report.results
 
 
 def _refuse_few(drawn: int, of: int, classes: int) -> None:
@@ -91,12 +91,9 @@ def _refuse_few(drawn: int, of: int, classes: int) -> None:
         )
 
 
-def print_summary(trainer: PurifyTrainer) -> None:
-    """Print ACC, ASR and RA before and after, the distances and the seconds, and where the purified model lies."""
-    print(f"\n{results_table(trainer.results)}\n")
-    for weight in trainer.facts().get("selected_weights", []):
-        print(f"relative distance of {weight['name']}: {weight['relative_distance']:.3f}")
-    seconds = trainer.measured["seconds"]
-    print(", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
-    what = "Rejected model" if REJECTED in trainer.measured else "Purified model"
-    print(f"{what}, card and evidence: {trainer.args.output_dir}")
+def print_summary(trainer: PurifyTrainer, folder: Path) -> None:
+    """Print ACC, ASR and RA before and after, the seconds, and that the model lies in ``folder``."""
+    print(f"\n{trainer.report}\n")
+    print(", ".join(f"{name} {value:.1f} s" for name, value in trainer.report.seconds.items()))
+    what = "Rejected model" if trainer.report.rejected else "Purified model"
+    print(f"{what}, card and evidence: {folder}")

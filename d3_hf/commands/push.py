@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..options.parser import Parser
+from . import with_option
 
 
 @dataclass
@@ -23,7 +24,7 @@ class PushArguments:
     hub_create_pr: bool = field(default=False, metadata={"help": "Open a pull request on the source's repository instead."})
 
 
-def main(argv: list[str]) -> dict[str, Any]:
+def run(argv: list[str]) -> dict[str, Any]:
     """Run ``FOLDER --hub_model_id me/model-purified``; the options are those of `PushArguments`.
 
     Args:
@@ -37,8 +38,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     """
     if any(argument.startswith(("--hub_token", "--token")) for argument in argv):
         raise ValueError("a token would end up in logs and histories: log in with `hf auth login` or set HF_TOKEN instead")
-    argv = ["--folder", *argv] if argv and not argv[0].startswith("-") else argv
-    (options,) = Parser([PushArguments]).read(argv)
+    (options,) = Parser([PushArguments]).read(with_option("folder", argv))
     from ..publishing.hub import push_folder  # takes seconds, which the help need not
 
     done = push_folder(options.folder, options.hub_model_id, private=options.hub_private_repo, create_pr=options.hub_create_pr)

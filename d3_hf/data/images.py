@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .labels import labels_of, split_of
+
+MOST_PIXELS = 256 * 512 * 512  # of a batch: 200 MB, beside which photos of many megapixels still fit into memory
 
 
 @dataclass(eq=False)
@@ -93,12 +96,39 @@ class RawImages:
         images = self.images[rows] if isinstance(self.images, Tensor) else [self.images[row] for row in rows.tolist()]
         return RawImages(images, self.labels[rows], self.class_names, self.index[rows])
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (uint8 (B, 3, H, W), int64 (B,)) in order, B at most ``batch_size``; B = 1 where sizes differ."""
-        step = batch_size if isinstance(self.images, Tensor) else 1
-        for start in range(0, len(self), step):
-            images = self.images[start : start + step]
-            yield images if isinstance(images, Tensor) else torch.stack(images), self.labels[start : start + step]
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield every image once, in batches of one size: triggers act at the native size.
+
+        In order, if all are of one size; otherwise size by size, each in order. A result belongs at its image's row.
+
+        Args:
+            batch_size: Images in a batch, at least 1; fewer of large ones, `MOST_PIXELS` in all.
+
+        Yields:
+            (rows, images, labels): int64 (B,), positions here; uint8 (B, 3, H, W); int64 (B,).
+
+        Raises:
+            ValueError: ``batch_size`` is below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        for (height, width), group in self._rows_by_size():
+            most = max(1, MOST_PIXELS // (height * width))
+            for rows in group.split(min(batch_size, most)):
+                yield rows, self._stacked(rows), self.labels[rows]
+
+    def _rows_by_size(self) -> list[tuple[tuple[int, int], Tensor]]:
+        if isinstance(self.images, Tensor):
+            return [(tuple(self.images.shape[2:]), torch.arange(len(self)))]
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, image in enumerate(self.images):
+            groups.setdefault(tuple(image.shape[1:]), []).append(row)
+        return [(size, torch.tensor(rows)) for size, rows in groups.items()]
+
+    def _stacked(self, rows: Tensor) -> Tensor:
+        if isinstance(self.images, Tensor):
+            return self.images[rows]
+        return torch.stack([self.images[row] for row in rows.tolist()])
 
 
 def content_hashes(images: RawImages) -> list[bytes]:
@@ -110,6 +140,9 @@ def decode(picture: dict[str, bytes | str | None] | None) -> Tensor:
     """Decode one entry of a `datasets.Image` column, see `RawImages.from_dataset`: uint8 (3, H, W). Decoders raise anything."""
     if picture is None:
         raise ValueError("the row holds no picture")
+    if picture["bytes"] is None and Path(picture["path"]).is_file():
+        # PIL keeps a file open that it cannot decode, or that has further frames.
+        picture = {"bytes": Path(picture["path"]).read_bytes(), "path": picture["path"]}
     image = datasets.Image().decode_example(picture)  # loads all of it, and applies the EXIF orientation
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))

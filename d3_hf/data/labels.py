@@ -7,32 +7,41 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import PretrainedConfig
 
-from ..errors import listed
+from ..errors import join_names
+
+WITHHELD = -1  # a label that is not given, by the convention of the Hub's data sets
 
 
 def class_names_of(source: DatasetDict, column: str) -> list[str]:
-    """Class names of a label column that all splits share; see `d3_hf.data.load_images` for those of plain columns."""
+    """Class names of a label column that all splits share; see `load_images` for those of plain columns.
+
+    Rows without a label, null or -1, name no class: the Hub's data sets withhold the labels of a test split so.
+    """
     first, *others = (split.features.get(column) for split in source.values())
     if any(other != first for other in others):
         raise ValueError(f"the splits {', '.join(source)} disagree about the classes of {column!r}; give all the same feature")
     if isinstance(first, ClassLabel):
         return list(first.names)
     values = {value for split in source.values() for value in split.unique(column)} - {None}
+    classes = sorted(values - {WITHHELD})
+    if not classes:
+        raise ValueError(f"label column {column!r} holds no labels: choose another with label_column=, or fill it in")
     if first.dtype.endswith("string"):
-        return sorted(values)
-    if sorted(values) != list(range(len(values))):
+        return classes
+    if classes != list(range(len(classes))):
         raise ValueError(
             f"label column {column!r} holds integers other than 0..k-1 ({len(values)} different from {min(values)} "
             f"to {max(values)}): cast it to a datasets.ClassLabel that names them, or fill in missing labels"
         )
-    return [str(value) for value in range(len(values))]
+    return [str(value) for value in classes]
 
 
 def labels_of(dataset: Dataset) -> np.ndarray:
     """Labels of a dataset that `load_images` made, as int64 (N,) in ``[0, number of classes)``.
 
     Raises:
-        ValueError: The dataset has no `ClassLabel` column "label", or a label is missing (-1 or null) or out of range.
+        ValueError: The dataset has no `ClassLabel` column "label" or no rows, or a label is missing (-1 or null) or out of
+            range.
     """
     feature = dataset.features.get("label")
     if not isinstance(feature, ClassLabel):
@@ -40,14 +49,15 @@ def labels_of(dataset: Dataset) -> np.ndarray:
         raise ValueError(
             f"no ClassLabel column 'label' among the columns {columns}: pass the dataset through load_images first"
         )
+    if len(dataset) == 0:
+        raise ValueError(f"{split_of(dataset)} holds no images: use another split")
     column = dataset.select_columns("label").with_format("arrow")[:]["label"]
-    labels = column.fill_null(-1).to_numpy().astype(np.int64)
+    labels = column.fill_null(WITHHELD).to_numpy().astype(np.int64)
     bad = np.flatnonzero((labels < 0) | (labels >= feature.num_classes))
     if len(bad):
         raise ValueError(
             f"{split_of(dataset)} has {len(bad)} rows whose label is missing (-1 or null) or not in "
-            f"[0, {feature.num_classes}), the first is row {bad[0]}: leave them out (load_images also takes a "
-            "DatasetDict without that split)"
+            f"[0, {feature.num_classes}), the first is row {bad[0]}: leave them out, or use another split"
         )
     return labels
 
@@ -74,8 +84,8 @@ def check_labels(class_names: Sequence[str], config: PretrainedConfig) -> None:
     theirs = [str(config.id2label[number]) for number in range(config.num_labels)]
     if len(class_names) != len(theirs):
         raise ValueError(
-            f"the dataset has {len(class_names)} classes ({listed(class_names)}), the model {len(theirs)} "
-            f"({listed(theirs)}): purify with images of the model's own classes, or load the model that fits them"
+            f"the dataset has {len(class_names)} classes ({join_names(class_names)}), the model {len(theirs)} "
+            f"({join_names(theirs)}): purify with images of the model's own classes, or load the model that fits them"
         )
     if _are_placeholders(class_names) or _are_placeholders(theirs):
         return
@@ -103,7 +113,7 @@ def retain_indices(
     balanced: bool = False,
     seed: int = 0,
 ) -> np.ndarray:
-    """Draw the rows of a retain set; arguments and errors as for `d3_hf.data.retain_split`.
+    """Draw the rows of a retain set; arguments and errors as for `retain_split`.
 
     The draw orders the rows by NumPy's raw PCG64 stream, which is fixed across machines and releases (NEP 19). The
     rows for a smaller ``count`` are among those for a larger one.
@@ -111,10 +121,10 @@ def retain_indices(
     Args:
         labels: int (N,), in ``[0, len(class_names))``.
         class_names: Names for the errors; how many there are is the number of classes.
-        fraction: See `d3_hf.data.retain_split`.
-        count: See `d3_hf.data.retain_split`.
-        balanced: See `d3_hf.data.retain_split`.
-        seed: See `d3_hf.data.retain_split`.
+        fraction: See `retain_split`.
+        count: See `retain_split`.
+        balanced: See `retain_split`.
+        seed: See `retain_split`.
 
     Returns:
         Sorted, distinct int64 rows.

@@ -1,17 +1,42 @@
 """Load any labelled image dataset in one form, and draw a retain set from it."""
 
+import logging
+import re
+from dataclasses import dataclass
+
 import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, NamedSplit, Value
 
-from ..data import sources
-from ..errors import listed
+from ..errors import join_names
+from . import sources
+from .images import RawImages
 from .labels import class_names_of, labels_of, retain_indices
-from .training_images import logger
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedImages:
+    """The images of a run, and where they come from.
+
+    Attributes:
+        retain: The retain set, not decoded yet; see `retain_split` for its columns.
+        rest: The other rows of its split.
+        test: What is measured on, decoded.
+        source: The data set's name, as it was given.
+        split: What ``test`` is: the name of a split, or ``rest of NAME``.
+    """
+
+    retain: Dataset
+    rest: Dataset
+    test: RawImages
+    source: str
+    split: str
 
 
 def load_images(
-    source: sources.Source,
+    source: sources.ImageSource,
     image_column: str | None = None,
     label_column: str | None = None,
     revision: str | None = None,
@@ -26,25 +51,24 @@ def load_images(
             loaded. A local path goes before a Hub name that is spelled alike.
         image_column: Name of the picture column, needed only where several columns have the type `datasets.Image`.
         label_column: Name of the label column, needed only where several qualify: columns of type `ClassLabel` or, if
-            there is none, of integers or strings. Integers must be 0..k-1 and become the class names "0".."k-1";
-            strings become classes in sorted order, as `Dataset.class_encode_column` has it.
+            there is none, of integers or strings. Integers must be 0..k-1, or -1 where there is no label, and become the
+            class names "0".."k-1"; strings become classes in sorted order, as `Dataset.class_encode_column` has it.
         revision: Branch, tag or commit of a Hub dataset.
 
     Returns:
         Splits with exactly the columns ``image`` (`datasets.Image`, PIL RGB on access) and ``label`` (`ClassLabel`).
-        For what becomes of grey, palette, transparent, 16-bit and rotated pictures see `RawImages.from_dataset`.
+        For what becomes of grey, palette, transparent, 16-bit and rotated pictures see `RawImages.from_dataset`. A split
+        may be empty or without labels, as the Hub's test splits often are: only what uses it, `retain_split` or
+        `RawImages.from_dataset`, refuses it.
 
     Raises:
         FileNotFoundError: No such file or folder.
         OSError: The Hub has no such dataset or cannot be reached.
-        ValueError: No column qualifies or several do; pictures are plain bytes; a split is empty, lacks labels or
-            disagrees with the others about the classes; integer labels are not 0..k-1; ``revision`` is given for
-            something that is not on the Hub.
+        ValueError: No column qualifies or several do; pictures are plain bytes; the splits disagree about the classes;
+            integer labels are not 0..k-1, or no split has any label; ``revision`` is given for something that is not on
+            the Hub.
     """
     loaded = sources.open_source(source, revision)
-    empty = [name for name, split in loaded.items() if len(split) == 0]
-    if empty:
-        raise ValueError(f"{sources.name_of(source)}: no images in split {', '.join(empty)}")
     first = next(iter(loaded.values())).features
     _refuse_plain_bytes(first, sources.name_of(source))
     columns = {
@@ -59,9 +83,15 @@ def load_images(
         split = split.select_columns([picture, label]).cast_column(picture, datasets.Image(mode="RGB"))
         if split.features[label] != classes:
             split = split.cast_column(label, classes)
-        images[name] = split.rename_columns(renamed)
-        labels_of(images[name])
+        images[name] = _named(split.rename_columns(renamed), name)
     return images
+
+
+def _named(split: Dataset, name: str) -> Dataset:
+    """The split under the name that it has in its `DatasetDict`, for errors: `train_test_split` leaves both parts another."""
+    if str(split.split) == name or not re.fullmatch(r"\w+(\.\w+)*", name):  # datasets takes no other name
+        return split
+    return datasets.concatenate_datasets([split], split=NamedSplit(name))
 
 
 def _refuse_plain_bytes(features: Features, where: str) -> None:
@@ -98,14 +128,14 @@ def retain_split(
 
     Raises:
         ValueError: Not exactly one of ``fraction`` and ``count`` is given, or it is out of range; ``balanced`` and a
-            class has too few images; labels are missing.
+            class has too few images; there are no images, or labels are missing.
     """
     labels = labels_of(dataset)
     names = dataset.features["label"].names
     rows = retain_indices(labels, names, fraction, count, balanced, seed)
     missing = sorted(set(range(len(names))) - set(labels[rows].tolist()))
     if missing:
-        logger.warning("the retain set of %d images has none of: %s", len(rows), listed([names[m] for m in missing]))
+        logger.warning("the retain set of %d images has none of: %s", len(rows), join_names([names[m] for m in missing]))
     if "index" not in dataset.column_names:
         dataset = dataset.add_column("index", np.arange(len(dataset)))
     return dataset.select(rows), dataset.select(np.setdiff1d(np.arange(len(dataset)), rows))

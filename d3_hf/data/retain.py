@@ -1,80 +1,71 @@
 """Retain and evaluation sets in the form that a trainer's loaders read."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import datasets
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel, default_data_collator
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PretrainedConfig, default_data_collator
 
-from ..training.config import PurifyConfig
 from .augmentation import Augmentation
 from .images import RawImages
 from .labels import check_labels
 from .preprocessing import Preprocessing
 from .streaming import StreamedImages
-
-if TYPE_CHECKING:
-    from ..training.trainer import PurifyTrainer
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-import torch
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-
-from .training_images import without_augmentation
-
-if TYPE_CHECKING:
-    from ..training.trainer import PurifyTrainer
+from .training_images import TrainingImages, without_augmentation
 
 
-def training_images(
+def held_images(
     dataset: Any,
-    trainer: "type[PurifyTrainer]",
-    model: PreTrainedModel,
-    args: PurifyConfig,
+    config: PretrainedConfig,
     preprocessing: Preprocessing,
-    augmentation: Augmentation,
+    augmentation: Augmentation | None = None,
+    images_class: type[TrainingImages] = TrainingImages,
 ) -> Any:
-    """Bring a retain set into the form that the loader reads; samples that are ready for the model stay as they are.
+    """Bring a data set into memory at the model's size; samples that are ready for the model stay as they are.
 
     Args:
-        dataset: See `PurifyTrainer`.
-        trainer: Says how images are held and whether they may be streamed.
-        model: Whose classes the labels must be.
-        args: The defence's configuration.
+        dataset: A `datasets.Dataset` or `RawImages`; anything else is returned itself.
+        config: Of the model whose classes the labels must be.
         preprocessing: Of the model.
-        augmentation: What to do to the images.
+        augmentation: What to do to the images; None for evaluation.
+        images_class: What holds them.
 
     Raises:
-        ValueError: The labels are not the model's; a stream where the defence takes none, or that cannot be used (see
-            `StreamedImages`), or with ``average_last``: it averages epochs, and a stream has none.
+        ValueError: The labels are not the model's, or see `RawImages.from_dataset`.
     """
-    if not isinstance(dataset, datasets.IterableDataset):
-        return _held(dataset, trainer, model, preprocessing, augmentation)
-    if not trainer.streams:
-        raise ValueError(f"{trainer.method} looks at the retain set as a whole: load it without streaming=True")
-    if args.average_last:
-        raise ValueError("average_last averages epochs, and a stream has none: leave it out or load without streaming=True")
-    images = StreamedImages(dataset, preprocessing, augmentation, augmentation.seed, args.process_index, args.world_size)
-    check_labels(images.class_names, model.config)
+    raw = RawImages.from_dataset(dataset) if isinstance(dataset, datasets.Dataset) else dataset
+    if not isinstance(raw, RawImages):
+        return dataset
+    check_labels(raw.class_names, config)
+    return images_class.from_raw(raw, preprocessing, augmentation)
+
+
+def streamed_images(
+    dataset: datasets.IterableDataset,
+    config: PretrainedConfig,
+    preprocessing: Preprocessing,
+    augmentation: Augmentation,
+    process: tuple[int, int],
+) -> StreamedImages:
+    """Images that are read while the model trains.
+
+    Args:
+        dataset: See `StreamedImages`.
+        config: Of the model whose classes the labels must be.
+        preprocessing: Of the model.
+        augmentation: What to do to the images; its seed also shuffles them.
+        process: Number of this process, and how many there are.
+
+    Raises:
+        ValueError: The labels are not the model's, or the stream cannot be used, see `StreamedImages`.
+    """
+    images = StreamedImages(dataset, preprocessing, augmentation, augmentation.seed, *process)
+    check_labels(images.class_names, config)
     return images
-
-
-def evaluation_images(
-    dataset: Any, trainer: "type[PurifyTrainer]", model: PreTrainedModel, preprocessing: Preprocessing
-) -> Any:
-    """Bring images to measure ACC on into the form that the loader reads; a ValueError if they are streamed."""
-    if isinstance(dataset, datasets.IterableDataset):
-        raise ValueError("eval_dataset is measured as a whole: load it without streaming=True")
-    return _held(dataset, trainer, model, preprocessing, None)
-
-
-def images_of(trainer: "PurifyTrainer") -> int:
-    """How many images the retain set has; of a stream, how many were drawn from it."""
-    if isinstance(trainer.train_dataset, StreamedImages):
-        return trainer.state.global_step * trainer.get_total_train_batch_size(trainer.args)
-    return len(trainer.train_dataset) if trainer.train_dataset is not None else 0
 
 
 def collate(batch: Any) -> dict[str, Tensor]:
@@ -89,32 +80,30 @@ def column(dataset: Any, name: str) -> list[int] | None:
     return None
 
 
-def _held(
-    dataset: Any, trainer: "type[PurifyTrainer]", model, preprocessing: Preprocessing, augmentation: Augmentation | None
-) -> Any:
-    raw = RawImages.from_dataset(dataset) if isinstance(dataset, datasets.Dataset) else dataset
-    if not isinstance(raw, RawImages):
-        return dataset
-    check_labels(raw.class_names, model.config)
-    return trainer.images_class.from_raw(raw, preprocessing, augmentation)
-
-
-def retain_batches(trainer: "PurifyTrainer", purpose: str, augmented: bool) -> Iterator[dict[str, Tensor]]:
-    """Yield the retain set once, in order, as the model takes it; every process sees all of it.
+def retain_batches(
+    dataset: Any,
+    batches: int | list[list[int]],
+    collator: Callable[[Any], dict[str, Tensor]],
+    purpose: str | None,
+    augmented: bool = False,
+    is_silent: bool = False,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield batches of a retain set, as its collator makes them; the global random numbers are left alone.
 
     Args:
-        trainer: Its ``train_dataset``.
-        purpose: For the progress bar.
+        dataset: The retain set, with its length.
+        batches: Images in each batch of the whole set in order; or the rows of every batch.
+        collator: The trainer's.
+        purpose: What for, for progress bar and error.
         augmented: As in the epoch of training that the data set was last set to, or as the images are.
+        is_silent: Whether there is no progress bar.
 
     Raises:
         ValueError: The retain set is a stream, which has no end.
     """
-    if isinstance(trainer.train_dataset, StreamedImages):
+    if isinstance(dataset, StreamedImages):
         raise ValueError(f"{purpose} takes the retain set as a whole: load it without streaming=True")
-    dataset = trainer.train_dataset if augmented else without_augmentation(trainer.train_dataset)
-    size, generator = trainer.args.per_device_train_batch_size, torch.Generator()  # its own: not the global one's draws
-    loader = DataLoader(dataset, size, collate_fn=trainer.data_collator, generator=generator)
-    hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
-    for batch in tqdm(loader, purpose, disable=hidden, leave=False):
-        yield trainer._prepare_inputs(batch)
+    images = dataset if augmented else without_augmentation(dataset)
+    how = {"batch_size": batches} if isinstance(batches, int) else {"batch_sampler": batches}
+    loader = DataLoader(images, **how, collate_fn=collator, generator=torch.Generator())
+    yield from tqdm(loader, purpose, disable=is_silent, leave=False)

@@ -1,6 +1,6 @@
 """Where images come from, and which of a dataset's columns hold the picture and the label.
 
-Internals of `d3_hf.data.load_images`: opening a source and finding columns by feature type.
+Internals of `load_images`: opening a source and finding columns by feature type.
 """
 
 import io
@@ -16,11 +16,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-Source = str | Path | Mapping[str, str | Path | list[str | Path]] | Dataset | DatasetDict
+ImageSource = str | Path | Mapping[str, str | Path | list[str | Path]] | Dataset | DatasetDict
 
 
-def open_source(source: Source, revision: str | None) -> DatasetDict:
-    """Open a source with whatever columns it has; see `d3_hf.data.load_images` for the sources and errors."""
+def open_source(source: ImageSource, revision: str | None) -> DatasetDict:
+    """Open a source with whatever columns it has; see `load_images` for the sources and errors."""
     if revision is not None and not _is_hub_name(source):
         raise ValueError(f"revision={revision!r} is for datasets of the Hub; {name_of(source)} is not one")
     if isinstance(source, DatasetDict):
@@ -61,7 +61,7 @@ def digits() -> DatasetDict:
     )
 
 
-def name_of(source: Source) -> str:
+def name_of(source: ImageSource) -> str:
     """What to call a source in a message: its path or name, or the type of one that is already loaded."""
     return str(source) if isinstance(source, str | Path) else f"a {type(source).__name__}"
 
@@ -79,7 +79,7 @@ def label_column(features: Features, requested: str | None) -> str:
     return _choose(features, (named + plain) if requested else (named or plain), requested, "label")
 
 
-def _is_hub_name(source: Source) -> bool:
+def _is_hub_name(source: ImageSource) -> bool:
     if not isinstance(source, str) or source == "digits" or Path(source).expanduser().exists():
         return False
     return re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", source) is not None and not source.endswith(".parquet")
@@ -124,8 +124,10 @@ def _choose(features: Features, candidates: list[str], requested: str | None, ki
             raise ValueError(f"{kind}_column={requested!r} is no {kind} column; the dataset has {columns}")
         return requested
     if not candidates:
-        advice = "; a folder of images takes labels from one sub-folder for each of two or more classes" * (kind == "label")
-        raise ValueError(f"found no {kind} column; the dataset has {columns}{advice}")
+        found = f"found no {kind} column; the dataset has {columns}"
+        if kind == "label":
+            found += "; a folder of images takes labels from one sub-folder for each of two or more classes"
+        raise ValueError(found)
     if len(candidates) > 1:
         raise ValueError(f"several {kind} columns: {', '.join(candidates)}; choose one with {kind}_column=")
     return candidates[0]

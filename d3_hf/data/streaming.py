@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from ..data import sources
+from . import sources
 from .augmentation import Augmentation
 from .images import decode
 from .preprocessing import Preprocessing
@@ -72,6 +72,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         self._own = self._undecoded.shuffle(self.seed, buffer_size=SHUFFLE_BUFFER)
         if self.world_size > 1:
             self._own = split_dataset_by_node(self._own, self.rank, self.world_size)
+        self._drawn: tuple[int, tuple[Tensor, ...]] | None = None
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Yield ``pixel_values`` uint8 (3, h, w) at the model's size, augmented, and ``labels`` int64 (), without end.
@@ -127,6 +128,6 @@ class StreamedImages(torch.utils.data.IterableDataset):
         return {"pixel_values": augmented[0], "labels": torch.tensor(label)}
 
     def _table(self, block: int) -> tuple[Tensor, ...]:
-        if getattr(self, "_drawn", (None,))[0] != block:
+        if self._drawn is None or self._drawn[0] != block:
             self._drawn = (block, self.augmentation.draws(block, DRAWN_AT_ONCE))
         return self._drawn[1]

@@ -4,7 +4,6 @@ A retain set is small, so it is decoded once and augmented by batch: a pipeline 
 """
 
 import hashlib
-import logging
 
 import torch
 from torch import Tensor
@@ -13,8 +12,6 @@ from tqdm.auto import tqdm
 from .augmentation import Augmentation
 from .images import RawImages
 from .preprocessing import Preprocessing
-
-logger = logging.getLogger(__name__)
 
 
 class TrainingImages(torch.utils.data.Dataset):
@@ -65,11 +62,9 @@ class TrainingImages(torch.utils.data.Dataset):
     ) -> "TrainingImages":
         """Bring raw images to the model's size once, showing progress; ``raw.index`` becomes the sample ids."""
         images = torch.empty((len(raw), 3, *preprocessing.size), dtype=torch.uint8)
-        start = 0
         with tqdm(total=len(raw), desc="Resizing images", unit="image") as progress:
-            for batch, _ in raw.batches(256):
-                images[start : start + len(batch)] = preprocessing.resize(batch)
-                start += len(batch)
+            for rows, batch, _ in raw.batches(256):
+                images[rows] = preprocessing.resize(batch)
                 progress.update(len(batch))
         return cls(images, raw.labels, augmentation, raw.index)
 

@@ -22,13 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..training.config import check_options
 from .shared.masks import MaskConfig, MaskPruningTrainer, Scales, masked
 
 Noise = dict[str, tuple[Tensor, Tensor]]
 
 
-def perturbed(scales: Scales, masks: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
+def perturbed_scales(scales: Scales, masks: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
     """The parameters ``(m + delta) gamma`` and ``(1 + xi) beta`` by name."""
     weights = {f"{name}.weight": gamma * (masks[name] + noise[name][0]) for name, (gamma, _) in scales.items()}
     return weights | {f"{name}.bias": beta * (1 + noise[name][1]) for name, (_, beta) in scales.items()}
@@ -54,25 +53,16 @@ class ANPConfig(MaskConfig):
         anp_eps: eps > 0, size of the noise relative to each weight; 0.4 (authors' code).
         anp_steps: K >= 1 sign steps; 1 (authors' code).
         anp_alpha: alpha in [0, 1], weight of the clean loss against the perturbed one; 0.2 (authors' code).
-
-    Raises:
-        ValueError: An option is out of range; see `MaskConfig`.
     """
 
     output_dir: str | None = field(default="outputs/anp", metadata={"help": "Folder for the pruned model."})
     learning_rate: float = field(default=0.01, metadata={"help": "Learning rate of the masks."})
     max_steps: int = field(default=2000, metadata={"help": "Updates of the masks."})
-    anp_eps: float = field(default=0.4, metadata={"help": "eps: size of the relative noise on scales and shifts."})
-    anp_steps: int = field(default=1, metadata={"help": "K: sign steps of the noise."})
-    anp_alpha: float = field(default=0.2, metadata={"help": "alpha: weight of the clean loss."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.anp_eps > 0:
-            raise ValueError(f"anp_eps must be > 0; got {self.anp_eps}")
-        check_options(self, ">= 1", "anp_steps")
-        if not 0 <= self.anp_alpha <= 1:
-            raise ValueError(f"anp_alpha must be in [0, 1]; got {self.anp_alpha}")
+    anp_eps: float = field(
+        default=0.4, metadata={"help": "eps: size of the relative noise on scales and shifts.", "range": "> 0 and finite"}
+    )
+    anp_steps: int = field(default=1, metadata={"help": "K: sign steps of the noise.", "range": ">= 1"})
+    anp_alpha: float = field(default=0.2, metadata={"help": "alpha: weight of the clean loss.", "range": "in [0, 1]"})
 
 
 class ANPTrainer(MaskPruningTrainer):
@@ -81,7 +71,7 @@ class ANPTrainer(MaskPruningTrainer):
     method = "ANP"
     paper = "https://arxiv.org/abs/2110.14430"
 
-    def prepare(self) -> None:
+    def start(self) -> None:
         """Seed the noise."""
         self._generator = torch.Generator().manual_seed(self.args.seed)
 
@@ -92,8 +82,8 @@ class ANPTrainer(MaskPruningTrainer):
         fixed = {name: mask.detach() for name, mask in masks.items()}
         for _ in range(self.args.anp_steps):
             flat = [tensor.requires_grad_() for pair in noise.values() for tensor in pair]
-            logits = self.training_logits_with(perturbed(self.scales, fixed, noise), batch)
-            gradients = torch.autograd.grad(F.cross_entropy(logits, batch["labels"]), flat)
+            logits = self.training_logits_with(perturbed_scales(self.scales, fixed, noise), batch)
+            gradients = torch.autograd.grad(F.cross_entropy(logits, batch["labels"]), flat, materialize_grads=True)
             moved = iter([(tensor + size * g.sign()).detach() for tensor, g in zip(flat, gradients, strict=True)])
             noise = {name: (next(moved), next(moved)) for name in noise}
         return noise
@@ -102,6 +92,6 @@ class ANPTrainer(MaskPruningTrainer):
         """``alpha L(clean) + (1 - alpha) L(perturbed)``."""
         noise = self.adversarial_noise(masks, batch)
         clean = self.training_logits_with(masked(self.scales, masks), batch)
-        noisy = self.training_logits_with(perturbed(self.scales, masks, noise), batch)
+        noisy = self.training_logits_with(perturbed_scales(self.scales, masks, noise), batch)
         alpha, labels = self.args.anp_alpha, batch["labels"]
         return alpha * F.cross_entropy(clean, labels) + (1 - alpha) * F.cross_entropy(noisy, labels)

@@ -18,18 +18,15 @@ that the backdoor sits in units that they do not use. Differs from BackdoorBench
 test images; the step that breaks it is taken back (there it is kept); one order of the units throughout.
 """
 
-import json
 import math
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models.neurons import neuron_layers
-from ..training.trainer import MANIFEST
 from .shared.staged import StagedConfig, StagedTrainer
 
 STEP = 0.01  # share of the units pruned at a time (BackdoorBench)
@@ -86,9 +83,6 @@ class FinePruningConfig(StagedConfig):
 
     Args:
         max_validation_drop: In [0, 1); 0.1, relative (BackdoorBench's acc_ratio, there on test images).
-
-    Raises:
-        ValueError: ``max_validation_drop`` is out of range.
     """
 
     output_dir: str | None = field(default="outputs/fine_pruned", metadata={"help": "Folder for the pruned, tuned model."})
@@ -105,10 +99,10 @@ class FinePruningTrainer(StagedTrainer):
     method = "Fine-Pruning"
     paper = "https://arxiv.org/abs/1805.12185"
 
-    def __init__(self, model, args: FinePruningConfig, *arguments, **kwargs):
-        super().__init__(model, args, *arguments, **kwargs)
+    def prepare(self) -> None:
+        """Find the units."""
+        super().prepare()
         self.units = last_units(self.model, self.preprocessing.size)
-        self.pruning: dict[str, Any] = {}
 
     @torch.no_grad()
     def activations(self) -> Tensor:
@@ -127,56 +121,48 @@ class FinePruningTrainer(StagedTrainer):
             hook.remove()
         return torch.stack(sums).sum(0) / len(self.tune)
 
-    def begin_purification(self, resumed: bool) -> None:
-        """Prune, unless the weights come from a checkpoint."""
-        if not resumed:
-            self._prune()
-        self._pruned = torch.tensor(self.pruning["pruned"], device=self.args.device)
-        self.units.zero(self._pruned)
-
-    def _prune(self) -> None:
+    def start(self) -> None:
+        """Prune as many of the least active units as the accuracy allows."""
         order = self.activations().argsort()
+        before = self.accuracy(self.validate)
+        count, after = self._prunable(order, before)
+        chosen = self.agree(torch.where(torch.arange(len(order), device=order.device) < count, order, -1))
+        pruned = sorted(unit for unit in chosen.tolist() if unit >= 0)
+        self.found = {"where": self.units.where, "units": len(order), "pruned": pruned} | self.accuracies(before, after)
+        self._hold()
+
+    def _prunable(self, order: Tensor, before: float) -> tuple[int, float]:
+        """How many units, in this order, can go, and the accuracy without them; the model is left as it was."""
         originals = [parameter.detach().clone() for parameter, _ in self.units.parts]
-        before = after = self.accuracy(self.validate)
-        step, kept = math.ceil(STEP * len(order)), 0
+        step, found, after = math.ceil(STEP * len(order)), 0, before
         for count in self.progress(range(step, len(order), step), "Pruning", math.ceil(len(order) / step) - 1):
             self.units.zero(order[:count])
             accuracy = self.accuracy(self.validate)
             if not self.is_tolerable(accuracy, before):
                 break
-            kept, after = count, accuracy
+            found, after = count, accuracy
         for (parameter, _), original in zip(self.units.parts, originals, strict=True):
             parameter.data.copy_(original)
-        chosen = self.agree(torch.where(torch.arange(len(order), device=order.device) < kept, order, -1))
-        pruned = sorted(unit for unit in chosen.tolist() if unit >= 0)
-        if not pruned:
+        if not found:
             raise RuntimeError(
                 f"fine-pruning: the {step} least active of {len(order)} {self.units.where} already cost more than "
                 f"max_validation_drop={self.args.max_validation_drop} of the retain accuracy {before:.3f}: nothing was pruned"
             )
-        self.pruning = {
-            "where": self.units.where,
-            "units": len(order),
-            "pruned": pruned,
-            "validation_accuracy_before": before,
-            "validation_accuracy_after": after,
-            "validation_images": len(self.validate),
-        }
-        self.accelerator.print(
-            f"Fine-Pruning pruned {len(pruned)} of {len(order)} {self.units.where}: accuracy on {len(self.validate)} held-out "
-            f"retain images {before:.3f} -> {after:.3f}"
-        )
+        return found, after
 
-    def optimizer_step(self, step):
-        """The optimizer's step; what was pruned is set to zero again."""
-        result = step()
+    def _hold(self) -> None:
+        self._pruned = torch.tensor(self.found["pruned"], device=self.args.device)
         self.units.zero(self._pruned)
-        return result
 
-    def facts(self) -> dict[str, Any]:
-        """Adds ``pruning``: where, how many units there are, which were pruned, validation accuracy before and after."""
-        return super().facts() | {"pruning": self.pruning}
+    def announce(self, resumed: bool) -> None:
+        """Say what is pruned."""
+        self.say(f"pruned {len(self.found['pruned'])} of {self.found['units']} {self.found['where']}")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.pruning = json.loads((Path(resume_from_checkpoint) / MANIFEST).read_text())["pruning"]
+    def optimizer_step(self) -> None:
+        """After the optimizer's step, what was pruned is set to zero again."""
+        self.units.zero(self._pruned)
+
+    def load_resume_state(self, state: dict[str, Any]) -> None:
+        """What was pruned stays so."""
+        super().load_resume_state(state)
+        self._hold()

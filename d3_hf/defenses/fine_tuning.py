@@ -11,9 +11,7 @@ works on every network, FT-init on every one whose head can be found.
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-from ..training import reference
 from ..training.config import PurifyConfig
 from ..training.trainer import PurifyTrainer
 from .shared import geometry
@@ -45,23 +43,21 @@ class FineTuningTrainer(PurifyTrainer):
     runs_sharded = True
     streams = True
 
-    def __init__(self, model, args: FineTuningConfig, *arguments, **kwargs):
-        super().__init__(model, args, *arguments, **kwargs)
-        self.method = "FT-init" if args.reinitialize_head else "FT"
-        self.paper = "https://arxiv.org/abs/2310.01875" if args.reinitialize_head else "https://arxiv.org/abs/2206.12654"
-        self._start: list[Tensor] | None = None
+    @property
+    def method(self) -> str:
+        """FT, or FT-init where the head is drawn anew."""
+        return "FT-init" if self.args.reinitialize_head else "FT"
 
-    def begin_purification(self, resumed: bool) -> None:
-        """Draw the head anew for FT-init, unless the weights come from a checkpoint."""
-        if self.args.reinitialize_head and not resumed:
+    @property
+    def paper(self) -> str:
+        """That of FT is BackdoorBench's, that of FT-init FST's."""
+        return "https://arxiv.org/abs/2310.01875" if self.args.reinitialize_head else "https://arxiv.org/abs/2206.12654"
+
+    def start(self) -> None:
+        """Draw the head anew for FT-init."""
+        if self.args.reinitialize_head:
             (segment,) = select_weights(self.plain, "head", self.preprocessing.size)
             weight = segment.of(segment.parameter.detach())
             generator = torch.Generator().manual_seed(self.args.seed)
             weight.copy_(geometry.warm_start(weight.cpu(), "random", generator))
             self.placement.write([segment.parameter])
-        self._start = None if resumed else reference.remembered(self.plain)
-
-    def end_purification(self) -> None:
-        """Raise if no weight changed, beyond a head that was drawn anew."""
-        if self._start is not None:
-            reference.check_changed(self.plain, self._start)

@@ -19,15 +19,14 @@ FST on D3's schedule too: ``FSTConfig(**D3_SCHEDULE)``, or those three options i
 """
 
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..training import reference
-from ..training.config import PurifyConfig, check_options
-from ..training.trainer import MANIFEST, PurifyTrainer
+from ..training.config import PurifyConfig
+from ..training.reference import UNMOVED
+from ..training.trainer import PurifyTrainer
 from .shared import geometry
 from .shared.selection import select_weights
 
@@ -48,18 +47,16 @@ class FSTConfig(PurifyConfig):
         per_device_train_batch_size: 128, the authors' script.
 
     Raises:
-        ValueError: ``alpha`` is negative or not finite; see `PurifyConfig`.
+        ValueError: See `PurifyConfig`.
     """
 
     output_dir: str | None = field(default="outputs/fst", metadata={"help": "Folder for the purified model."})
     learning_rate: float = field(default=0.01, metadata={"help": "Initial learning rate."})
     num_train_epochs: float = field(default=10, metadata={"help": "Passes over the retain set."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Images per device and micro-batch."})
-    alpha: float = field(default=0.2, metadata={"help": "alpha: weight of the inner product with the old head."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_options(self, ">= 0 and finite", "alpha")
+    alpha: float = field(
+        default=0.2, metadata={"help": "alpha: weight of the inner product with the old head.", "range": ">= 0 and finite"}
+    )
 
 
 def inner_product(weight: Tensor, original: Tensor) -> Tensor:
@@ -79,7 +76,7 @@ class FSTTrainer(PurifyTrainer):
     from a checkpoint of an interrupted run.
 
     Raises:
-        ValueError: The head cannot be selected (see `select_weights`), or a checkpoint belongs to another reference.
+        ValueError: The head cannot be selected (see `select_weights`), or a checkpoint belongs to another suspicious model.
         RuntimeError: After training, when the head has not moved from its new start.
     """
 
@@ -87,10 +84,10 @@ class FSTTrainer(PurifyTrainer):
     paper = "https://arxiv.org/abs/2310.01875"
     streams = True
 
-    def __init__(self, model, args: FSTConfig, *arguments, **kwargs):
-        super().__init__(model, args, *arguments, **kwargs)
-        (self.segment,) = select_weights(model, "head", self.preprocessing.size)
-        self.bias = model.get_submodule(self.segment.name.removesuffix(".weight")).bias
+    def prepare(self) -> None:
+        """Find the head and keep ``w_ori``."""
+        (self.segment,) = select_weights(self.model, "head", self.preprocessing.size)
+        self.bias = self.model.get_submodule(self.segment.name.removesuffix(".weight")).bias
         self.reference = self.weight().clone()
         self.radius = self.reference.norm()
 
@@ -98,17 +95,15 @@ class FSTTrainer(PurifyTrainer):
         """The head's weight w as a detached view that shares memory with the model."""
         return self.segment.of(self.segment.parameter.detach())
 
-    # Before, during and after the steps --------------------------------------------------------------------------------
+    def start(self) -> None:
+        """Draw the head anew."""
+        weight, bias = self._drawn()
+        self.weight().copy_(weight)
+        if self.bias is not None:
+            self.bias.detach().copy_(bias)
 
-    def begin_purification(self, resumed: bool) -> None:
-        """Draw the head anew, unless the weights come from a checkpoint."""
-        if not resumed:
-            weight, bias = self._start()
-            self.weight().copy_(weight)
-            if self.bias is not None:
-                self.bias.detach().copy_(bias)
-
-    def _start(self) -> tuple[Tensor, Tensor]:
+    def _drawn(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias where they start, by the seed."""
         generator = torch.Generator().manual_seed(self.args.seed)
         shape, in_features = self.reference.shape, self.reference[0].numel()
         return tuple(draw_uniform(s, in_features, generator).to(self.reference) for s in (shape, shape[:1]))
@@ -118,17 +113,15 @@ class FSTTrainer(PurifyTrainer):
         self.segment.of(self.segment.parameter.grad).add_(self.reference, alpha=self.args.alpha * self.loss_scale)
         return window_loss + self.args.alpha * inner_product(self.weight(), self.reference)
 
-    def optimizer_step(self, step):
-        """The optimizer's step, then the projection onto the sphere of radius C."""
-        result = step()
+    def optimizer_step(self) -> None:
+        """After the optimizer's step, the projection onto the sphere of radius C."""
         geometry.project([self.weight()], [self.radius], "sphere")
-        return result
 
-    def end_purification(self) -> None:
+    def check_moved(self) -> None:
         """Raise if the head is where it was drawn, brought to the sphere."""
-        start, _ = self._start()
+        start, _ = self._drawn()
         moved = (self.weight() - start * (self.radius / start.norm())).norm() / self.radius
-        if not moved > reference.UNMOVED:
+        if not moved > UNMOVED:
             raise RuntimeError("the head has not moved: the model is not purified. Check learning_rate and num_train_epochs")
 
     # What the log and the manifest say ---------------------------------------------------------------------------------
@@ -142,15 +135,7 @@ class FSTTrainer(PurifyTrainer):
         return {"distance": self.relative_distance()}
 
     def facts(self) -> dict[str, Any]:
-        """Adds the head with radius and relative distance, and the reference's fingerprint."""
+        """Adds the head with radius and relative distance."""
         distance = self.relative_distance()
         selected = {"name": self.segment.name, "initial_norm": self.radius.item(), "relative_distance": distance}
-        return super().facts() | {"selected_weights": [selected], "reference_sha256": self.reference_fingerprint()}
-
-    def reference_fingerprint(self) -> str:
-        """SHA-256 over the bytes of ``w_ori``."""
-        return reference.fingerprint([self.reference])
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        reference.check_fingerprint(Path(resume_from_checkpoint) / MANIFEST, self.reference_fingerprint())
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        return super().facts() | {"selected_weights": [selected]}

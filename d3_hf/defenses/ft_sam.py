@@ -5,7 +5,7 @@ Zhu, Wei, Shen, Fan, Wu: "Enhancing Fine-Tuning based Backdoor Defense with Shar
 
     min_w  max_{||T^-1 e||_2 <= rho}  L(w + e),    T = diag(|w|),
 
-by ``e = rho T^2 g / ||T g||_2`` at ``g = grad L(w)`` (`d3_hf.sam`) and a step of the optimizer along ``grad L(w + e)``.
+by ``e = rho T^2 g / ||T g||_2`` at ``g = grad L(w)`` (`training.sam`) and a step of the optimizer along ``grad L(w + e)``.
 
 Cost: two forward and two backward passes per update, twice plain fine-tuning. The defender owns a few labelled images without
 triggers, nothing else; the authors draw them class-balanced (`retain_split(..., balanced=True)`). It works on every network.
@@ -20,8 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..training import reference
-from ..training.config import PurifyConfig, check_options
+from ..training.config import PurifyConfig
 from ..training.trainer import PurifyTrainer
 
 
@@ -37,18 +36,17 @@ class FTSAMConfig(PurifyConfig):
             GTSRB and Tiny ImageNet, and in the paper's formula.
 
     Raises:
-        ValueError: ``rho`` or ``label_smoothing`` is out of range; gradients are accumulated or fp16 is on; see `PurifyConfig`.
+        ValueError: Gradients are accumulated or fp16 is on; see `PurifyConfig`.
     """
 
     output_dir: str | None = field(default="outputs/ft_sam", metadata={"help": "Folder for the purified model."})
-    rho: float = field(default=2.0, metadata={"help": "rho: size of the adaptive neighbourhood."})
-    label_smoothing: float = field(default=0.1, metadata={"help": "Share of the label spread over all classes."})
+    rho: float = field(default=2.0, metadata={"help": "rho: size of the adaptive neighbourhood.", "range": "> 0 and finite"})
+    label_smoothing: float = field(
+        default=0.1, metadata={"help": "Share of the label spread over all classes.", "range": "in [0, 1)"}
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        check_options(self, "> 0 and finite", "rho")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1); got {self.label_smoothing}")
         if self.gradient_accumulation_steps > 1 or self.fp16:
             raise ValueError("FT-SAM needs whole, unscaled gradients: leave gradient_accumulation_steps at 1 and fp16 off")
 
@@ -66,20 +64,16 @@ class FTSAMTrainer(PurifyTrainer):
     paper = "https://arxiv.org/abs/2304.11823"
     streams = True
 
-    def __init__(self, model, args: FTSAMConfig, *arguments, **kwargs):
-        super().__init__(model, args, *arguments, **kwargs)
-        self.sam_rho = args.rho
-        self._start = reference.remembered(model)
+    @property
+    def sam_rho(self) -> float:
+        """rho: here it is no addition but the method."""
+        return self.args.rho
 
     def clean_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The cross-entropy, while training against the smoothed label: ``(1 - s) CE + s mean_c(-log p_c)``."""
         loss = super().clean_loss(outputs, labels, num_items_in_batch)
         smoothing = self.args.label_smoothing
-        if not self.model.training or not smoothing:
+        if not self.in_training_step or not smoothing:
             return loss
         uniform = -outputs.logits.float().log_softmax(1).mean(1).sum() / num_items_in_batch
         return (1 - smoothing) * loss + smoothing * uniform
-
-    def end_purification(self) -> None:
-        """Raise if no weight changed."""
-        reference.check_changed(self.model, self._start)

@@ -34,15 +34,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import TrainerCallback
 
-from ..data.retain import retain_batches
-from ..training import reference
-from ..training.config import PurifyConfig, check_options
-from .shared.amsgrad import AMSGradTrainer
+from ..training.config import PurifyConfig
+from ..training.trainer import PurifyTrainer
 
 PERTURBATION = "perturbation.safetensors"
 ATTENTIONS = (None, "eager", "sdpa")  # None: the model has no choice of attention
@@ -63,10 +60,11 @@ class IBAUConfig(PurifyConfig):
         num_train_epochs: 5 rounds (BB).
         learning_rate: 1e-4 (BB), constant.
         optim: Adam (BB), as AdamW without weight decay, always with the AMSGrad maximum.
-        batch_norm: ``"eval"`` (BB: running statistics kept, scale and shift trained) or ``"frozen"``.
+        batch_norm: ``"eval"`` (BB: running statistics kept, scale and shift trained) or ``"frozen"``: with batch statistics the
+            images of a batch would not be apart.
 
     Raises:
-        ValueError: A value is out of range; ``batch_norm`` is ``"train"``; fp16 is on.
+        ValueError: fp16 is on; see `PurifyConfig`.
     """
 
     output_dir: str | None = field(default="outputs/ibau", metadata={"help": "Folder for the purified model."})
@@ -78,20 +76,23 @@ class IBAUConfig(PurifyConfig):
     batch_norm: str = field(
         default="eval", metadata={"help": "BatchNorm while training: eval or frozen.", "choices": ("eval", "frozen")}
     )
-    inner_learning_rate: float = field(default=0.6, metadata={"help": "Step of the descent to the perturbation."})
-    inner_epochs: int = field(default=1, metadata={"help": "Passes over the retain set per descent."})
-    penalty: float = field(default=0.016, metadata={"help": "c: weight of the perturbation's squared norm."})
-    fixed_point_step: float = field(default=0.006, metadata={"help": "s: step of the fixed-point iteration."})
-    fixed_point_iterations: int = field(default=5, metadata={"help": "K: number of fixed-point iterations."})
-    perturbed_share: float = field(default=0.01, metadata={"help": "Share of a batch that carries the perturbation."})
+    inner_learning_rate: float = field(
+        default=0.6, metadata={"help": "Step of the descent to the perturbation.", "range": "> 0 and finite"}
+    )
+    inner_epochs: int = field(default=1, metadata={"help": "Passes over the retain set per descent.", "range": ">= 1"})
+    penalty: float = field(
+        default=0.016, metadata={"help": "c: weight of the perturbation's squared norm.", "range": "> 0 and finite"}
+    )
+    fixed_point_step: float = field(
+        default=0.006, metadata={"help": "s: step of the fixed-point iteration.", "range": "> 0 and finite"}
+    )
+    fixed_point_iterations: int = field(default=5, metadata={"help": "K: number of fixed-point iterations.", "range": ">= 1"})
+    perturbed_share: float = field(
+        default=0.01, metadata={"help": "Share of a batch that carries the perturbation.", "range": "in (0, 1]"}
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        check_options(self, "> 0 and finite", "inner_learning_rate", "penalty", "fixed_point_step")
-        check_options(self, ">= 1", "inner_epochs", "fixed_point_iterations")
-        check_options(self, "in (0, 1]", "perturbed_share")
-        if self.batch_norm == "train":
-            raise ValueError("batch_norm must be eval or frozen: with batch statistics the images of a batch are not apart")
         if self.fp16:
             raise ValueError("fp16 rounds second derivatives to zero; use bf16 or float32")
 
@@ -158,21 +159,11 @@ def implicit_gradient(
 # The trainer -----------------------------------------------------------------------------------------------------------
 
 
-class _Rounds(TrainerCallback):
-    """Tells the trainer that a round begins; added after the base class's, which sets the data's epoch."""
-
-    def __init__(self, trainer: "IBAUTrainer"):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.begin_round(int(state.epoch or 0))
-
-
-class IBAUTrainer(AMSGradTrainer):
+class IBAUTrainer(PurifyTrainer):
     """Trainer of i-BAU; see `PurifyTrainer` for the arguments and `IBAUConfig` for the objective.
 
     With several processes delta and q are common to all. The log's ``loss`` and ``clean_loss`` are H: a share of its images
-    carries delta; ``perturbation`` is the L2 norm of delta in pixels of [0, 1]. Checkpoints and the final folder hold delta.
+    carries delta; ``perturbation`` is the L2 norm of delta in pixels of [0, 1]. The final folder holds delta.
 
     Raises:
         ValueError: The model's attention cannot be differentiated twice.
@@ -181,31 +172,31 @@ class IBAUTrainer(AMSGradTrainer):
 
     method = "i-BAU"
     paper = "https://arxiv.org/abs/2110.03735"
+    amsgrad = True
 
-    def __init__(self, model, args: IBAUConfig, *arguments, **kwargs):
-        super().__init__(model, args, *arguments, **kwargs)
-        if (attention := model.config._attn_implementation) not in ATTENTIONS:
+    def prepare(self) -> None:
+        """Refuse attention that cannot be differentiated twice; begin without a delta."""
+        if (attention := self.model.config._attn_implementation) not in ATTENTIONS:
             raise ValueError(f"{attention} has no second derivative: load the model with attn_implementation='sdpa' or 'eager'")
-        self._std = torch.tensor(self.preprocessing.std, device=args.device).view(1, 3, 1, 1)
-        self._start = reference.remembered(model)
-        self.delta = torch.zeros((1, 3, *self.preprocessing.size), device=args.device, requires_grad=True)
+        self._std = torch.tensor(self.preprocessing.std, device=self.args.device).view(1, 3, 1, 1)
+        self.delta = torch.zeros((1, 3, *self.preprocessing.size), device=self.args.device, requires_grad=True)
         self.round = -1
-        self.add_callback(_Rounds(self))
 
-    def _mean(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, "mean")
-
-    def begin_purification(self, resumed: bool) -> None:
-        """Forget the delta of an earlier run of `train`, unless one came with the checkpoint."""
-        if not resumed:
-            self.round = -1
+    def start(self) -> None:
+        """Forget the delta of an earlier run of `train`."""
+        self.round = -1
 
     # The inner problem, once a round -----------------------------------------------------------------------------------
 
+    def training_batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As it is; before the first of a round the round's delta is found, unless that came with the checkpoint."""
+        number = int(self.state.epoch or 0)
+        if number != self.round:
+            self.begin_round(number)
+        return inputs
+
     def begin_round(self, number: int) -> None:
-        """Find this round's delta, unless it came with the checkpoint."""
-        if number == self.round:
-            return
+        """Find this round's delta."""
         self.model.eval()
         delta, changed = self.find_perturbation()
         self.delta, self.round = broadcast(delta).requires_grad_(), number
@@ -224,7 +215,7 @@ class IBAUTrainer(AMSGradTrainer):
         delta, changed = torch.zeros_like(self.delta), 0
         for _ in range(self.args.inner_epochs):
             changed = 0
-            for batch in retain_batches(self, "i-BAU: perturbation", augmented=False):
+            for batch in self.retain_batches("i-BAU: perturbation"):
                 delta.requires_grad_()
                 inner, flipped = self._inner(batch["pixel_values"], delta)
                 (gradient,) = torch.autograd.grad(inner, delta)
@@ -243,9 +234,8 @@ class IBAUTrainer(AMSGradTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """While training a share of the images carries delta."""
-        if self.model.training:
-            for child in self.model.children():  # the base class reads the mode of the model itself
-                child.eval()
+        if self.in_training_step:
+            self.model.eval()
             self._pixel_values = inputs["pixel_values"]
             carries = self._chosen(len(self._pixel_values)) / self._std
             inputs = {**inputs, "pixel_values": self._pixel_values + carries * self.delta}
@@ -253,7 +243,7 @@ class IBAUTrainer(AMSGradTrainer):
 
     def _chosen(self, count: int) -> Tensor:
         """Which images carry delta, as 0 or 1, (count, 1, 1, 1); drawn by seed, step and process."""
-        generator = np.random.default_rng([self.args.seed, self.state.global_step, self.args.process_index])
+        generator = np.random.default_rng([self.args.seed, self.batch_number, self.args.process_index])
         rows = generator.permutation(count)[: max(1, round(self.args.perturbed_share * count))]
         return torch.zeros(count).index_fill(0, torch.from_numpy(rows), 1.0).view(-1, 1, 1, 1).to(self._std.device)
 
@@ -262,25 +252,19 @@ class IBAUTrainer(AMSGradTrainer):
         outer_gradient = self._mean(self.delta.grad)
         self.delta.grad = None
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        step, iterations = self.args.fixed_point_step, self.args.fixed_point_iterations
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
             inner, _ = self._inner(self._pixel_values, self.delta)
-            terms = implicit_gradient(
-                inner,
-                self.delta,
-                outer_gradient,
-                parameters,
-                lambda product, target: fixed_point(product, target, step, iterations),
-                self._mean,
-            )
+            terms = implicit_gradient(inner, self.delta, outer_gradient, parameters, self._solve, self._mean)
         torch._foreach_add_([p.grad for p in parameters], terms)
         return window_loss
 
-    # What the log and the manifest say, what the checkpoint holds ------------------------------------------------------
+    def _solve(self, product: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
+        return fixed_point(product, target, self.args.fixed_point_step, self.args.fixed_point_iterations)
 
-    def end_purification(self) -> None:
-        """Raise if no weight changed."""
-        reference.check_changed(self.model, self._start)
+    def _mean(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, "mean")
+
+    # What the log, the manifest, the folder and a checkpoint hold -------------------------------------------------------
 
     def step_statistics(self) -> dict[str, float]:
         """``perturbation``: the L2 norm of delta in pixels of [0, 1]."""
@@ -288,17 +272,23 @@ class IBAUTrainer(AMSGradTrainer):
 
     def facts(self) -> dict[str, Any]:
         """Adds the norms of the last delta, in pixels of [0, 1], and its file."""
-        norms = {"l2": self.delta.norm().item(), "linf": self.delta.abs().max().item()}
-        return super().facts() | {"perturbation": norms | {"rounds": self.round + 1, "file": PERTURBATION}}
+        found = {"l2": self.delta.norm().item(), "linf": self.delta.abs().max().item(), "rounds": self.round + 1}
+        if not self.is_writing_checkpoint:
+            found["file"] = PERTURBATION
+        return super().facts() | {"perturbation": found}
 
     def write_files(self, folder: Path, state_dict: dict | None = None) -> None:
-        """Adds the perturbation."""
+        """Adds the perturbation to the final folder."""
         super().write_files(folder, state_dict)
-        state = {"delta": self.delta.detach().cpu(), "round": torch.tensor(self.round)}
-        save_file(state, folder / PERTURBATION)
+        if not self.is_writing_checkpoint:
+            save_file({"delta": self.delta.detach().cpu(), "round": torch.tensor(self.round)}, folder / PERTURBATION)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        state = load_file(Path(resume_from_checkpoint) / PERTURBATION)
+    def resume_state(self) -> dict[str, Any]:
+        """Adds delta and its round."""
+        return super().resume_state() | {"delta": self.delta, "round": self.round}
+
+    def load_resume_state(self, state: dict[str, Any]) -> None:
+        """Goes on with that delta."""
+        super().load_resume_state(state)
         self.delta = state["delta"].to(self.args.device).requires_grad_()
-        self.round = int(state["round"])
+        self.round = state["round"]

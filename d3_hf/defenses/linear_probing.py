@@ -11,8 +11,6 @@ the head's weight to its first norm after each step; here the features do not mo
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from ..models.head import find_head
 from ..training.config import PurifyConfig
 from ..training.trainer import PurifyTrainer
@@ -35,11 +33,6 @@ class LinearProbingConfig(PurifyConfig):
         default="frozen", metadata={"help": "BatchNorm while training: frozen or eval.", "choices": ("frozen", "eval")}
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.batch_norm == "train":
-            raise ValueError("linear probing keeps the features as they are: batch_norm must be frozen or eval, not train")
-
 
 class LinearProbingTrainer(PurifyTrainer):
     """Trainer of linear probing; see `PurifyTrainer` for the arguments.
@@ -55,18 +48,12 @@ class LinearProbingTrainer(PurifyTrainer):
     paper = "https://arxiv.org/abs/2310.01875"
     streams = True
 
-    def __init__(self, model, args: LinearProbingConfig, *arguments, **kwargs):
-        super().__init__(model, args, *arguments, **kwargs)
-        self.head_name = find_head(model, self.preprocessing.size)
-        self.head = model.get_submodule(self.head_name)
-        model.requires_grad_(False)
+    def prepare(self) -> None:
+        """Freeze all but the head."""
+        self.head_name = find_head(self.model, self.preprocessing.size)
+        self.head = self.model.get_submodule(self.head_name)
+        self.model.requires_grad_(False)
         self.head.requires_grad_(True)
-        self._start = [p.detach().clone() for p in self.head.parameters()]
-
-    def end_purification(self) -> None:
-        """Raise if the head has not changed."""
-        if all(torch.equal(p, start) for p, start in zip(self.head.parameters(), self._start, strict=True)):
-            raise RuntimeError("the head has not changed: the model is not purified. Check learning_rate and num_train_epochs")
 
     def facts(self) -> dict[str, Any]:
         """Adds the names of the trained parameters."""

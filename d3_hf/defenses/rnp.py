@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .shared.masks import MaskConfig, MaskPruningTrainer, masked
-from .shared.staged import check_unlearning
+from .shared.unlearning import unlearned_copy
 
 
 @dataclass
@@ -32,21 +32,18 @@ class RNPConfig(MaskConfig):
         unlearn_epochs: At most so many passes of the ascent, >= 1; 20 (BackdoorBench).
         unlearn_accuracy: Stop the ascent when the accuracy over an epoch's batches is at most this, in [0, 1), or that of
             always answering the most frequent class; 0.2 (authors' code, on ten classes).
-
-    Raises:
-        ValueError: An option is out of range; see `MaskConfig`.
     """
 
     output_dir: str | None = field(default="outputs/rnp", metadata={"help": "Folder for the pruned model."})
     learning_rate: float = field(default=0.04, metadata={"help": "Learning rate of the masks."})
     num_train_epochs: float = field(default=20, metadata={"help": "Passes of the recovery over four fifths of the retain set."})
-    unlearn_learning_rate: float = field(default=0.01, metadata={"help": "Learning rate of the unlearning."})
-    unlearn_epochs: int = field(default=20, metadata={"help": "Largest number of passes of the unlearning."})
-    unlearn_accuracy: float = field(default=0.2, metadata={"help": "Accuracy at which the unlearning stops."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_unlearning(self)
+    unlearn_learning_rate: float = field(
+        default=0.01, metadata={"help": "Learning rate of the unlearning.", "range": "> 0 and finite"}
+    )
+    unlearn_epochs: int = field(default=20, metadata={"help": "Largest number of passes of the unlearning.", "range": ">= 1"})
+    unlearn_accuracy: float = field(
+        default=0.2, metadata={"help": "Accuracy at which the unlearning stops.", "range": "in [0, 1)"}
+    )
 
 
 class RNPTrainer(MaskPruningTrainer):
@@ -60,9 +57,9 @@ class RNPTrainer(MaskPruningTrainer):
     method = "RNP"
     paper = "https://arxiv.org/abs/2305.14876"
 
-    def prepare(self) -> None:
+    def start(self) -> None:
         """Unlearn the clean task on a copy of the victim."""
-        self.unlearned, self.unlearned_facts = self.unlearned_copy(weight_decay=5e-4, evaluate=False)
+        self.unlearned, self.unlearned_facts = unlearned_copy(self, weight_decay=5e-4, evaluate=False)
         self.unlearned_scales = {
             name: (self.unlearned[f"{name}.weight"], self.unlearned[f"{name}.bias"]) for name in self.scales
         }
@@ -75,5 +72,5 @@ class RNPTrainer(MaskPruningTrainer):
     def prune(self, masks: dict[str, Tensor]) -> None:
         """Prune the victim; the unlearned copy is no longer needed."""
         super().prune(masks)
-        self.pruning["unlearning"] = self.unlearned_facts
+        self.found["unlearning"] = self.unlearned_facts
         del self.unlearned, self.unlearned_scales

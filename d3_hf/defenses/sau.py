@@ -25,7 +25,6 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,10 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..training import reference
-from ..training.config import PurifyConfig, check_options
-from ..training.trainer import MANIFEST
-from .shared.amsgrad import AMSGradTrainer
+from ..training.config import BATCH_NORM_POLICIES, PurifyConfig
+from ..training.trainer import PurifyTrainer
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -64,7 +61,7 @@ class SAUConfig(PurifyConfig):
         crop_padding: 0: the authors do not augment.
 
     Raises:
-        ValueError: A value is out of range; fp16 is on; see `PurifyConfig`.
+        ValueError: Both betas are 0; fp16 is on; see `PurifyConfig`.
     """
 
     output_dir: str | None = field(default="outputs/sau", metadata={"help": "Folder for the purified model."})
@@ -76,23 +73,32 @@ class SAUConfig(PurifyConfig):
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the learning rate."})
     batch_norm: str = field(
         default="eval",
-        metadata={"help": "BatchNorm while training: train, eval or frozen.", "choices": ("train", "eval", "frozen")},
+        metadata={"help": "BatchNorm while training: train, eval or frozen.", "choices": BATCH_NORM_POLICIES},
     )
     crop_padding: int = field(default=0, metadata={"help": "Zero padding in pixels before the random crop."})
-    lambda_clean: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy on the images."})
-    lambda_adversarial: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy on the examples."})
-    lambda_shared: float = field(default=1.0, metadata={"help": "Weight of the unlearning of shared classes."})
-    beta_adversarial: float = field(default=0.01, metadata={"help": "Inner problem: weight of fooling both models."})
-    beta_shared: float = field(default=1.0, metadata={"help": "Inner problem: weight of their agreement."})
-    pgd_bound: float = field(default=0.2, metadata={"help": "Largest change of a pixel in [0, 1]."})
-    pgd_step: float = field(default=0.2, metadata={"help": "Size of a sign-gradient step, same scale."})
-    pgd_steps: int = field(default=5, metadata={"help": "Number of sign-gradient steps."})
+    lambda_clean: float = field(
+        default=1.0, metadata={"help": "Weight of the cross-entropy on the images.", "range": ">= 0 and finite"}
+    )
+    lambda_adversarial: float = field(
+        default=0.0, metadata={"help": "Weight of the cross-entropy on the examples.", "range": ">= 0 and finite"}
+    )
+    lambda_shared: float = field(
+        default=1.0, metadata={"help": "Weight of the unlearning of shared classes.", "range": "> 0 and finite"}
+    )
+    beta_adversarial: float = field(
+        default=0.01, metadata={"help": "Inner problem: weight of fooling both models.", "range": ">= 0 and finite"}
+    )
+    beta_shared: float = field(
+        default=1.0, metadata={"help": "Inner problem: weight of their agreement.", "range": ">= 0 and finite"}
+    )
+    pgd_bound: float = field(default=0.2, metadata={"help": "Largest change of a pixel in [0, 1].", "range": "> 0 and finite"})
+    pgd_step: float = field(
+        default=0.2, metadata={"help": "Size of a sign-gradient step, same scale.", "range": "> 0 and finite"}
+    )
+    pgd_steps: int = field(default=5, metadata={"help": "Number of sign-gradient steps.", "range": ">= 1"})
 
     def __post_init__(self):
         super().__post_init__()
-        check_options(self, ">= 0 and finite", "lambda_clean", "lambda_adversarial", "beta_adversarial", "beta_shared")
-        check_options(self, "> 0 and finite", "lambda_shared", "pgd_bound", "pgd_step")
-        check_options(self, ">= 1", "pgd_steps")
         if self.beta_adversarial == self.beta_shared == 0:
             raise ValueError("beta_adversarial and beta_shared are both 0: the inner problem would have no objective")
         if self.fp16:
@@ -176,7 +182,7 @@ def shared_perturbation(
 # The trainer -----------------------------------------------------------------------------------------------------------
 
 
-class SAUTrainer(AMSGradTrainer):
+class SAUTrainer(PurifyTrainer):
     """Trainer of SAU; see `PurifyTrainer` for the arguments and `SAUConfig` for the objective.
 
     h0 is a copy of the model as it is handed over: build the trainer from the suspicious model, also when resuming from a
@@ -191,15 +197,15 @@ class SAUTrainer(AMSGradTrainer):
     method = "SAU"
     paper = "https://arxiv.org/abs/2307.10562"
     log_names = ("clean_loss", "fooled_fraction", "shared_fraction")
+    amsgrad = True
 
-    def __init__(self, model, args: SAUConfig, *arguments, **kwargs):
-        super().__init__(model, args, *arguments, **kwargs)
-        self.suspicious = copy.deepcopy(model).requires_grad_(False).eval()
-        self.reference_sha256 = reference.fingerprint(self.suspicious.state_dict().values())
+    def prepare(self) -> None:
+        """Keep h0."""
+        self.suspicious = copy.deepcopy(self.model).requires_grad_(False).eval()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """While training the images and their adversarial examples go through the model as one batch."""
-        if self.model.training and "labels" in inputs:
+        if self.in_training_step and "labels" in inputs:
             inputs = {**inputs, "pixel_values": self._with_examples(inputs["pixel_values"], inputs["labels"])}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -215,7 +221,7 @@ class SAUTrainer(AMSGradTrainer):
             with torch.no_grad():
                 self._classes = models[1](examples).argmax(1)
         self._fooled = (self._classes != labels) & (self._classes != predictions[1])
-        self.model.train()  # as training_step had left it; the BatchNorm policy is applied after this
+        self.model.train()
         return torch.cat([pixel_values, examples])
 
     def sample_loss(self, cross_entropy: Tensor) -> Tensor:
@@ -224,7 +230,7 @@ class SAUTrainer(AMSGradTrainer):
 
     def clean_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The outer objective while training, from logits (2 B, C) of images and examples; else the cross-entropy."""
-        if not self.model.training or labels is None:
+        if not self.in_training_step or labels is None:
             return super().clean_loss(outputs, labels, num_items_in_batch)
         logits, adversarial = outputs.logits.float().chunk(2)
         self._shared = self._fooled & (adversarial.detach().argmax(1) == self._classes)
@@ -236,15 +242,3 @@ class SAUTrainer(AMSGradTrainer):
     def sample_statistics(self, cross_entropy: Tensor) -> list[Tensor]:
         """Sums for ``clean_loss``, ``fooled_fraction`` and ``shared_fraction``."""
         return [cross_entropy.sum(), self._fooled.sum(), self._shared.sum()]
-
-    def end_purification(self) -> None:
-        """Raise if no weight changed."""
-        reference.check_changed(self.model, self.suspicious.parameters())
-
-    def facts(self) -> dict[str, Any]:
-        """Adds the fingerprint of h0."""
-        return super().facts() | {"reference_sha256": self.reference_sha256}
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        reference.check_fingerprint(Path(resume_from_checkpoint) / MANIFEST, self.reference_sha256)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)

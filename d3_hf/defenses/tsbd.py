@@ -20,9 +20,7 @@ in shuffled order; BatchNorm statistics are updated by the pass that gives g_1, 
 without gradient stays where it is (there 0 / 0).
 """
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.neurons import neuron_layers
-from ..training.trainer import MANIFEST
-from .shared.staged import StagedConfig, StagedTrainer, check_functional, check_unlearning
+from .shared.staged import StagedConfig, StagedTrainer, check_functional
+from .shared.unlearning import unlearned_copy
 
 SHORTCUTS = ("shortcut", "downsample")  # how networks name them; the authors' code looks for the first
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "qkv", "q", "k", "v", "kv")
@@ -109,7 +107,7 @@ class TSBDConfig(StagedConfig):
         max_validation_drop: In [0, 1); 0.3 (here, not measured): fine-tuning recovers much of what the zeros cost.
 
     Raises:
-        ValueError: An option is out of range, or fp16 or activation checkpointing is asked for.
+        ValueError: fp16 or activation checkpointing is asked for; see `PurifyConfig`.
     """
 
     output_dir: str | None = field(default="outputs/tsbd", metadata={"help": "Folder for the purified model."})
@@ -117,29 +115,29 @@ class TSBDConfig(StagedConfig):
     num_train_epochs: float = field(default=20, metadata={"help": "Passes of the fine-tuning over the retain set."})
     per_device_train_batch_size: int = field(default=256, metadata={"help": "Images per device and micro-batch."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the learning rate."})
-    unlearn_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the unlearning."})
-    unlearn_epochs: int = field(default=1000, metadata={"help": "Largest number of passes of the unlearning."})
-    unlearn_accuracy: float = field(default=0.1, metadata={"help": "Accuracy at which the unlearning stops."})
-    neuron_ratios: list[float] = field(
-        default_factory=lambda: list(RATIOS), metadata={"help": "Candidates for n, the share of neurons to re-initialise."}
+    unlearn_learning_rate: float = field(
+        default=1e-4, metadata={"help": "Learning rate of the unlearning.", "range": "> 0 and finite"}
     )
-    weight_ratio: float = field(default=0.7, metadata={"help": "m: share of those neurons' weights set to zero."})
-    gradient_radius: float = field(default=0.05, metadata={"help": "r: how far the second gradient is taken."})
-    gradient_mix: float = field(default=0.7, metadata={"help": "alpha: weight of the second gradient."})
+    unlearn_epochs: int = field(default=1000, metadata={"help": "Largest number of passes of the unlearning.", "range": ">= 1"})
+    unlearn_accuracy: float = field(
+        default=0.1, metadata={"help": "Accuracy at which the unlearning stops.", "range": "in [0, 1)"}
+    )
+    neuron_ratios: list[float] = field(
+        default_factory=lambda: list(RATIOS),
+        metadata={"help": "Candidates for n, the share of neurons to re-initialise.", "range": "in (0, 1]"},
+    )
+    weight_ratio: float = field(
+        default=0.7, metadata={"help": "m: share of those neurons' weights set to zero.", "range": "in (0, 1]"}
+    )
+    gradient_radius: float = field(
+        default=0.05, metadata={"help": "r: how far the second gradient is taken.", "range": "> 0 and finite"}
+    )
+    gradient_mix: float = field(default=0.7, metadata={"help": "alpha: weight of the second gradient.", "range": "in [0, 1]"})
     max_validation_drop: float = field(default=0.3, metadata={"help": "Relative loss of retain validation accuracy allowed."})
 
     def __post_init__(self):
         check_functional(self)
         super().__post_init__()
-        check_unlearning(self)
-        if not self.neuron_ratios or not all(0 < n <= 1 for n in self.neuron_ratios):
-            raise ValueError(f"neuron_ratios must be one or more numbers in (0, 1]; got {self.neuron_ratios}")
-        if not 0 < self.weight_ratio <= 1:
-            raise ValueError(f"weight_ratio must be in (0, 1]; got {self.weight_ratio}")
-        if not self.gradient_radius > 0:
-            raise ValueError(f"gradient_radius must be > 0; got {self.gradient_radius}")
-        if not 0 <= self.gradient_mix <= 1:
-            raise ValueError(f"gradient_mix must be in [0, 1]; got {self.gradient_mix}")
 
 
 class TSBDTrainer(StagedTrainer):
@@ -153,11 +151,12 @@ class TSBDTrainer(StagedTrainer):
 
     method = "TSBD"
     paper = "https://arxiv.org/abs/2405.20291"
+    found_as = "reinitialised"
 
-    def __init__(self, model, args: TSBDConfig, *arguments, **kwargs):
-        super().__init__(model, args, *arguments, **kwargs)
+    def prepare(self) -> None:
+        """Find the neurons."""
+        super().prepare()
         self.neuron_names = list(neuron_weights(self.model, self.preprocessing.size))
-        self.reinitialised: dict[str, Any] = {}
         self._window: list[tuple[dict, Any]] = []
 
     @property
@@ -167,57 +166,56 @@ class TSBDTrainer(StagedTrainer):
 
     # Stage 1 -----------------------------------------------------------------------------------------------------------
 
-    def begin_purification(self, resumed: bool) -> None:
-        """Unlearn, choose n, set the sub-weights to zero; nothing of it if the weights come from a checkpoint."""
-        self._window = []
-        if not resumed:
-            self._reinitialise(self.weight_changes())
+    def start(self) -> None:
+        """Unlearn, choose n, set the sub-weights to zero."""
+        changes, unlearned = self.weight_changes()
+        before = self.accuracy(self.validate)
+        ratio, weights, after = self.choose_ratio(changes, before)
+        self.agree(weights)
+        zeroed = sum(int((weights[name] != weight).sum()) for name, weight in self.neurons.items())
+        for name, weight in self.neurons.items():
+            weight.copy_(weights[name])
+        self.found = {
+            "unlearning": unlearned,
+            "neuron_ratio": ratio,
+            "neurons": sum(len(weight) for weight in weights.values()),
+            "share_of_weights_zeroed": zeroed / sum(weight.numel() for weight in weights.values()),
+        } | self.accuracies(before, after)
 
-    def weight_changes(self) -> list[Tensor]:
-        """Unlearned minus original weights of all neuron layers.
+    def weight_changes(self) -> tuple[list[Tensor], dict[str, Any]]:
+        """Unlearned minus original weights of all neuron layers, and how the unlearning went.
 
         Raises:
             RuntimeError: Accuracy on the tuning images did not fall to ``unlearn_accuracy``.
         """
-        tensors, found = self.unlearned_copy(weight_decay=0.0, evaluate=True)
-        self.reinitialised = {"unlearning": found}
-        return [tensors[name] - weight for name, weight in self.neurons.items()]
+        tensors, found = unlearned_copy(self, weight_decay=0.0, evaluate=True)
+        return [tensors[name] - weight for name, weight in self.neurons.items()], found
 
-    def _reinitialise(self, changes: list[Tensor]) -> None:
-        neurons, before = self.neurons, self.accuracy(self.validate)
-        zeroed, chosen, accuracy = None, 0.0, before
+    def choose_ratio(self, changes: list[Tensor], before: float) -> tuple[float, dict[str, Tensor], float]:
+        """The largest n up to which validation accuracy is tolerable, the weights by name with its zeros, and the accuracy."""
+        chosen, accuracy = None, before
         for ratio in sorted(self.args.neuron_ratios):
             weights, accuracy = self.with_zeros(changes, ratio)
             if not self.is_tolerable(accuracy, before):
                 break
-            zeroed, chosen, after = weights, ratio, accuracy
-        if zeroed is None:
+            chosen = ratio, weights, accuracy
+        if chosen is None:
             raise RuntimeError(
                 f"TSBD: n = {min(self.args.neuron_ratios)} already lowers the retain accuracy from {before:.3f} to "
                 f"{accuracy:.3f}, more than max_validation_drop={self.args.max_validation_drop}: nothing was re-initialised"
             )
-        self.agree(list(zeroed.values()))
-        share = sum(int((zeroed[name] != w).sum()) for name, w in neurons.items()) / sum(w.numel() for w in zeroed.values())
-        for name, weight in neurons.items():
-            weight.copy_(zeroed[name])
-        self.reinitialised |= {
-            "neuron_ratio": chosen,
-            "neurons": sum(len(weight) for weight in neurons.values()),
-            "share_of_weights_zeroed": share,
-            "validation_accuracy_before": before,
-            "validation_accuracy_after": after,
-            "validation_images": len(self.validate),
-        }
-        self.accelerator.print(
-            f"TSBD re-initialised n = {chosen} of {self.reinitialised['neurons']} neurons ({share:.1%} of their layers' "
-            f"weights): accuracy on {len(self.validate)} held-out retain images {before:.3f} -> {after:.3f}"
-        )
+        return chosen
 
     def with_zeros(self, changes: list[Tensor], ratio: float) -> tuple[dict[str, Tensor], float]:
         """The neuron layers' weights with the sub-weights at zero, and that network's accuracy on the validation images."""
         zeros = subweights(changes, ratio, self.args.weight_ratio)
         weights = {name: w.masked_fill(zero, 0.0) for (name, w), zero in zip(self.neurons.items(), zeros, strict=True)}
         return weights, self.accuracy(self.validate, weights)
+
+    def announce(self, resumed: bool) -> None:
+        """Say what was re-initialised."""
+        ratio, neurons, share = (self.found[name] for name in ("neuron_ratio", "neurons", "share_of_weights_zeroed"))
+        self.say(f"re-initialised n = {ratio} of {neurons} neurons ({share:.1%} of their layers' weights)")
 
     # Stage 2 -----------------------------------------------------------------------------------------------------------
 
@@ -243,11 +241,3 @@ class TSBDTrainer(StagedTrainer):
         torch._foreach_mul_(gradients, 1 - self.args.gradient_mix)
         torch._foreach_add_(gradients, second, alpha=self.args.gradient_mix)
         return window_loss
-
-    def facts(self) -> dict[str, Any]:
-        """Adds ``reinitialised``: the unlearning, n, how many neurons there are, the share of weights zeroed, accuracies."""
-        return super().facts() | {"reinitialised": self.reinitialised}
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.reinitialised = json.loads((Path(resume_from_checkpoint) / MANIFEST).read_text())["reinitialised"]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from torch import Tensor
 
-from ..errors import listed
+from ..errors import join_names
 from .measure import Measurement
 from .metrics import accuracy
 
@@ -67,7 +67,7 @@ def broken_rails(
         if low:
             reasons.append(
                 f"ACC of {len(low)} of {len(rates)} classes is under min_class_accuracy, "
-                f"{100 * guard.min_class_accuracy:g} %: {listed(low)}"
+                f"{100 * guard.min_class_accuracy:g} %: {join_names(low)}"
             )
     if guard.min_agreement is not None:
         agreement = accuracy(after.predictions, before.predictions).value

@@ -7,28 +7,30 @@ purification did not leave the region of the backdoor. Nothing here changes a mo
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import silhouette_samples
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data.images import RawImages
 from ..data.preprocessing import Preprocessing
 from ..models.batch_norm import reestimate_batch_norm
+from ..models.evaluating import evaluating
 from ..models.head import find_head
-from .measure import Measurement, Trigger, measure
-from .metrics import Proportion
+from .fitting import BATCH, run_with_fitting_batch
+from .measure import Measurement, Trigger, measure, predict
+from .metrics import Proportion, accuracy
 
 STEPS = tuple(quarter / 4 for quarter in range(-2, 17))
 BATCH_NORMS = ("interpolated", "re-estimated")
-BATCH = 256  # images per forward pass, as `measure` has it
+NO_CLASS = -1  # what an image without finite logits is given
 
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,20 @@ def path(
     for t in tqdm(steps, desc="Walking the path", unit="point", disable=not progress):
         model.load_state_dict(interpolate(start, end, t))
         if batch_norm == "re-estimated":
-            reestimate_batch_norm(model, (preprocessing(raw.to(model.device)) for raw, _ in retain.batches(BATCH)))
-        clean_loss, accuracy = _loss_and_share(model, images, preprocessing)
-        backdoor_loss, asr = _loss_and_share(model, triggered, preprocessing)
-        points.append(PathPoint(float(t), clean_loss, backdoor_loss, accuracy, asr))
+            run_with_fitting_batch(lambda size: reestimate_batch_norm(model, _inputs(model, retain, preprocessing, size)))
+        clean_loss, acc = run_with_fitting_batch(lambda size: _loss_and_share(model, images, preprocessing, size))
+        backdoor_loss, asr = run_with_fitting_batch(lambda size: _loss_and_share(model, triggered, preprocessing, size))
+        points.append(PathPoint(float(t), clean_loss, backdoor_loss, acc, asr))
     return points
 
 
-def interpolate(start: State, end: State, t: float) -> State:
+def _inputs(model: PreTrainedModel, images: RawImages, preprocessing: Preprocessing, batch_size: int) -> Iterator[Tensor]:
+    """Batches as the model takes them, on its device."""
+    for _, raw, _ in images.batches(batch_size):
+        yield preprocessing(raw.to(model.device))
+
+
+def interpolate(start: StateDict, end: StateDict, t: float) -> StateDict:
     """The weights ``start + t (end - start)`` in float32.
 
     Floating tensors are on the line, exactly ``start`` at t = 0 and ``end`` at t = 1. BatchNorm's ``running_var`` is kept
@@ -126,7 +134,7 @@ def interpolate(start: State, end: State, t: float) -> State:
         ValueError: See `check_same_weights`.
     """
     check_same_weights(start, end)
-    point: State = {}
+    point: StateDict = {}
     for name, tensor in start.items():
         if not tensor.is_floating_point():
             point[name] = tensor.clone()
@@ -137,7 +145,7 @@ def interpolate(start: State, end: State, t: float) -> State:
     return point
 
 
-def check_same_weights(first: State, second: State) -> None:
+def check_same_weights(first: StateDict, second: StateDict) -> None:
     """Raise a ValueError that names the first weight in which two state dicts differ by name, shape or kind of number."""
     if odd := sorted(first.keys() ^ second.keys()):
         side = "first" if odd[0] in first else "second"
@@ -167,26 +175,30 @@ def triggered_images(images: RawImages, attack: Trigger, num_classes: int) -> Ra
     if len(rows) == 0:
         raise ValueError("no image is of a class that the attack counts (all-to-one: any but the target)")
     counted = images.select(rows)
-    stamped = [attack.trigger(raw) for raw, _ in counted.batches(BATCH)]
+    pictures: list[Tensor] = [torch.empty(0)] * len(counted)
+    for rows, raw, _ in counted.batches(BATCH):
+        for row, picture in zip(rows.tolist(), attack.trigger(raw), strict=True):
+            pictures[row] = picture
     uniform = isinstance(counted.images, Tensor)
-    pictures = torch.cat(stamped) if uniform else [batch[0] for batch in stamped]
+    pictures = torch.stack(pictures) if uniform else pictures
     return RawImages(pictures, counted.labels, counted.class_names, counted.index)
 
 
 @torch.inference_mode()
 def _loss_and_share(
-    model: PreTrainedModel, images: RawImages, preprocessing: Callable[[Tensor], Tensor]
+    model: PreTrainedModel, images: RawImages, preprocessing: Callable[[Tensor], Tensor], batch_size: int
 ) -> tuple[float, Proportion]:
     """Mean cross-entropy against ``images.labels`` and the share classified so."""
     device = next(model.parameters()).device
-    total, right = 0.0, 0
-    for raw, labels in images.batches(BATCH):
+    total, predicted, truth = 0.0, [], []
+    for _, raw, labels in images.batches(batch_size):
         labels = labels.to(device)
         logits = model(pixel_values=preprocessing(raw.to(device))).logits
         total += F.cross_entropy(logits, labels, reduction="sum").item()
-        right += int((logits.isfinite().all(1) & (logits.argmax(1) == labels)).sum())
+        predicted.append(torch.where(logits.isfinite().all(1), logits.argmax(1), NO_CLASS).cpu())
+        truth.append(labels.cpu())
     loss = total / len(images)
-    return loss if math.isfinite(loss) else math.inf, Proportion(right, len(images))
+    return loss if math.isfinite(loss) else math.inf, accuracy(torch.cat(predicted), torch.cat(truth))
 
 
 def weight_changes(before: PreTrainedModel, after: PreTrainedModel, relative: bool = True) -> dict[str, Tensor]:
@@ -235,13 +247,23 @@ def penultimate_features(model: PreTrainedModel, images: RawImages, preprocessin
         ValueError: The model has no single head, or a logit is not finite.
     """
     head = model.get_submodule(find_head(model, preprocessing.size))
-    features: list[Tensor] = []
+    with evaluating(model, model.device):
+        return run_with_fitting_batch(lambda size: _features(model, head, images, preprocessing, size))
+
+
+@torch.no_grad()
+def _features(
+    model: PreTrainedModel, head: nn.Module, images: RawImages, preprocessing: Preprocessing, batch_size: int
+) -> Tensor:
+    order, features = [], []
     hook = head.register_forward_pre_hook(lambda module, args: features.append(args[0].flatten(1).float().cpu()))
     try:
-        measure(model, images, preprocessing, batch_size=BATCH, progress=False)  # runs every image once, in order
+        for rows, raw, _ in images.batches(batch_size):
+            predict(model, raw.to(model.device), preprocessing, "clean images")
+            order.append(rows)
     finally:
         hook.remove()
-    return torch.cat(features)
+    return torch.cat(features)[torch.cat(order).argsort()]
 
 
 def silhouette(clean: Tensor, labels: Tensor, triggered: Tensor) -> float:

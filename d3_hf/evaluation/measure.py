@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, Trainer
 
 from ..data.images import RawImages
 from ..models.evaluating import evaluating
-from .metrics import Proportion, accuracy
+from .fitting import BATCH, run_with_fitting_batch
+from .metrics import Proportion, accuracy, attack_success_rate, robust_accuracy
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def _proportions(measurement: Measurement) -> dict[str, Proportion]:
     return {key: proportion for key, proportion in found.items() if proportion is not None}
 
 
-def _predict(model: PreTrainedModel, images: Tensor, preprocessing: Callable[[Tensor], Tensor], what: str) -> np.ndarray:
+def predict(model: PreTrainedModel, images: Tensor, preprocessing: Callable[[Tensor], Tensor], what: str) -> np.ndarray:
+    """Predicted classes (B,) of raw uint8 (B, 3, H, W); ``what`` these are, for the ValueError if a logit is not finite."""
     logits = model(pixel_values=preprocessing(images)).logits
     if not torch.isfinite(logits).all():
         raise ValueError(f"the model's logits on {what} are not finite (NaN or infinite): its weights are broken")
@@ -71,7 +73,7 @@ class Trigger(Protocol):
         """Triggered copies of raw uint8 (B, 3, H, W)."""
 
     def counted(self, labels: Tensor) -> Tensor:
-        """Which triggered images count: bool (N,) for true labels (N,)."""
+        """Which images are triggered and count, none that is what the attacker wants anyway: bool (N,) for true labels (N,)."""
 
     def poisoned_labels(self, labels: Tensor, num_classes: int) -> Tensor:
         """What the attacker wants them to be called."""
@@ -113,7 +115,7 @@ def measure(
     images: RawImages,
     preprocessing: Callable[[Tensor], Tensor],
     attack: Trigger | None = None,
-    batch_size: int = 256,
+    batch_size: int = BATCH,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Measurement:
@@ -129,7 +131,7 @@ def measure(
         images: Raw images with true labels.
         preprocessing: Turns uint8 (B, 3, H, W) into the model's input, on the images' device; a ``Preprocessing``.
         attack: The trigger and its rule for labels; None measures ACC only.
-        batch_size: Raw images per batch. Images of different sizes go through one by one.
+        batch_size: Raw images per batch, all of one size, see `RawImages.batches`; halved while they do not fit into memory.
         device: Where to compute; the model's own device when None.
         progress: Show a progress bar.
 
@@ -139,34 +141,54 @@ def measure(
     Raises:
         ValueError: There is no image that the attack counts, a label or the target is not one of the model's classes, the
             trigger changes dtype or shape, or a logit is not finite.
+        RuntimeError: A single image does not fit into the device's memory.
     """
     _check_labels(model, images.labels, attack)
     device = torch.device(device) if device is not None else next(model.parameters()).device
     start = time.perf_counter()
-    predicted, triggered_predicted = [], []
-    bar = tqdm(total=len(images), desc="Measuring", unit="image", disable=not progress)
-    with bar, torch.inference_mode(), evaluating(model, device):
-        for raw, labels in images.batches(batch_size):
-            raw = raw.to(device)
-            predicted.append(_predict(model, raw, preprocessing, "clean images"))
-            if attack is not None and (counted := attack.counted(labels)).any():
-                triggered = _triggered(attack, raw[counted.to(device)])
-                triggered_predicted.append(_predict(model, triggered, preprocessing, "triggered images"))
-            bar.update(len(labels))
+    with evaluating(model, device):
+        plain, triggered = run_with_fitting_batch(
+            lambda size: _predictions(model, images, preprocessing, attack, size, device, progress), batch_size
+        )
     asr = ra = untriggered = None
-    plain = np.concatenate(predicted)
     if attack is not None:
         counted = attack.counted(images.labels)
-        truth, found = images.labels[counted], np.concatenate(triggered_predicted)
+        truth, found = images.labels[counted], triggered[counted.numpy()]
         wanted = attack.poisoned_labels(truth, model.config.num_labels)
-        asr, ra, untriggered = accuracy(found, wanted), accuracy(found, truth), accuracy(plain[counted.numpy()], wanted)
+        asr, ra = attack_success_rate(found, truth, wanted), robust_accuracy(found, truth, wanted)
+        untriggered = attack_success_rate(plain[counted.numpy()], truth, wanted)
     acc = accuracy(plain, images.labels)
     seconds = time.perf_counter() - start
     return Measurement(acc, asr, ra, seconds, acc.n + (asr.n if asr else 0), untriggered, plain)
 
 
+@torch.inference_mode()
+def _predictions(
+    model: PreTrainedModel,
+    images: RawImages,
+    preprocessing: Callable[[Tensor], Tensor],
+    attack: Trigger | None,
+    batch_size: int,
+    device: torch.device,
+    progress: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted classes (N,) of the images as they are, and with the trigger; -1 there for those that are not counted."""
+    plain, triggered = np.full(len(images), -1), np.full(len(images), -1)
+    with tqdm(total=len(images), desc="Measuring", unit="image", disable=not progress) as bar:
+        for rows, raw, labels in images.batches(batch_size):
+            raw = raw.to(device)
+            plain[rows.numpy()] = predict(model, raw, preprocessing, "clean images")
+            if attack is not None and (counted := attack.counted(labels)).any():
+                stamped = _triggered(attack, raw[counted.to(device)])
+                triggered[rows[counted].numpy()] = predict(model, stamped, preprocessing, "triggered images")
+            bar.update(len(labels))
+    return plain, triggered
+
+
 def measure_trainer(trainer: Trainer, images: RawImages, attack: Trigger | None = None) -> Measurement | None:
     """Measure a `PurifyTrainer`'s model as it is now, in float32, on the main process; the others wait.
+
+    In batches of the trainer's ``per_device_eval_batch_size``.
 
     Args:
         trainer: A `PurifyTrainer`; it is not handed the trigger.
@@ -180,7 +202,7 @@ def measure_trainer(trainer: Trainer, images: RawImages, attack: Trigger | None 
     if trainer.is_world_process_zero():
         # accelerate leaves its autocast on the model after training: without it before and after are measured alike.
         model = trainer.accelerator.unwrap_model(trainer.plain, keep_fp32_wrapper=False)
-        measured = measure(model, images, trainer.preprocessing, attack)
+        measured = measure(model, images, trainer.preprocessing, attack, trainer.args.per_device_eval_batch_size)
     trainer.accelerator.wait_for_everyone()
     return measured
 

@@ -1,9 +1,9 @@
 """ACC, ASR and RA, each a proportion with its count and interval.
 
-ACC is the accuracy on all clean images. ASR and RA look at the same triggered images (all-to-one: those whose true label is
-not the target): ASR is the share classified as the attacker wants, RA (robust accuracy) the share still given the true
-label. A low ASR alone does not show a repaired model: it may have learnt to avoid the target and still be led astray by the
-trigger. Definitions follow BackdoorBench (Wu et al., NeurIPS 2022).
+ACC is the accuracy on all clean images. ASR and RA look at the same triggered images, those that the attacker wants called
+something else than they are (all-to-one: whose true label is not the target): ASR is the share classified as wanted, RA (robust
+accuracy) the share still given the true label. A low ASR alone does not show a repaired model: it may have learnt to avoid the
+target and still be led astray by the trigger. Definitions follow BackdoorBench (Wu et al., NeurIPS 2022).
 """
 
 from dataclasses import dataclass
@@ -60,12 +60,17 @@ def _classes(predictions: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.
     return predictions, labels
 
 
-def _non_target(predictions: ArrayLike, labels: ArrayLike, target_label: int) -> tuple[np.ndarray, np.ndarray]:
+def _misled(predictions: ArrayLike, labels: ArrayLike, wanted: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Predictions, labels and wanted classes of the images that the attacker wants called something else than they are."""
     predictions, labels = _classes(predictions, labels)
-    kept = labels != target_label
-    if not kept.any():
-        raise ValueError(f"no image has a true label other than the target {target_label}: ASR and RA are undefined")
-    return predictions[kept], labels[kept]
+    wanted = np.asarray(wanted)
+    if wanted.shape not in ((), labels.shape):
+        raise ValueError(f"wanted must be one class, or one for each of {len(labels)} images; got shape {wanted.shape}")
+    wanted = np.broadcast_to(wanted, labels.shape)
+    counted = labels != wanted
+    if not counted.any():
+        raise ValueError("every image's true label is what the attacker wants: ASR and RA are undefined")
+    return predictions[counted], labels[counted], wanted[counted]
 
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> Proportion:
@@ -82,33 +87,34 @@ def accuracy(predictions: ArrayLike, labels: ArrayLike) -> Proportion:
     return Proportion(int((predictions == labels).sum()), len(labels))
 
 
-def attack_success_rate(predictions: ArrayLike, labels: ArrayLike, target_label: int) -> Proportion:
-    """ASR: the share of triggered images classified as the target, without those that are of the target class anyway.
+def attack_success_rate(predictions: ArrayLike, labels: ArrayLike, wanted: ArrayLike) -> Proportion:
+    """ASR: the share of triggered images classified as the attacker wants, without those that are of that class anyway.
 
     Args:
         predictions: Predicted classes of the triggered images (N,), integers.
         labels: True classes of the same images (N,), integers.
-        target_label: The attacker's class.
+        wanted: What the attacker wants them to be called: the target label, or (N,) one class for each.
 
     Raises:
-        ValueError: The shapes differ or are not (N,), or no image has another true label than the target.
+        ValueError: The shapes are not these, or no image is of another class than the attacker wants.
     """
-    predictions, _ = _non_target(predictions, labels, target_label)
-    return Proportion(int((predictions == target_label).sum()), len(predictions))
+    predictions, _, wanted = _misled(predictions, labels, wanted)
+    return accuracy(predictions, wanted)
 
 
-def robust_accuracy(predictions: ArrayLike, labels: ArrayLike, target_label: int) -> Proportion:
+def robust_accuracy(predictions: ArrayLike, labels: ArrayLike, wanted: ArrayLike) -> Proportion:
     """RA: the share of the triggered images that ASR counts which are given their true label; ASR + RA <= 1.
 
     Args:
         predictions: Predicted classes of the triggered images (N,), integers.
         labels: True classes of the same images (N,), integers.
-        target_label: The attacker's class.
+        wanted: What the attacker wants them to be called: the target label, or (N,) one class for each.
 
     Raises:
-        ValueError: The shapes differ or are not (N,), or no image has another true label than the target.
+        ValueError: The shapes are not these, or no image is of another class than the attacker wants.
     """
-    return accuracy(*_non_target(predictions, labels, target_label))
+    predictions, labels, _ = _misled(predictions, labels, wanted)
+    return accuracy(predictions, labels)
 
 
 def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:

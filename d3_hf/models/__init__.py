@@ -7,7 +7,7 @@ Names are looked up on first use, so that importing this package loads neither t
 import importlib
 
 _HOMES = {
-    "Source": "load",
+    "Source": "source",
     "WrappedClassifier": "wrapper",
     "load_classifier": "load",
     "new_classifier": "architectures",

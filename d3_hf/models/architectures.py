@@ -13,6 +13,7 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 
 from ..files import first_line
 from .class_names import check_label_names, set_label_names
+from .source import attach
 from .weights import load_pretrained
 
 logger = logging.getLogger(__name__)
@@ -59,8 +60,7 @@ def new_classifier(
     except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"{architecture} with model_args={config.model_args}: {first_line(error)}") from error
     model = load_pretrained(TimmWrapperForImageClassification, config, network.state_dict(), architecture)
-    model.image_processor = processor_of(config)
-    return model
+    return attach(model, processor_of(config))
 
 
 def timm_config(

@@ -37,8 +37,8 @@ def open_folder(
     module: nn.Module | None = None,
     label_names: Sequence[str] | None = None,
     image_processor: BaseImageProcessor | None = None,
-) -> PreTrainedModel:
-    """Load the classifier of a folder, with ``image_processor`` set; arguments and errors as `load_classifier`.
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Load the classifier of a folder and its image processor; arguments and errors as `load_classifier`.
 
     Args:
         folder: Where the files are.
@@ -64,8 +64,7 @@ def open_folder(
         model = load_pretrained(_model_class(config), config, weights, name)
         image_processor = image_processor or read_processor(folder, name)
     model.name_or_path = model.config.name_or_path = name
-    model.image_processor = image_processor
-    return model
+    return model, image_processor
 
 
 def _refuse_links(folder: Path, name: str) -> None:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from .evaluating import evaluating
+
 
 def find_head(model: nn.Module, image_size: tuple[int, int]) -> str:
     """Name of the module whose output *is* the logits: found by running one black image, not by guessing at names.
@@ -23,18 +25,14 @@ def find_head(model: nn.Module, image_size: tuple[int, int]) -> str:
         return lambda module, args, output: outputs.__setitem__(name, output)
 
     modules = dict(model.named_modules())
-    hooks = [m.register_forward_hook(remember(name)) for name, m in modules.items() if _is_matrix(m)]
-    training = {name: module.training for name, module in modules.items()}
+    hooks = [m.register_forward_hook(remember(name)) for name, m in modules.items() if is_matrix(m)]
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             parameter = next(model.parameters())
             logits = model(pixel_values=parameter.new_zeros(1, 3, *image_size)).logits
     finally:
         for hook in hooks:
             hook.remove()
-        for name, module in modules.items():
-            module.training = training[name]
     heads = [
         name for name, out in outputs.items() if out.numel() == logits.numel() and torch.equal(out.flatten(), logits.flatten())
     ]
@@ -46,5 +44,6 @@ def find_head(model: nn.Module, image_size: tuple[int, int]) -> str:
     return heads[0]
 
 
-def _is_matrix(module: nn.Module) -> bool:
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a layer is a matrix that acts on features: an ``nn.Linear`` or a 1x1 ``nn.Conv2d``."""
     return isinstance(module, nn.Linear) or isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)

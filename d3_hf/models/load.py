@@ -2,15 +2,14 @@
 
 No code of a checkpoint runs: safetensors first, other files only with torch's restricted unpickler, never a Hub
 repository's own Python. What comes out is a `transformers.PreTrainedModel` in float32 with ``image_processor`` and
-``source`` set.
+``source`` set; see `source.py`.
 """
 
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -23,9 +22,10 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 
 from ..files import first_line, sha256
-from ..models import architectures, wrapper
+from . import architectures, wrapper
 from .class_names import check_label_names, set_label_names
 from .folder import open_folder, read_processor, weights_files
+from .source import Source, attach, image_processor_of, source_of
 from .weights import PICKLED, load_module, load_pretrained, read_weights, refuse_non_finite
 
 logger = logging.getLogger(__name__)
@@ -57,22 +57,7 @@ OPTIONS = {
 }
 DEFAULT_SIZE = 32  # CIFAR-10, CIFAR-100 and GTSRB, the data sets of most backdoor papers
 
-
-@dataclass(frozen=True)
-class Source:
-    """Where a classifier came from.
-
-    Attributes:
-        kind: ``"hub"``, ``"folder"``, ``"file"``, or ``"module"`` for one that was in memory.
-        name: Hub id, path as it was given, or class name.
-        revision: Commit of a Hub id.
-        sha256: SHA-256 in hexadecimal, by file name, of the local files that define the classifier.
-    """
-
-    kind: Literal["hub", "folder", "file", "module"]
-    name: str
-    revision: str | None = None
-    sha256: dict[str, str] | None = None
+Loaded = tuple[PreTrainedModel, BaseImageProcessor, Source]
 
 
 def load_classifier(
@@ -119,7 +104,7 @@ def load_classifier(
 
     Returns:
         The classifier in float32 (a transformers model in memory keeps its type) and in evaluation mode, with two
-        plain attributes: ``image_processor`` and ``source``, a `Source`.
+        plain attributes: ``image_processor`` and ``source``, a `Source`; see `source.py`.
 
     Raises:
         FileNotFoundError: No such file, folder, Hub id or revision; a folder without ``config.json`` or weights.
@@ -145,12 +130,12 @@ def load_classifier(
         "module": _from_module,
         "model": _from_model,
     }[kind]
-    model = loader(source, **given)
+    model, processor, origin = loader(source, **given)
     if model.config.num_labels < 2:
         raise ValueError(f"{_name(source)} has {model.config.num_labels} class: a classifier tells at least 2 apart")
     if num_labels is not None and model.config.num_labels != num_labels:
         raise ValueError(f"{_name(source)} has {model.config.num_labels} classes, not num_labels={num_labels}")
-    return model.eval()
+    return attach(model.eval(), processor, origin)
 
 
 def _kind(source: Any) -> str:
@@ -175,7 +160,7 @@ def _name(source: Any) -> str:
     return wrapper.class_name(source) if isinstance(source, nn.Module) else str(source)
 
 
-def _from_hub(repo: str, revision: str | None = None, **options) -> PreTrainedModel:
+def _from_hub(repo: str, revision: str | None = None, **options) -> Loaded:
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(HUB_FILES)))
     except RepositoryNotFoundError as error:
@@ -190,17 +175,15 @@ def _from_hub(repo: str, revision: str | None = None, **options) -> PreTrainedMo
         ) from error
     except (HfHubHTTPError, ValueError) as error:  # among the latter: a file name that leads out of the folder
         raise OSError(f"{repo} at revision {revision or 'main'}: {first_line(error)}") from error
-    model = open_folder(folder, repo, **options)
-    model.source = Source("hub", repo, revision=folder.name)  # a snapshot's folder is named after its commit
-    return model
+    model, processor = open_folder(folder, repo, **options)
+    return model, processor, Source("hub", repo, revision=folder.name)  # a snapshot's folder is named after its commit
 
 
-def _from_folder(source: str | Path, **options) -> PreTrainedModel:
+def _from_folder(source: str | Path, **options) -> Loaded:
     folder = Path(source).expanduser()
-    model = open_folder(folder, str(source), **options)
+    model, processor = open_folder(folder, str(source), **options)
     files = [folder / "config.json", *weights_files(folder, str(source))]
-    model.source = Source("folder", str(source), sha256={file.name: sha256(file) for file in files})
-    return model
+    return model, processor, Source("folder", str(source), sha256={file.name: sha256(file) for file in files})
 
 
 def _from_file(
@@ -213,7 +196,7 @@ def _from_file(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
     image_size: int | tuple[int, int] | None = None,
-) -> PreTrainedModel:
+) -> Loaded:
     path, name = Path(source).expanduser(), str(source)
     if (architecture is None) == (module is None):
         raise ValueError(
@@ -226,14 +209,13 @@ def _from_file(
         if model_args is not None:
             raise ValueError("model_args goes with architecture, not with module")
         load_module(module, weights, name)
-        model = _from_module(module, label_names, image_mean, image_std, image_size)
+        model, processor, _ = _from_module(module, label_names, image_mean, image_std, image_size)
     else:
         count = check_label_names(label_names, num_labels) or architectures.classes_in(weights, architecture, name)
         config = architectures.timm_config(architecture, count, label_names, image_mean, image_std, image_size, model_args)
         model = load_pretrained(TimmWrapperForImageClassification, config, weights, name)
-        model.image_processor = architectures.processor_of(config)
-    model.source = Source("file", name, sha256={path.name: sha256(path)})
-    return model
+        processor = architectures.processor_of(config)
+    return model, processor, Source("file", name, sha256={path.name: sha256(path)})
 
 
 def _from_module(
@@ -242,7 +224,7 @@ def _from_module(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
     image_size: int | tuple[int, int] | None = None,
-) -> wrapper.WrappedClassifier:
+) -> Loaded:
     name = wrapper.class_name(module)
     if image_mean is None or image_std is None:
         raise ValueError(f"{name}: give the training's image_mean and image_std (0 0 0 and 1 1 1 where it takes pixels / 255)")
@@ -261,25 +243,21 @@ def _from_module(
     if label_names is not None:
         check_label_names(label_names, count)
         set_label_names(config, label_names)
-    model = wrapper.WrappedClassifier(config, module)
-    model.image_processor = wrapper.processor_of(config)
-    model.source = Source("module", name)
-    return model
+    return wrapper.WrappedClassifier(config, module), wrapper.processor_of(config), Source("module", name)
 
 
 def _from_model(
     model: PreTrainedModel,
     label_names: Sequence[str] | None = None,
     image_processor: BaseImageProcessor | None = None,
-) -> PreTrainedModel:
+) -> Loaded:
     name = model.name_or_path or type(model).__name__
     refuse_non_finite(model.state_dict(), name)
     if label_names is not None:
         check_label_names(label_names, model.config.num_labels)
         set_label_names(model.config, label_names)
-    model.image_processor = image_processor or getattr(model, "image_processor", None) or _find_processor(model, name)
-    model.source = getattr(model, "source", None) or Source("module", name)
-    return model
+    processor = image_processor or image_processor_of(model) or _find_processor(model, name)
+    return model, processor, source_of(model) or Source("module", name)
 
 
 def _find_processor(model: PreTrainedModel, name: str) -> BaseImageProcessor:

@@ -9,9 +9,10 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from ..data.preprocessing import Preprocessing
-from .architectures import new_classifier
+from .architectures import check_normalisation, new_classifier
+from .class_names import check_label_names, set_label_names
 from .head import find_head
+from .source import attach, preprocessing_of
 
 
 def new_model(
@@ -33,7 +34,7 @@ def new_model(
         model_args: Arguments of the network's configuration or constructor.
 
     Raises:
-        ValueError: See `new_classifier`, or a transformers network lacks its size or normalisation.
+        ValueError: See `new_classifier`; or a transformers network lacks its size or normalisation.
     """
     if architecture not in CONFIG_MAPPING:
         return new_classifier(
@@ -46,14 +47,13 @@ def new_model(
         )
     if not (image_mean and image_std and image_size):
         raise ValueError(f"a new {architecture} needs image_size, image_mean and image_std")
-    names = dict(enumerate(label_names))
-    config = AutoConfig.for_model(
-        architecture, id2label=names, label2id={n: i for i, n in names.items()}, image_size=image_size, **model_args or {}
-    )
+    check_label_names(label_names, None)
+    check_normalisation(image_mean, image_std)
+    config = AutoConfig.for_model(architecture, image_size=image_size, **model_args or {})
+    set_label_names(config, label_names)
     model = AutoModelForImageClassification.from_config(config)
     size = {"height": image_size, "width": image_size}
-    model.image_processor = ViTImageProcessor(size=size, image_mean=image_mean, image_std=image_std)
-    return model
+    return attach(model, ViTImageProcessor(size=size, image_mean=image_mean, image_std=image_std))
 
 
 def with_new_head(model: PreTrainedModel, label_names: list[str]) -> PreTrainedModel:
@@ -67,15 +67,17 @@ def with_new_head(model: PreTrainedModel, label_names: list[str]) -> PreTrainedM
         The model.
 
     Raises:
-        ValueError: The head is no linear layer, or cannot be found; see `find_head`.
+        ValueError: There are fewer than two names or a name occurs twice; the head is no linear layer, or cannot be found; see
+            `find_head`. The model is as it was.
     """
-    name = find_head(model, Preprocessing.from_processor(model.image_processor).size)
+    check_label_names(label_names, None)
+    name = find_head(model, preprocessing_of(model).size)
     old = model.get_submodule(name)
     if not isinstance(old, nn.Linear):
         raise ValueError(f"the head of {type(model).__name__} is no linear layer but a {type(old).__name__}")
     new = nn.Linear(old.in_features, len(label_names), bias=old.bias is not None).to(old.weight)
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, new)
-    model.config.id2label = dict(enumerate(label_names))
-    model.config.label2id = {label: number for number, label in enumerate(label_names)}
+    set_label_names(model.config, label_names)
+    model.num_labels = len(label_names)
     return model

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..files import first_line
+from .evaluating import evaluating
 
 
 @strict
@@ -116,8 +117,8 @@ def count_classes(module: nn.Module, image_size: tuple[int, int]) -> int:
     first = next(module.parameters())
     image = torch.zeros((1, 3, *image_size), device=first.device, dtype=first.dtype)
     try:
-        with torch.no_grad():
-            logits = module.eval()(image)
+        with evaluating(module), torch.no_grad():
+            logits = module(image)
     except Exception as error:  # foreign code can fail in any way; none of them is recovered from
         raise ValueError(
             f"{name} failed on an image of shape {tuple(image.shape)} ({first_line(error)}): is image_size= right?"

@@ -12,15 +12,13 @@ if TYPE_CHECKING:  # each takes seconds: what a command loads beyond its options
     from transformers import PreTrainedModel
 
     from ..attacks import Attack
-    from ..data.images import RawImages
+    from ..data.load import LoadedImages
 
 logger = logging.getLogger(__name__)
 
-
 NO_IMAGES = "no images: give --dataset_name (a Hub data set, a folder, a parquet file, or digits)"
-
-
 VALIDATION = ("validation", "val")  # measured on where there is no test split
+RETAIN_FRACTION = 0.05  # paper
 
 
 @dataclass
@@ -74,10 +72,6 @@ class DataArguments:
         retain_seed: Seed of the draw.
         max_test_images: Measure on so many test images, drawn with seed 0: the first ones of a folder are of one class.
 
-    Attributes:
-        is_default_size: Whether neither ``retain_fraction`` nor ``retain_count`` was given.
-        measured_split: What `load` has chosen to measure on: the name of a split, or ``rest of NAME``; None before.
-
     Raises:
         ValueError: ``max_test_images`` is below 1, or ``retain_seed`` below 0.
     """
@@ -96,29 +90,30 @@ class DataArguments:
     max_test_images: int | None = field(default=None, metadata={"help": "Measure on so many test images, drawn at random."})
 
     def __post_init__(self):
-        self.is_default_size = self.retain_fraction is None and self.retain_count is None
-        self.measured_split: str | None = None
-        if self.is_default_size:
-            self.retain_fraction = 0.05
         if self.max_test_images is not None and self.max_test_images < 1:
             raise ValueError(f"max_test_images must be at least 1; got {self.max_test_images}")
         if self.retain_seed < 0:
             raise ValueError(f"retain_seed must be at least 0; got {self.retain_seed}")
 
-    def load(self) -> tuple["Dataset", "Dataset", "RawImages"]:
+    @property
+    def is_default_size(self) -> bool:
+        """Whether neither ``retain_fraction`` nor ``retain_count`` is given, so that 5 % are drawn."""
+        return self.retain_fraction is None and self.retain_count is None
+
+    def load(self) -> "LoadedImages":
         """Load the images.
 
         Returns:
-            (retain, rest, test): the retain set, the remaining rows of its split, and what is measured on, see
-            ``measured_split``; which one is logged where it is not ``test_split``.
+            The retain set, the rest of its split and what is measured on; which split that is gets logged where it is not
+            ``test_split``. Other splits need no labels.
 
         Raises:
             ValueError: No data set is named, a split that is named is not there, nothing is left to measure on, or see
-                `load_images` and `retain_split`.
+                `load_images`, `retain_split` and `RawImages.from_dataset`.
         """
         from ..data.images import RawImages
         from ..data.labels import labels_of, retain_indices
-        from ..data.load import load_images, retain_split
+        from ..data.load import LoadedImages, load_images, retain_split
 
         if self.dataset_name is None:
             raise ValueError(NO_IMAGES)
@@ -127,25 +122,25 @@ class DataArguments:
         if missing := [name for name in named if name not in images]:
             raise ValueError(f"{self.dataset_name} has no split {missing[0]!r}; it has {', '.join(images)}")
         split = images[self.train_split]
-        retain, rest = retain_split(split, self.retain_fraction, self.retain_count, self.retain_balanced, self.retain_seed)
-        test = self._to_measure_on(images, rest)
-        if len(test) == 0:
+        fraction = RETAIN_FRACTION if self.is_default_size else self.retain_fraction
+        retain, rest = retain_split(split, fraction, self.retain_count, self.retain_balanced, self.retain_seed)
+        name, test = self._to_measure_on(images, rest)
+        if self.max_test_images is not None and self.max_test_images < len(test):
+            test = test.select(retain_indices(labels_of(test), test.features["label"].names, count=self.max_test_images))
+        return LoadedImages(retain, rest, RawImages.from_dataset(test), self.dataset_name, name)
+
+    def _to_measure_on(self, images: "DatasetDict", rest: "Dataset") -> tuple[str, "Dataset"]:
+        """What to measure on, and what to call it."""
+        separate = [name for name in (self.test_split, *VALIDATION) if name in images and name != self.train_split]
+        if not separate and len(rest) == 0:
             raise ValueError(
                 f"{self.dataset_name} has no split {self.test_split!r} and the retain set is all of {self.train_split!r}: "
                 "nothing is left to measure on; retain fewer"
             )
-        if self.max_test_images is not None and self.max_test_images < len(test):
-            test = test.select(retain_indices(labels_of(test), test.features["label"].names, count=self.max_test_images))
-        return retain, rest, RawImages.from_dataset(test)
-
-    def _to_measure_on(self, images: "DatasetDict", rest: "Dataset") -> "Dataset":
-        names = [name for name in (self.test_split, *VALIDATION) if name in images and name != self.train_split]
-        self.measured_split = names[0] if names else f"rest of {self.train_split}"
-        if self.measured_split != self.test_split:
-            logger.warning(
-                "%s has no separate split %r: measuring on its %s", self.dataset_name, self.test_split, self.measured_split
-            )
-        return images[names[0]] if names else rest
+        name, test = (separate[0], images[separate[0]]) if separate else (f"rest of {self.train_split}", rest)
+        if name != self.test_split:
+            logger.warning("%s has no separate split %r: measuring on its %s", self.dataset_name, self.test_split, name)
+        return name, test
 
 
 @dataclass

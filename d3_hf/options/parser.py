@@ -1,5 +1,6 @@
 """The parser of recipes and commands: a YAML file first, the command line over it."""
 
+import copy
 import json
 import sys
 import types
@@ -7,21 +8,43 @@ from argparse import SUPPRESS, Action
 from difflib import get_close_matches
 from inspect import get_annotations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
-if TYPE_CHECKING:  # each takes seconds: what a command loads beyond its options it imports when it needs it
-    pass
-
 # What most runs need of a training's options, of which there are nearly two hundred.
 FREQUENT = {
-    *("model_name_or_path", "architecture", "image_mean", "image_std", "class_names"),
-    *("dataset_name", "retain_fraction", "retain_count", "test_split", "max_test_images", "attack", "poison_ratio"),
-    *("output_dir", "overwrite_output_dir", "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
-    *("horizontal_flip", "batch_norm", "sam_rho", "seed", "bf16", "save_strategy", "resume_from_checkpoint"),
-    *("max_accuracy_drop", "min_class_accuracy", "push_to_hub", "hub_model_id", "hub_create_pr"),
+    "model_name_or_path",
+    "architecture",
+    "image_mean",
+    "image_std",
+    "class_names",
+    "dataset_name",
+    "retain_fraction",
+    "retain_count",
+    "test_split",
+    "max_test_images",
+    "attack",
+    "poison_ratio",
+    "output_dir",
+    "overwrite_output_dir",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "horizontal_flip",
+    "batch_norm",
+    "sam_rho",
+    "seed",
+    "bf16",
+    "save_strategy",
+    "resume_from_checkpoint",
+    "max_accuracy_drop",
+    "min_class_accuracy",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_create_pr",
 }
 
 
@@ -37,8 +60,7 @@ class Parser(HfArgumentParser):
 
     def __init__(self, dataclass_types: list[type], **kwargs):
         super().__init__(dataclass_types, usage=SUPPRESS, **kwargs)
-        # By name: importing the class would take seconds of every command's help.
-        trainings = [kind for kind in self.dataclass_types if "TrainingArguments" in (base.__name__ for base in kind.__mro__)]
+        trainings = [kind for kind in self.dataclass_types if _is_training(kind)]
         hidden = tuple(start for kind in trainings for start in getattr(kind, "hidden_options", ()))
         for action in self._actions:
             if action.dest.startswith(hidden):
@@ -47,6 +69,13 @@ class Parser(HfArgumentParser):
         if trainings:
             self._shown &= FREQUENT.union({"help"}, *map(get_annotations, trainings))
             self.add_argument("--help_all", action=_WholeHelp, nargs=0, dest="help", default=SUPPRESS, help="show every option")
+
+    @staticmethod
+    def _parse_dataclass_field(parser, field) -> None:
+        # What the base class makes of a field's metadata goes to argparse, which knows no ranges: configurations check them.
+        own = copy.copy(field)
+        own.metadata = {key: value for key, value in field.metadata.items() if key != "range"}
+        HfArgumentParser._parse_dataclass_field(parser, own)
 
     def format_help(self) -> str:
         """A line for each option that is shown, with its default."""
@@ -73,6 +102,12 @@ class Parser(HfArgumentParser):
             advice = f"did you mean {near[0]}?" if near else "--help lists the options"
             raise ValueError(f"unknown argument {unknown[0]!r}: {advice}")
         return self.parse_args_into_dataclasses(argv, look_for_args_file=False)
+
+
+def _is_training(kind: type) -> bool:
+    """Whether it derives from `TrainingArguments`. Importing that takes seconds, but where there is such a kind it is done."""
+    loaded = sys.modules.get("transformers.training_args")
+    return loaded is not None and issubclass(kind, loaded.TrainingArguments)
 
 
 def _help_line(action: Action) -> str:
@@ -115,7 +150,8 @@ def parse_arguments(
     if unknown := sorted((defaults or {}).keys() - {action.dest for action in parser._actions}):
         near = get_close_matches(unknown[0], [action.dest for action in parser._actions], 1)
         advice = f"did you mean {near[0]}?" if near else "--help lists the options"
-        raise ValueError(f"{where}: unknown option{'s' * (len(unknown) > 1)} {', '.join(unknown)}; {advice}")
+        what = "unknown option" if len(unknown) == 1 else "unknown options"
+        raise ValueError(f"{where}: {what} {', '.join(unknown)}; {advice}")
     check_types(dataclass_types, defaults or {}, where)
     parser.set_defaults(**defaults or {})
     return parser.read(argv)

@@ -48,7 +48,7 @@ def render_card(facts: dict, results: dict | None, model_name: str, hub_model_id
 
     Args:
         facts: The manifest, `PurifyTrainer.facts`.
-        results: As `evaluation.results` makes it; ``None`` if nothing was measured.
+        results: As `measure.results` makes it; ``None`` if nothing was measured.
         model_name: Title of the card.
         hub_model_id: Repository the card is for, if any.
 

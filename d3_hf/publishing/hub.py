@@ -1,9 +1,8 @@
 """The Hub: what of a purified model goes up, how a push that failed is finished, what the Hub says of the source."""
 
 import contextlib
-import importlib.util
-import json
 import logging
+import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,35 +10,24 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import get_session
+from picklescan.scanner import scan_file_path
+from transformers import TrainingArguments
 
-from ..files import first_line
+from ..files import first_line, read_mapping
 from ..models.weights import PICKLED
-from ..training.config import PurifyConfig
 from .card import FOLDER
-from .manifest import MANIFEST, REJECTED, RETAIN_INDICES
+from .manifest import CARD, MANIFEST, PUBLISHED, read_manifest
+from .report import REJECTED
 
 logger = logging.getLogger(__name__)
 
-# All that ever goes up: no pickle, no optimizer state, no checkpoint, nothing that happens to lie in the folder.
-PUBLISHED = (
-    "config.json",
-    "preprocessor_config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
-    "README.md",
-    "*.png",
-    MANIFEST,
-    "all_results.json",
-    RETAIN_INDICES,
-    "model.sig",  # of model-signing
-)
-NEEDED = ("config.json", "README.md", MANIFEST)
+NEEDED = ("config.json", CARD, MANIFEST)
+PICTURE = re.compile(r"!\[[^\]]*\]\(([^\s)]+)")  # in Markdown, up to the name's end
 TIMEOUT = 120.0  # seconds that a server may be silent; huggingface_hub itself would wait for ever
 UNKNOWN = "not available"
 
 
-def check_push(args: PurifyConfig, source: dict[str, Any], manifest_name: str) -> None:
+def check_push(args: TrainingArguments, source: dict[str, Any], manifest_name: str) -> None:
     """Say before the training what would stop the push after it, without the network.
 
     Raises:
@@ -54,28 +42,45 @@ def check_push(args: PurifyConfig, source: dict[str, Any], manifest_name: str) -
         raise ValueError(f"hub_create_pr opens a pull request on the source's repository, but {source['name']} is none")
 
 
-def repository(args: PurifyConfig) -> str:
+def repository(args: TrainingArguments) -> str:
     """The repository to push to: as given, or named after the output folder."""
     return args.hub_model_id or Path(args.output_dir).absolute().name
 
 
 def published_files(folder: Path) -> list[Path]:
-    """The files of a purified model that go up: those of `PUBLISHED` at the top of the folder.
+    """The files of a purified model that go up: those of `PUBLISHED` at the top of the folder, and `shown_pictures`.
 
     Raises:
         FileNotFoundError: The manifest, the card, the configuration or weights are missing.
-        ValueError: One of them is a link out of the folder.
+        ValueError: One of them is a link out of the folder, or see `shown_pictures`.
     """
     if missing := [name for name in NEEDED if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} holds no {' and no '.join(missing)}: it is no folder of a purified model")
-    files = [f for f in sorted(folder.iterdir()) if f.is_file() and any(fnmatchcase(f.name, name) for name in PUBLISHED)]
+    names = {file.name for file in folder.iterdir() if any(fnmatchcase(file.name, pattern) for pattern in PUBLISHED)}
+    files = [folder / name for name in sorted(names | shown_pictures(folder)) if (folder / name).is_file()]
     if links := [file for file in files if file.resolve().parent != folder.resolve()]:
         raise ValueError(f"{links[0]} is a link out of the folder: put the file itself there")
-    names, index = {file.name for file in files}, folder / "model.safetensors.index.json"
-    needed = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    if missing := sorted(needed - names):
+    index, shards = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if index.is_file():
+        found = read_mapping(index, "index of shards", "purify again", {"weight_map": {}})
+        shards = {str(shard) for shard in found["weight_map"].values()}
+    if missing := sorted(shards - {file.name for file in files}):
         raise FileNotFoundError(f"{folder} holds no {' and no '.join(missing)}: the weights are not whole")
     return files
+
+
+def shown_pictures(folder: Path) -> set[str]:
+    """The names of the pictures in a folder that its card shows; those from elsewhere are not among them.
+
+    Raises:
+        ValueError: The card shows one that is no PNG at the top of the folder.
+    """
+    named = PICTURE.findall((folder / CARD).read_text(encoding="utf-8"))
+    shown = {name.removeprefix("./") for name in named if ":" not in name}  # with one: of another place, or in the card itself
+    for name in sorted(shown):
+        if Path(name).name != name or not name.endswith(".png") or not (folder / name).is_file():
+            raise ValueError(f"{folder / CARD} shows {name}, which is no .png beside it: put one there, or show it no more")
+    return shown
 
 
 def push_folder(
@@ -108,7 +113,8 @@ def push_folder(
     """
     folder = Path(folder).expanduser()
     files = published_files(folder)
-    source, reasons = _source_and_reasons(folder / MANIFEST)
+    facts = read_manifest(folder / MANIFEST)
+    source, reasons = facts["source"], facts["measured"].get(REJECTED)
     if reasons:
         raise ValueError(f"{folder} was rejected and is not pushed ({'; '.join(reasons)}): purify with other options")
     if create_pr == bool(repo):
@@ -124,8 +130,8 @@ def push_folder(
         with _timeout(TIMEOUT):
             if not create_pr:
                 repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
-            card = (folder / "README.md").read_text(encoding="utf-8").replace(FOLDER, repo)
-            contents = {file.name: file for file in files} | {"README.md": card.encode()}
+            card = (folder / CARD).read_text(encoding="utf-8").replace(FOLDER, repo)
+            contents = {file.name: file for file in files} | {CARD: card.encode()}
             operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
             return api.create_commit(
                 repo, operations, commit_message=message, create_pr=create_pr, parent_commit=parent, revision=revision
@@ -136,16 +142,6 @@ def push_folder(
         ) from error
 
 
-def _source_and_reasons(file: Path) -> tuple[dict[str, Any], list[str] | None]:
-    """The model's source and the guard rails that it broke, as the manifest has them."""
-    try:
-        facts = json.loads(file.read_text())
-        source = {name: facts["source"][name] for name in ("kind", "name", "revision")}
-        return source, facts["measured"].get(REJECTED)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # the latter two: JSON, but no object
-        raise ValueError(f"{file} is no manifest of a purification ({error!r}): purify again") from error
-
-
 def source_checks(source: dict[str, Any]) -> dict[str, Any] | None:
     """What scanners say of the source. They find code in files, not a backdoor in weights.
 
@@ -154,11 +150,14 @@ def source_checks(source: dict[str, Any]) -> dict[str, Any] | None:
 
     Returns:
         For a Hub id ``security_scan``, as the Hub reports it for the repository, and ``checksums`` with how many files were
-        ``compared`` and which ``differ``; for a pickled file ``pickle_scan``, see `pickle_scan`; each ``"not available"``
-        where it cannot be asked. None for other sources.
+        ``compared`` and which ``differ``; for a pickled file, also a folder's, ``pickle_scan``, see `pickle_scan`; each
+        ``"not available"`` where it cannot be asked. None for other sources.
     """
-    if source["kind"] == "file" and Path(source["name"]).suffix in PICKLED:
-        return {"pickle_scan": pickle_scan(Path(source["name"]).expanduser())}
+    if source["kind"] in ("file", "folder"):
+        place = Path(source["name"]).expanduser()
+        files = [place] if source["kind"] == "file" else [place / name for name in source["sha256"] or ()]
+        pickles = [file for file in files if file.suffix in PICKLED]  # one at most: a folder's is pytorch_model.bin
+        return {"pickle_scan": pickle_scan(pickles[0])} if pickles else None
     if source["kind"] != "hub":
         return None
     checks = {"security_scan": UNKNOWN, "checksums": UNKNOWN}
@@ -178,17 +177,17 @@ def source_checks(source: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def pickle_scan(file: Path) -> dict[str, Any] | str:
-    """What picklescan (``pip install 'd3_hf[scan]'``) says of a file, which was opened without running what it may hold.
+    """What picklescan says of a file, which was opened without running what it may hold.
 
     Returns:
-        ``issues`` and ``suspicious``, how many, and the ``globals`` that the file imports; ``"not available"`` without
-        picklescan.
+        ``issues`` and ``suspicious``, how many, and the ``globals`` that the file imports; ``"not available"`` if it cannot
+        be scanned.
     """
-    if importlib.util.find_spec("picklescan") is None:
+    try:
+        found = scan_file_path(str(file))
+    except Exception as error:  # the file may be gone, or of a kind that the scanner cannot read: the run is saved without it
+        logger.warning("%s: not scanned (%s)", file, first_line(error))
         return UNKNOWN
-    from picklescan.scanner import scan_file_path
-
-    found = scan_file_path(str(file))
     if found.issues_count:
         logger.warning("%s: picklescan finds %d dangerous imports", file, found.issues_count)
     names = sorted({f"{item.module}.{item.name}" for item in found.globals})

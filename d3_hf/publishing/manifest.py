@@ -1,18 +1,45 @@
-"""Facts about a run that come from the environment, for ``purification.json``: source, arguments, versions."""
+"""``purification.json``: the facts in it that come from the environment, and the files that lie beside it."""
 
 import importlib.metadata
 import os
 import platform
+import shutil
+import sys
 from dataclasses import MISSING, asdict, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
-from ..training.config import PurifyConfig
+from ..data.streaming import StreamedImages
+from ..data.training_images import TrainingImages
+from ..files import read_mapping
+from ..models.source import source_of
+from .report import REJECTED
 
 MANIFEST = "purification.json"
+VICTIM_FILE = "victim.json"  # a victim's manifest
+CARD = "README.md"
+RESULTS = "all_results.json"
 RETAIN_INDICES = "retain_indices.json"
-REJECTED = "rejected"  # folder below output_dir, and the manifest's entry with the reasons
+# Patterns of all that goes up from the top of a purified model's folder, beside the pictures that the card shows: no pickle, no
+# optimizer state, no checkpoint, nothing that happens to lie there.
+PUBLISHED = (
+    "config.json",
+    "preprocessor_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    CARD,
+    MANIFEST,
+    RESULTS,
+    RETAIN_INDICES,
+    "perturbation.safetensors",  # of i-BAU
+    "reversed_triggers.safetensors",  # of Neural Cleanse
+    "model.sig",  # of model-signing
+)
+# Patterns of all that may lie there, of a purified model or of a victim: what goes before the files of another run come.
+MODEL_FILES = (*PUBLISHED, VICTIM_FILE, "attack.json", "trigger.safetensors")
 PACKAGES = ("d3_hf", "transformers", "accelerate", "torch", "timm", "datasets", "safetensors")
 # Where a run wrote and whom it told about it is no part of what it computed.
 PLACES = (
@@ -29,12 +56,23 @@ PLACES = (
 )
 
 
-def source_of(model: PreTrainedModel) -> dict[str, Any]:
+def read_manifest(file: Path) -> dict[str, Any]:
+    """Read a ``purification.json``, with at least ``measured`` and the ``kind``, ``name`` and ``revision`` of its ``source``.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged.
+    """
+    needed = {"source": {"kind": None, "name": None, "revision": None}, "measured": {}}
+    return read_mapping(file, "manifest of a purification", "purify again", needed)
+
+
+def source_facts(model: PreTrainedModel) -> dict[str, Any]:
     """Where the model came from: the record that `load_classifier` left, or its class when it came from elsewhere.
 
     Of a path only the `public_name`: files and folders are known by their SHA-256.
     """
-    source = getattr(model, "source", None)
+    source = source_of(model)
     if source is None:
         return {"kind": "module", "name": type(model).__name__, "revision": None, "sha256": None}
     return asdict(source) | {"name": source.name if source.kind == "hub" else public_name(source.name)}
@@ -51,22 +89,16 @@ def public_name(place: str) -> str:
     return os.path.basename(os.path.abspath(os.path.expanduser(place))) if is_local(place) else place
 
 
-def own_options(kind: type[PurifyConfig]) -> list[str]:
-    """Names of the options that a defence's configuration declares itself, with those that all defences share."""
-    kinds = [k for k in kind.__mro__ if issubclass(k, PurifyConfig)]
-    return list(dict.fromkeys(name for k in reversed(kinds) for name in k.__annotations__))
-
-
-def own_defaults(kind: type[PurifyConfig]) -> dict[str, Any]:
-    """The declared defaults of `own_options`, those of where a run writes left out."""
-    own = set(own_options(kind)) - set(PLACES)
+def own_defaults(kind: type[TrainingArguments]) -> dict[str, Any]:
+    """The declared defaults of a defence's `PurifyConfig.own_options`, those of where a run writes left out."""
+    own = set(kind.own_options()) - set(PLACES)
     found = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(kind) if f.name in own}
     return {name: value for name, value in found.items() if not name.startswith("hub_")}
 
 
-def arguments_of(args: PurifyConfig) -> dict[str, Any]:
-    """The options that define a run: all of the defence's own, the seed, and every other one that is not at its default."""
-    own = own_options(type(args)) + ["seed"]
+def arguments_of(args: TrainingArguments) -> dict[str, Any]:
+    """The options that define a run: `PurifyConfig.own_options`, the seed, and every other one that is not at its default."""
+    own = [*args.own_options(), "seed"]
     values = args.to_dict()
     # Against the declared defaults, not a second instance: making one would reset the running accelerator's state.
     changed = [
@@ -82,4 +114,75 @@ def _is_plain(value: Any) -> bool:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the numbers depend on."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    """What a loaded package says of itself: one from a checkout has no metadata, or those of another version.
+
+    Of one that is not loaded, what its metadata say; "unknown" where it has none, which is no reason to lose a run.
+    """
+    if package in sys.modules:
+        return str(sys.modules[package].__version__)  # torch's is of a class of its own
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+class Purification(Protocol):
+    """What the manifest is made of; `PurifyTrainer` is one."""
+
+    method: str
+    paper: str | None
+    plain: PreTrainedModel
+    args: TrainingArguments
+    reference_sha256: str
+    train_dataset: Any
+    retain_indices: list[int] | None
+    data_source: str | None
+    preprocessing: Any
+    batch_norms: list[Any]
+    report: Any
+    state: Any
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Images per update."""
+
+
+def facts_of(run: Purification) -> dict[str, Any]:
+    """What every manifest holds: the run's method, source, retain set, options, steps, report and versions; JSON-able."""
+    return {
+        "method": run.method,
+        "paper": run.paper,
+        "source": source_facts(run.plain),
+        "reference_sha256": run.reference_sha256,
+        "retain": _retain_facts(run),
+        "preprocessing": {name: getattr(run.preprocessing, name) for name in ("size", "mean", "std")},
+        "batch_norm": run.args.batch_norm if run.batch_norms else "none in this model",
+        "arguments": arguments_of(run.args),
+        "steps": run.state.global_step,
+        "measured": run.report.measured(),
+        "versions": versions(),
+    }
+
+
+def _retain_facts(run: Purification) -> dict[str, Any]:
+    source, images = run.data_source, run.train_dataset
+    streamed = isinstance(images, StreamedImages)
+    drawn = run.state.global_step * run.get_total_train_batch_size(run.args)
+    count = drawn if streamed else 0 if images is None else len(images)
+    facts = {"n": count, "source": source and public_name(source)}
+    if source and is_local(source) and isinstance(images, TrainingImages):
+        facts["sha256"] = images.fingerprint()  # a last name alone says little
+    if streamed:
+        facts["streamed"] = True
+    if run.retain_indices is not None:
+        facts["indices_file"] = RETAIN_INDICES
+    return facts
+
+
+def remove_rejected(folder: Path) -> None:
+    """Remove what an earlier run that was rejected left below a folder that now holds an accepted model."""
+    if (folder / REJECTED / MANIFEST).is_file():
+        shutil.rmtree(folder / REJECTED)

@@ -1,4 +1,6 @@
-"""The Markdown tables of cards and summaries."""
+"""Markdown tables, and those of the rates on cards and in summaries."""
+
+from collections.abc import Iterable, Sequence
 
 RESULT_NAMES = {
     "accuracy": ("accuracy", "ACC"),
@@ -7,30 +9,41 @@ RESULT_NAMES = {
 }
 
 
-def _percent(rates: dict, key: str) -> str:
-    """``91.20 % [90.40, 91.95]`` of a proportion as `Proportion.as_dict` writes it."""
-    low, high = rates[f"{key}_ci95"]
-    return f"{100 * rates[key]:.2f} % [{100 * low:.2f}, {100 * high:.2f}]"
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table: names in the first column, on the left; numbers in the others, on the right.
+
+    Args:
+        header: What stands over each column.
+        rows: As many cells each; what would end a cell or a line in them is escaped.
+
+    Returns:
+        The table, without a final line break.
+    """
+    return "\n".join(map(_row, [header, ["---"] + ["---:"] * (len(header) - 1), *rows]))
+
+
+def _row(cells: Sequence[str]) -> str:
+    texts = [" ".join(cell.split()).replace("|", "\\|") for cell in cells]
+    return "|" + "".join(f" {text} |" if text else " |" for text in texts)
 
 
 def results_table(results: dict) -> str:
     """Markdown table of ACC, ASR and RA before and after, each with count and 95 % interval, and DER.
 
     Args:
-        results: As `evaluation.results` makes it: fractions in [0, 1] with ``_ci95`` and ``_n``.
+        results: As `measure.results` makes it: fractions in [0, 1] with ``_ci95`` and ``_n``.
 
     Returns:
         The table, without a final line break.
     """
-
-    rows = ["| | before | after | images |", "| --- | ---: | ---: | ---: |"]
-    for key, (_, short) in RESULT_NAMES.items():
-        if f"{key}_after" in results:
-            count = results[f"{key}_after_n"]
-            rows.append(f"| {short} | {_percent(results, f'{key}_before')} | {_percent(results, f'{key}_after')} | {count} |")
+    rows = [
+        [short, *(_percent(results, f"{key}_{when}") for when in ("before", "after")), str(results[f"{key}_after_n"])]
+        for key, (_, short) in RESULT_NAMES.items()
+        if f"{key}_after" in results
+    ]
     if "der" in results:
-        rows.append(f"| DER | | {results['der']:.4f} | |")
-    return "\n".join(rows)
+        rows.append(["DER", "", f"{results['der']:.4f}", ""])
+    return markdown_table(["", "before", "after", "images"], rows)
 
 
 def rates_table(columns: dict[str, dict]) -> str:
@@ -42,10 +55,16 @@ def rates_table(columns: dict[str, dict]) -> str:
     Returns:
         The table, without a final line break.
     """
-    rows = ["| | " + " | ".join([*columns, "images"]) + " |", "| --- |" + " ---: |" * (len(columns) + 1)]
     first = next(iter(columns.values()))
-    for key, (_, short) in RESULT_NAMES.items():
-        if key in first:
-            cells = [_percent(rates, key) if key in rates else "" for rates in columns.values()]
-            rows.append("| " + " | ".join([short, *cells, str(first[f"{key}_n"])]) + " |")
-    return "\n".join(rows)
+    rows = [
+        [short, *(_percent(rates, key) if key in rates else "" for rates in columns.values()), str(first[f"{key}_n"])]
+        for key, (_, short) in RESULT_NAMES.items()
+        if key in first
+    ]
+    return markdown_table(["", *columns, "images"], rows)
+
+
+def _percent(rates: dict, key: str) -> str:
+    """``91.20 % [90.40, 91.95]`` of a proportion as `Proportion.as_dict` writes it."""
+    low, high = rates[f"{key}_ci95"]
+    return f"{100 * rates[key]:.2f} % [{100 * low:.2f}, {100 * high:.2f}]"

@@ -4,18 +4,16 @@ Izmailov, Podoprikhin, Garipov, Vetrov, Wilson: "Averaging Weights Leads to Wide
 arXiv 1803.05407: the plain mean of one snapshot per epoch, then BatchNorm statistics from one pass over the training images.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback
 
-from ..data.retain import retain_batches
 from ..models.batch_norm import reestimate_batch_norm
-
-if TYPE_CHECKING:
-    from .trainer import PurifyTrainer
 
 
 class WeightAverage(TrainerCallback):
@@ -25,16 +23,18 @@ class WeightAverage(TrainerCallback):
     Add it before the callback that ends the defence, which is to see the mean.
 
     Args:
-        trainer: Its model, as handed over.
+        model: As handed over.
+        constrain: Brings the model's weights onto the defence's constraint set.
+        batches: Yields the retain set, augmented, as batches with ``pixel_values``.
 
     Raises:
         ValueError: When training begins, if fewer than two snapshots would be taken.
         RuntimeError: When training ends, if it was stopped before the first snapshot.
     """
 
-    def __init__(self, trainer: "PurifyTrainer"):
-        self.trainer = trainer
-        self.weights = AveragedModel(trainer.model)
+    def __init__(self, model: nn.Module, constrain: Callable[[], None], batches: Callable[[], Iterable[dict[str, Tensor]]]):
+        self.model, self.constrain, self.batches = model, constrain, batches
+        self.weights = AveragedModel(model)
 
     @property
     def snapshots(self) -> int:
@@ -51,17 +51,16 @@ class WeightAverage(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if state.global_step > round((1 - args.average_last) * state.max_steps):
-            self.weights.update_parameters(self.trainer.model)
+            self.weights.update_parameters(self.model)
 
     @torch.no_grad()
     def on_train_end(self, args, state, control, **kwargs):
         if not self.snapshots:
             raise RuntimeError(f"training stopped at step {state.global_step}, before average_last's share: nothing to average")
-        model = self.trainer.model
-        torch._foreach_copy_(list(model.parameters()), list(self.weights.module.parameters()))
-        self.trainer.constrain()
+        torch._foreach_copy_(list(self.model.parameters()), list(self.weights.module.parameters()))
+        self.constrain()
         if args.batch_norm == "train":
-            batches = retain_batches(self.trainer, "Re-estimating BatchNorm", augmented=True)
-            reestimate_batch_norm(model, (batch["pixel_values"] for batch in batches))
-        broadcast(model.state_dict())  # in place; processes may round the statistics differently
-        self.trainer.accelerator.print(f"The weights are the mean of {self.snapshots} epochs' ends")
+            reestimate_batch_norm(self.model, (batch["pixel_values"] for batch in self.batches()))
+        broadcast(self.model.state_dict())  # in place; processes may round the statistics differently
+        if PartialState().is_main_process:
+            print(f"The weights are the mean of {self.snapshots} epochs' ends")

@@ -2,90 +2,75 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import SaveStrategy
 
+SGD_ARGUMENTS = "momentum=0.9"
 BATCH_NORM_POLICIES = ("train", "eval", "frozen")
-LEAST = {
-    "learning_rate": 0,
-    "weight_decay": 0,
-    "num_train_epochs": 0,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "seed": 0,
-}
-
-
-# What the options of the defences must be, as their errors say it.
+# What a number must be, as errors say it: the metadata "range" of an option.
 RANGES: dict[str, Callable[[float], bool]] = {
     ">= 0 and finite": lambda value: 0 <= value < math.inf,
     "> 0 and finite": lambda value: 0 < value < math.inf,
-    ">= 1": lambda value: value >= 1,
+    ">= 1": lambda value: 1 <= value < math.inf,
     "in (0, 1]": lambda value: 0 < value <= 1,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "in (0, 1)": lambda value: 0 < value < 1,
 }
+# Of options that the Trainer declares.
+TRAINER_RANGES = {
+    "weight_decay": ">= 0 and finite",
+    "gradient_accumulation_steps": ">= 1",
+    "seed": ">= 0 and finite",
+}
+# Options that a purification cannot honour, which no help offers; some raise, see `PurifyConfig`.
+HIDDEN = (
+    "do_eval",
+    "eval_",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "label_smoothing_factor",
+    "hub_token",
+    "deepspeed",
+)
 
 
-def check_options(args: TrainingArguments, needed: str, *names: str) -> None:
-    """Raise a ValueError for the first option of these names that is not ``needed``, a key of `RANGES`."""
-    for name in names:
-        if not RANGES[needed](getattr(args, name)):
-            raise ValueError(f"{name} must be {needed}; got {getattr(args, name)}")
+def declared(kind: type, key: str) -> dict[str, Any]:
+    """What the fields of a configuration declare under a metadata key, by the field's name.
+
+    A field that is declared again with another default keeps what it does not say anew.
+    """
+    kinds = [base for base in reversed(kind.__mro__) if issubclass(base, PurifyConfig)]
+    own = [f for base in kinds for f in fields(base) if f.name in base.__annotations__]
+    return {f.name: f.metadata[key] for f in own if key in f.metadata}
 
 
-@dataclass
-class Additions(TrainingArguments):
-    """What can be added to a defence to raise it, and to its controls alike; all off.
-
-    `PurifyConfig` inherits these options instead of declaring them: a manifest names them where they are used and nowhere else,
-    so that the record of a run without them is what it was before there were any.
-
-    Args:
-        cutout: Side in pixels, >= 0, of a square of each training image that is blanked at a random place, at the model's size;
-            0: none. 16 for CIFAR-10 (DeVries and Taylor 2017, arXiv 1708.04552). As there, the square is zero after
-            normalisation, here up to half a grey level: it is filled with the image processor's mean colour.
-        distillation: Weight >= 0 of ``T^2 KL(suspicious model || model)``, T = 2, mean over the window's images, against the
-            cross-entropy (Hinton et al. 2015, arXiv 1503.02531; its value is to be tried). The suspicious model runs in
-            evaluation mode on the same augmented images: one more forward pass, memory for two models. It is meant to restore
-            ordinary behaviour, and it pulls towards the outputs of a model that nobody trusts: only images that are sure to
-            carry no trigger may be trained on, and what a backdoor does to such images is kept with the rest.
-        average_last: Share of the updates, in [0, 1), at whose end the saved weights are the mean over the ends of its epochs
-            (Izmailov et al. 2018, arXiv 1803.05407, one snapshot per epoch, the last 25 % there; a cosine to zero leaves less
-            to average than their high constant rate). BatchNorm statistics are then re-estimated on the retain set, augmented
-            as in training, if ``batch_norm="train"``; else they stay. What is evaluated on the way is not averaged.
-        sam_rho: Size >= 0 of the neighbourhood whose highest loss is minimised, by adaptive SAM (`d3_hf.sam`), which doubles
-            the passes; 0: off. 2 is FT-SAM's for CIFAR-10. D3's distance has no part in it and is that of the weights.
+def check_declared(args: TrainingArguments) -> None:
+    """Check every option against the ``range`` or the ``choices`` that its field declares; of a list, which must not be empty,
+    each element.
 
     Raises:
-        ValueError: A value is out of range; ``average_last`` is combined with checkpoints, which would not hold the mean;
-            ``sam_rho`` with accumulated gradients or fp16.
+        ValueError: A value is not among them; the message names the option.
     """
-
-    cutout: int = field(default=0, metadata={"help": "Side in pixels of a blanked square in each training image; 0: none."})
-    distillation: float = field(default=0.0, metadata={"help": "Weight of the divergence from the suspicious model's outputs."})
-    average_last: float = field(default=0.0, metadata={"help": "Share of the run, at its end, over which to average weights."})
-    sam_rho: float = field(default=0.0, metadata={"help": "Minimise the highest loss within this size (adaptive SAM); 0: off."})
-
-    def __post_init__(self):
-        if self.cutout < 0:
-            raise ValueError(f"cutout must be >= 0 pixels; got {self.cutout}")
-        check_options(self, ">= 0 and finite", "distillation", "sam_rho")
-        if not 0 <= self.average_last < 1:
-            raise ValueError(f"average_last must be in [0, 1); got {self.average_last}")
-        super().__post_init__()
-        if self.average_last and self.save_strategy != SaveStrategy.NO:
-            raise ValueError("average_last with checkpoints: they would not hold the mean; leave save_strategy at 'no'")
-        if self.sam_rho and (self.gradient_accumulation_steps > 1 or self.fp16):
-            raise ValueError("sam_rho needs whole, unscaled gradients: leave gradient_accumulation_steps at 1 and fp16 off")
+    for name, needed in (TRAINER_RANGES | declared(type(args), "range")).items():
+        value = getattr(args, name)
+        numbers = value if isinstance(value, list) else [value]
+        if not numbers or not all(number is None or RANGES[needed](number) for number in numbers):
+            raise ValueError(f"{name} must be {needed}; got {value}")
+    for name, choices in declared(type(args), "choices").items():
+        if getattr(args, name) not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {getattr(args, name)!r}")
 
 
 @dataclass
-class PurifyConfig(Additions):
-    """Arguments shared by all defences: `TrainingArguments` with the schedule of the D3 study, and `Additions`.
+class PurifyConfig(TrainingArguments):
+    """Arguments shared by all defences: `TrainingArguments` with the schedule of the D3 study, and what can be added to raise a
+    defence, all of it off.
 
     Only what differs from these is listed. (BB) marks BackdoorBench's common defence settings, (code) those of
     the D3 authors' ``defense/d3.py``, (here) what served best in model_cards/proof.md.
@@ -97,7 +82,7 @@ class PurifyConfig(Additions):
         num_train_epochs: 15 passes over the retain set (here); 100 (BB, code).
         per_device_train_batch_size: 128 (here); 256 (BB, code). 15 passes over 2,500 images are 300 steps, the code's 1,000.
         optim: SGD (BB).
-        optim_args: Momentum 0.9 (BB).
+        optim_args: Momentum 0.9 (BB); None with another optimizer, if nothing is given.
         lr_scheduler_type: Cosine to zero, stepped per update; the code steps it once per epoch.
         weight_decay: 0, as the code runs (its configured 5e-4 is never passed on).
         max_grad_norm: 0, no clipping: a clip would scale the clean gradient and the distance gradient apart from what
@@ -114,12 +99,26 @@ class PurifyConfig(Additions):
         hub_private_repo: Repositories are created private.
         hub_create_pr: With ``push_to_hub``: open a pull request on the repository that the model came from, instead of making
             one.
+        cutout: Side in pixels, >= 0, of a square of each training image that is blanked at a random place, at the model's size;
+            0: none. 16 for CIFAR-10 (DeVries and Taylor 2017, arXiv 1708.04552). As there, the square is zero after
+            normalisation, here up to half a grey level: it is filled with the image processor's mean colour.
+        distillation: Weight >= 0 of ``T^2 KL(suspicious model || model)``, T = 2, mean over the window's images, against the
+            cross-entropy (Hinton et al. 2015, arXiv 1503.02531; its value is to be tried). The suspicious model runs in
+            evaluation mode on the same augmented images: one more forward pass, memory for two models. It is meant to restore
+            ordinary behaviour, and it pulls towards the outputs of a model that nobody trusts: only images that are sure to
+            carry no trigger may be trained on, and what a backdoor does to such images is kept with the rest.
+        average_last: Share of the updates, in [0, 1), at whose end the saved weights are the mean over the ends of its epochs
+            (Izmailov et al. 2018, arXiv 1803.05407, one snapshot per epoch, the last 25 % there; a cosine to zero leaves less
+            to average than their high constant rate). BatchNorm statistics are then re-estimated on the retain set, augmented
+            as in training, if ``batch_norm="train"``; else they stay. What is evaluated on the way is not averaged.
+        sam_rho: Size >= 0 of the neighbourhood whose highest loss is minimised, by adaptive SAM (`d3_hf.training.sam`), which
+            doubles the passes; 0: off. 2 is FT-SAM's for CIFAR-10. D3's distance has no part in it and is that of the weights.
 
     Raises:
-        ValueError: ``batch_norm`` is unknown; ``crop_padding`` < 0; an option of `LEAST` is lower or not finite; ``hub_token``
-            is given (it would be written into logs: log in or set ``HF_TOKEN``); ``hub_create_pr`` without ``push_to_hub`` or
-            with ``hub_model_id``;
-            ``label_smoothing_factor`` is not 0 (the loss is the method's own).
+        ValueError: An option is not what its field declares, see `check_declared`; ``hub_token`` is given (it would be written
+            into logs: log in or set ``HF_TOKEN``); ``hub_create_pr`` without ``push_to_hub`` or with ``hub_model_id``;
+            ``label_smoothing_factor`` is not 0 (the loss is the method's own); ``average_last`` is combined with checkpoints,
+            which would not hold the mean; ``sam_rho`` with accumulated gradients or fp16.
     """
 
     output_dir: str | None = field(
@@ -128,20 +127,45 @@ class PurifyConfig(Additions):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace another run's results or checkpoints in output_dir."}
     )
-    learning_rate: float = field(default=0.1, metadata={"help": "Initial learning rate."})
-    num_train_epochs: float = field(default=15, metadata={"help": "Passes over the images that are trained on."})
-    per_device_train_batch_size: int = field(default=128, metadata={"help": "Images per device and micro-batch."})
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images per device and batch in evaluation."})
+    learning_rate: float = field(default=0.1, metadata={"help": "Initial learning rate.", "range": ">= 0 and finite"})
+    num_train_epochs: float = field(
+        default=15, metadata={"help": "Passes over the images that are trained on.", "range": ">= 0 and finite"}
+    )
+    per_device_train_batch_size: int = field(
+        default=128, metadata={"help": "Images per device and micro-batch.", "range": ">= 1"}
+    )
+    per_device_eval_batch_size: int = field(
+        default=256, metadata={"help": "Images per device and batch in evaluation.", "range": ">= 1"}
+    )
     optim: str = field(default="sgd", metadata={"help": "Optimizer, any name of TrainingArguments."})
-    optim_args: str | None = field(default="momentum=0.9", metadata={"help": "Arguments of the optimizer."})
+    optim_args: str | None = field(default=SGD_ARGUMENTS, metadata={"help": "Arguments of the optimizer."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the gradient to this norm; 0 does not clip."})
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "Clip the gradient to this norm; 0 does not clip.", "range": ">= 0 and finite"}
+    )
     batch_norm: str = field(
         default="train",
         metadata={"help": "BatchNorm while training: train, eval or frozen.", "choices": BATCH_NORM_POLICIES},
     )
-    crop_padding: int = field(default=4, metadata={"help": "Zero padding in pixels before the random crop."})
+    crop_padding: int = field(
+        default=4, metadata={"help": "Zero padding in pixels before the random crop.", "range": ">= 0 and finite"}
+    )
     horizontal_flip: bool = field(default=False, metadata={"help": "Flip half of the training images."})
+    cutout: int = field(
+        default=0,
+        metadata={"help": "Side in pixels of a blanked square in each training image; 0: none.", "range": ">= 0 and finite"},
+    )
+    distillation: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the divergence from the suspicious model's outputs.", "range": ">= 0 and finite"},
+    )
+    average_last: float = field(
+        default=0.0, metadata={"help": "Share of the run, at its end, over which to average weights.", "range": "in [0, 1)"}
+    )
+    sam_rho: float = field(
+        default=0.0,
+        metadata={"help": "Minimise the highest loss within this size (adaptive SAM); 0: off.", "range": ">= 0 and finite"},
+    )
     save_strategy: str = field(default="no", metadata={"help": "When to write checkpoints for resuming."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     report_to: str = field(default="none", metadata={"help": "Trackers to report to."})
@@ -159,22 +183,30 @@ class PurifyConfig(Additions):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "DDP: look for unused parameters."})
 
+    # Without annotation, which would make it an option.
+    hidden_options = HIDDEN
+
     def __post_init__(self):
-        if self.batch_norm not in BATCH_NORM_POLICIES:
-            raise ValueError(f"batch_norm must be one of {', '.join(BATCH_NORM_POLICIES)}; got {self.batch_norm!r}")
-        for name, low in LEAST.items():
-            if not low <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least {low} and finite; got {getattr(self, name)}")
-        if self.crop_padding < 0:
-            raise ValueError(f"crop_padding must be >= 0 pixels; got {self.crop_padding}")
+        check_declared(self)
         if self.hub_token is not None:
             raise ValueError("hub_token would end up in logs and files; log in with `hf auth login` or set HF_TOKEN instead")
         if self.hub_create_pr and (self.hub_model_id or not self.push_to_hub):
             raise ValueError("hub_create_pr pushes to the source's repository: give --push_to_hub and leave hub_model_id out")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor must stay 0: the defence computes its own loss")
+        if self.optim_args == SGD_ARGUMENTS and self.optim != "sgd":
+            self.optim_args = None  # the default of another optimizer
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # or every loader warns
             self.use_cpu = self.use_cpu or self.bf16  # TrainingArguments wants to be told before it lets a CPU run in bf16
         super().__post_init__()
-        unset_hf_deepspeed_config()  # ZeRO-3 would partition what is loaded now, before the defence has seen it
+        if self.average_last and self.save_strategy != SaveStrategy.NO:
+            raise ValueError("average_last with checkpoints: they would not hold the mean; leave save_strategy at 'no'")
+        if self.sam_rho and (self.gradient_accumulation_steps > 1 or self.fp16):
+            raise ValueError("sam_rho needs whole, unscaled gradients: leave gradient_accumulation_steps at 1 and fp16 off")
+
+    @classmethod
+    def own_options(cls) -> list[str]:
+        """Names of the options that this configuration declares itself, and of those that all defences share."""
+        kinds = [kind for kind in cls.__mro__ if issubclass(kind, PurifyConfig)]
+        return list(dict.fromkeys(name for kind in reversed(kinds) for name in kind.__annotations__))

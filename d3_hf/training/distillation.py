@@ -10,33 +10,31 @@ there the model is pulled towards, and where a backdoor shows on such images, th
 """
 
 import copy
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..training import reference
+from . import reference
 
 # T, one of the values that Hinton et al. try (1, 2, 5 and 10 in section 4). Fixed: T^2 keeps the gradient's size, so that the
 # weight of the whole term is the number to choose.
 TEMPERATURE = 2.0
 
 
-def distillation_losses(logits: Tensor, teacher_logits: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+def distillation_losses(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """``T^2 KL(teacher || student)`` per image, in nats.
 
     Args:
         logits: Of the model in training, (B, C), any float dtype; computed in float32.
         teacher_logits: Of the teacher, (B, C); no gradient should be wanted.
-        temperature: T > 0.
 
     Returns:
         float32 (B,), at least 0 up to rounding.
     """
-    student = F.log_softmax(logits.float() / temperature, 1)
-    teacher = F.log_softmax(teacher_logits.float() / temperature, 1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+    student = F.log_softmax(logits.float() / TEMPERATURE, 1)
+    teacher = F.log_softmax(teacher_logits.float() / TEMPERATURE, 1)
+    return TEMPERATURE**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
 
 class Teacher:
@@ -44,10 +42,8 @@ class Teacher:
 
     Attributes:
         model: The copy.
-        sha256: Fingerprint of its parameters and buffers, by which a resumed run knows it.
+        sha256: Fingerprint of its parameters and buffers.
     """
-
-    KEY = "teacher_sha256"  # in the manifest
 
     def __init__(self, model: nn.Module):
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
@@ -61,7 +57,3 @@ class Teacher:
     def losses(self, logits: Tensor) -> Tensor:
         """`distillation_losses` (B,) of a model that ran the batch last looked at."""
         return distillation_losses(logits, self._logits)
-
-    def check(self, manifest: Path) -> None:
-        """Raise a ValueError if a checkpoint's manifest names another teacher or none."""
-        reference.check_fingerprint(manifest, self.sha256, "without distillation or from another model", key=self.KEY)

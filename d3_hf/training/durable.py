@@ -1,13 +1,11 @@
 """A Trainer that a kill, a full disk or Ctrl-C costs nothing but the steps since its last checkpoint."""
 
-import contextlib
-import json
 import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import nn
@@ -15,20 +13,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..publishing.manifest import REJECTED
-from .checkpoints import (
-    PARTIAL,
-    checkpoints_in,
-    flush,
-    last_named,
-    one_line,
-    replace_text,
-    results_in,
-    seal,
-    to_resume_from,
-    whole,
-)
-from .placement.fsdp import InPlace
+from ..files import PARTIAL, atomic_folder, disk_errors, flush
+from .checkpoints import advise_resuming, checkpoints_in, seal, to_resume_from
+from .state import read_state, write_state
 
 STATE = "trainer_state.json"
 
@@ -36,13 +23,38 @@ STATE = "trainer_state.json"
 class DurableTrainer(Trainer):
     """A `Trainer` whose files appear whole, which resumes from whole checkpoints only and saves one when it is interrupted.
 
-    A subclass says what the files are: `write_files`, `facts` and `card`.
+    A subclass says what the files are (`write_files`) and what else a run must remember (`resume_state`, `load_resume_state`).
+
+    Attributes:
+        is_writing_checkpoint: Whether what is saved now is a checkpoint's.
     """
 
-    manifest_name: str
-    plain: nn.Module  # the model as whole, ordinary tensors
-    placement: InPlace
-    _writing = False  # a checkpoint, which goes into PARTIAL first
+    last_file = "config.json"  # of a model's folder: removed first and written last
+    replaced_files: tuple[str, ...] = ("model*.safetensors", "model*.safetensors.index.json")
+    is_writing_checkpoint = False
+
+    # What a subclass overrides -----------------------------------------------------------------------------------------
+
+    def write_files(self, folder: Path, state_dict: dict | None = None) -> None:
+        """Write the model and what belongs to it into a folder; called by the process that saves."""
+        self.model.save_pretrained(folder, state_dict=state_dict)
+
+    def load_weights(self, folder: Path) -> None:
+        """Load a checkpoint exactly: the Trainer's own skips, with a warning, every key renamed since (all of ViT's)."""
+        load_weights(self.model, folder)
+
+    def resume_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beyond weights, optimizer, schedule and random state: tensors and JSON-able values."""
+        return {}
+
+    def load_resume_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `resume_state` returned, its tensors on the CPU; called before the weights are loaded.
+
+        Raises:
+            ValueError: The run cannot go on from there; the message goes on after the checkpoint's name.
+        """
+
+    # Training ----------------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         """As the base class.
@@ -66,14 +78,14 @@ class DurableTrainer(Trainer):
         callback = _SaveWhenInterrupted(self)
         self.add_callback(callback)
         try:
-            with callback.listening():
-                result = super().train(checkpoint, trial, ignore_keys_for_eval)
+            result = super().train(checkpoint, trial, ignore_keys_for_eval)
             if callback.asked:  # after the last step
                 raise KeyboardInterrupt
             return result
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"at step {self.state.global_step}: {self._how_to_go_on()}") from None
         finally:
+            callback.stop_listening()
             self.remove_callback(callback)
 
     def _clear(self, old: list[Path]) -> None:
@@ -89,18 +101,7 @@ class DurableTrainer(Trainer):
     def _how_to_go_on(self) -> str:
         if self.args.save_strategy == SaveStrategy.NO:
             return "nothing was saved, since save_strategy is 'no'"
-        return last_named(Path(self.args.output_dir))
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader, resume_from_checkpoint: str | None) -> tuple:
-        loaded = None if self.placement.resumes else resume_from_checkpoint
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, loaded)
-        self.placement.begin(self, max_steps, resume_from_checkpoint)
-        return prepared
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the base class."""
-        with self.placement.saving(self):
-            super().save_model(output_dir, _internal_call)
+        return advise_resuming(Path(self.args.output_dir))
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # Resumed from the checkpoint of its last step, the Trainer would take one step more.
@@ -109,9 +110,22 @@ class DurableTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
+    # Saving ------------------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        if self.is_writing_checkpoint:  # it is renamed as a whole
+            folder.mkdir(parents=True, exist_ok=True)
+            self.write_files(folder, state_dict)
+        else:
+            with atomic_folder(folder, self.last_file, self.replaced_files, lambda: advise_resuming(folder)) as beside:
+                self.write_files(beside, state_dict)
+
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
-        return os.path.join(folder, PARTIAL) if self._writing else folder
+        return os.path.join(folder, PARTIAL) if self.is_writing_checkpoint else folder
 
     def _save_checkpoint(self, model: nn.Module, trial=None) -> None:
         output_dir = Path(self._get_output_dir(trial))
@@ -119,91 +133,80 @@ class DurableTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(beside, ignore_errors=True)  # what a killed run left
         self.accelerator.wait_for_everyone()
-        self._writing = True
+        self.is_writing_checkpoint = True
         try:
-            with one_line(output_dir / name, output_dir):
+            with disk_errors(output_dir / name, lambda: advise_resuming(output_dir)):
                 super()._save_checkpoint(model, trial)
-                if self.state.best_model_checkpoint == str(beside / name):
+                best = self.state.best_model_checkpoint
+                if best is not None and Path(best) == beside / name:
                     self.state.best_model_checkpoint = str(output_dir / name)
                 self.accelerator.wait_for_everyone()  # each process has written its random state
                 if self.args.should_save:
                     self.state.save_to_json(str(beside / name / STATE))
+                    write_state(self.resume_state(), beside / name)
                     seal(beside / name)
                     if (output_dir / name).exists():
                         os.replace(output_dir / name, beside / "old")
                     os.replace(beside / name, output_dir / name)
-                    flush(output_dir, files=False)
+                    flush(output_dir)
         finally:
-            self._writing = False
+            self.is_writing_checkpoint = False
             if self.args.should_save:
                 shutil.rmtree(beside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             rotate_checkpoints(str(output_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        with whole(folder, self.manifest_name) as beside:
-            self.write_files(beside, state_dict)
-            (beside / self.manifest_name).write_text(json.dumps(self.facts(), indent=2) + "\n")
-            if folder == Path(self.args.output_dir):
-                self.card().save(beside / "README.md")
-        if folder == Path(self.args.output_dir) and results_in(folder / REJECTED):  # of an earlier run, see `check_output`
-            shutil.rmtree(folder / REJECTED)
-
-    def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
-        """Write ``README.md``. Arguments other than the title are not used."""
-        replace_text(Path(self.args.output_dir) / "README.md", str(self.card(model_name)))
+    # Loading -----------------------------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._load_weights(Path(resume_from_checkpoint))
+        folder = Path(resume_from_checkpoint)
+        state = read_state(folder)
+        try:
+            self.load_resume_state(state)
+        except ValueError as fault:
+            raise ValueError(f"{folder} {fault}") from None
+        self.load_weights(folder)
 
     def _load_best_model(self) -> None:
-        self._load_weights(Path(self.state.best_model_checkpoint))
+        self.load_weights(Path(self.state.best_model_checkpoint))
 
-    def _load_weights(self, folder: Path) -> None:
-        """Load a checkpoint exactly: the Trainer's own skips, with a warning, every key renamed since (all of ViT's)."""
-        state = load_file(folder / SAFE_WEIGHTS_NAME)
-        if state.keys() != self.plain.state_dict().keys():
-            fresh = type(self.plain).from_pretrained(folder, dtype=self.plain.dtype, local_files_only=True)
-            state = fresh.state_dict()
-        self.plain.load_state_dict(state, strict=True)
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Load the weights of a checkpoint into a model, every one of them."""
+    state = load_file(folder / SAFE_WEIGHTS_NAME)
+    if state.keys() != model.state_dict().keys():
+        state = type(model).from_pretrained(folder, dtype=model.dtype, local_files_only=True).state_dict()
+    model.load_state_dict(state, strict=True)
 
 
 class _SaveWhenInterrupted(TrainerCallback):
     """On Ctrl-C finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once.
 
-    Several processes are interrupted at different steps and cannot save together: there, and where there are no checkpoints,
-    Ctrl-C stops at once.
+    Several processes are interrupted at different steps and cannot save together: there, where there are no checkpoints, and
+    before the first step, which may be minutes away, Ctrl-C stops at once.
     """
 
     def __init__(self, trainer: DurableTrainer):
-        self.trainer, self.asked = trainer, False
+        self.trainer = trainer
+        self.asked = self._listening = False
+        self._previous: Any = None  # handler
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        args = self.trainer.args
-        if (
-            args.save_strategy == SaveStrategy.NO
-            or args.world_size > 1
-            or threading.current_thread() is not threading.main_thread()
-        ):
-            yield
-            return
-        previous = signal.getsignal(signal.SIGINT)
+    def on_step_begin(self, args, state, control, **kwargs):
+        saves = args.save_strategy != SaveStrategy.NO and args.world_size == 1
+        if saves and not (self._listening or self.asked) and threading.current_thread() is threading.main_thread():
+            self._previous, self._listening = signal.signal(signal.SIGINT, self._ask), True
 
-        def ask(number, frame):
-            self.asked = True
-            signal.signal(signal.SIGINT, previous)
-            print("Interrupted: the step is finished and saved first; once more stops at once")
+    def _ask(self, number, frame) -> None:
+        self.asked = True
+        self.stop_listening()
+        print("Interrupted: the step is finished and saved first; once more stops at once")
 
-        signal.signal(signal.SIGINT, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
+    def stop_listening(self) -> None:
+        """Put the handler back that was there before."""
+        if self._listening:
+            signal.signal(signal.SIGINT, self._previous)
+            self._listening = False
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.asked:

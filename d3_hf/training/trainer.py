@@ -1,63 +1,49 @@
-"""`PurifyTrainer`: what every defence shares on top of `transformers.Trainer`.
+"""`PurifyTrainer`: the whole of what every defence shares on top of `transformers.Trainer`, in the order in which it happens.
 
-It accepts images as they are (a `datasets.Dataset` with an Image column is decoded once and augmented by batch), keeps
-BatchNorm as the configuration says, computes one clean loss over the whole accumulated window, offers `optimizer_step` as a
-method to override, resumes exactly, and writes no pickle next to the purified model.
+Images as they are come in (decoded once, augmented by batch); one clean loss over the whole accumulated window;
+`optimizer_step` after every step of the optimizer; exact resuming; manifest and card beside the model, never a pickle.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
+from huggingface_hub import CommitInfo, ModelCard
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
-from ..data import retain as inputs
-from ..data.augmentation import Augmentation
+from ..data import retain
 from ..data.preprocessing import Preprocessing
 from ..data.streaming import StreamedImages
-from ..data.training_images import TrainingImages
-from ..evaluation.metrics import compute_metrics as accuracy_metrics
-from ..publishing.manifest import MANIFEST
+from ..evaluation.metrics import compute_metrics
+from ..files import atomic_file
+from ..models.batch_norm import batch_norms
+from ..models.source import image_processor_of, source_of
+from ..publishing import hub, manifest
+from ..publishing.folder import card_of, write_purified
+from ..publishing.report import Report
+from . import reference
 from .averaging import WeightAverage
 from .checkpoints import check_output
 from .config import PurifyConfig
+from .contract import Defence
 from .distillation import Teacher
-from .placement.fsdp import placement_of
-from .publishing import PublishingTrainer
+from .durable import DurableTrainer, load_weights
+from .images import check_same_images, evaluation_images, training_images
+from .lifecycle import Lifecycle
+from .placement.choose import placement_of
 from .sam import at_highest_loss, running_statistics_kept
-from .supported import refuse_unsupported
+from .unsupported import refuse_unsupported
 
 
-class _RouteOptimizerStep(TrainerCallback):
-    """Calls the trainer back at the first moment when model, optimizer and resumed state are final."""
-
-    def __init__(self, trainer: "PurifyTrainer"):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.check_same_images()
-        self.trainer.route_optimizer_step()
-        self.trainer.begin_purification(resumed=state.global_step > 0)
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        # accelerate hands the epoch to the sampler and not to the data set, which draws its crops by it.
-        if isinstance(self.trainer.train_dataset, TrainingImages):
-            self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.trainer.placement.read()
-        self.trainer.end_purification()
-
-
-class PurifyTrainer(PublishingTrainer):
-    """A `Trainer` that fine-tunes a classifier on a few trusted images; the defences subclass it.
+class PurifyTrainer(Defence, DurableTrainer):
+    """A `Trainer` that fine-tunes a classifier on a few trusted images; the defences subclass it, see `contract`.
 
     Args:
         model: A `PreTrainedModel` image classifier; `load_classifier` makes one of any source.
@@ -67,32 +53,31 @@ class PurifyTrainer(PublishingTrainer):
             dataset that yields ``pixel_values`` and ``labels`` ready for the model.
         eval_dataset: Images to measure ACC on, in either form; optional.
         processing_class: The checkpoint's image processor. Default: the one `load_classifier` left on the model.
+        data_source: What the retain set was loaded from, as ``uoft-cs/cifar10`` or a path, for manifest and card.
         kwargs: Further arguments of `Trainer`.
 
     Raises:
         OSError: ``output_dir`` cannot be written.
         ValueError: ``output_dir`` holds another run's results (see `check_output`); the images' labels are not the model's; no
             image processor is known; the run would use `nn.DataParallel`, FSDP or DeepSpeed where `placement_of` refuses it, a
-            PEFT model or `model_init`, or push checkpoints to the Hub; a training batch has no tensor ``labels``; one of
-            `Additions` does not fit the defence or the images.
+            PEFT model or `model_init`, or push checkpoints to the Hub; a training batch has no tensor ``labels``; an addition
+            (``distillation``, ``average_last``, ``sam_rho``, ``cutout``) does not fit the defence or the images.
         FloatingPointError: The clean loss of a step is NaN or infinite.
+        RuntimeError: After training, when no trained weight has moved.
 
     Attributes:
         plain: The model as whole, ordinary tensors: ``model`` itself, or on shards a copy, complete before and after the
             training.
+        in_training_step: Whether a loss that is computed now is trained on.
+        batch_number: Number of the micro-batch in the whole run, to draw by: a resumed run repeats it.
+        reference_sha256: Fingerprint of the model as it was handed over, by which a resumed run knows it.
+        report: What is known of the run besides, see `record`.
     """
 
     # Our loss is normalised over the whole window: the Trainer must not divide it by the number of micro-batches again.
     loss_is_scaled_for_ga = True
-    manifest_name = MANIFEST
-    images_class = TrainingImages
-    # Of distillation, average_last and sam_rho, those that the defence's loss and steps fit: named by each defence for itself.
-    additions: tuple[str, ...] = ()
-    runs_sharded = False  # under FSDP2 and ZeRO, where `model` holds shards of which a defence must know
-    streams = False  # takes a retain set that is read while the model trains: the defence looks at batches only
-    clean_weight: float | Tensor = 1.0  # of the cross-entropy in the objective, and so of the distillation
-    method = "fine-tuning"
-    paper: str | None = None
+    last_file = manifest_name = manifest.MANIFEST
+    replaced_files = manifest.MODEL_FILES
 
     def __init__(
         self,
@@ -101,109 +86,118 @@ class PurifyTrainer(PublishingTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        *,
+        data_source: str | None = None,
         **kwargs,
     ):
-        refuse_unsupported(model, args, kwargs)
-        check_output(args, getattr(model, "source", None))
-        if unfit := [n for n in ("distillation", "average_last", "sam_rho") if getattr(args, n) and n not in self.additions]:
-            raise ValueError(f"{type(self).__name__} does not take {' and '.join(unfit)}: D3 and fine-tuning do")
-        processing_class = processing_class or getattr(model, "image_processor", None)
+        self._check(model, args, kwargs)
+        self.report, self.data_source = Report(), data_source
+        self.in_training_step, self.batch_number = False, 0
+        processing_class = processing_class or image_processor_of(model)
         if processing_class is None:
             raise ValueError(
                 f"no image processor for {type(model).__name__}: load it with d3_hf.load_classifier or pass processing_class="
             )
         self.preprocessing = Preprocessing.from_processor(processing_class)
-        self.retain_indices = inputs.column(train_dataset, "index")
-        self.data_source: str | None = None
-        self.measured: dict[str, Any] = {}
-        self.results: dict[str, Any] | None = None
-        seed = args.seed if args.data_seed is None else args.data_seed
-        mean_color = tuple(min(max(round(255 * mean), 0), 255) for mean in self.preprocessing.mean)
-        augmentation = Augmentation(args.crop_padding, args.horizontal_flip, seed, args.cutout, mean_color)
-        kwargs.setdefault("compute_metrics", accuracy_metrics)
-        kwargs.setdefault("data_collator", inputs.collate)
+        self.retain_indices = retain.column(train_dataset, "index")
+        images = training_images(train_dataset, self, model.config, args, self.preprocessing)
+        kwargs.setdefault("compute_metrics", compute_metrics)
+        kwargs.setdefault("data_collator", retain.collate)
         folder_is_new = not Path(args.output_dir).exists()
         super().__init__(
-            model=model,
-            args=args,
-            train_dataset=inputs.training_images(train_dataset, type(self), model, args, self.preprocessing, augmentation),
-            eval_dataset=inputs.evaluation_images(eval_dataset, type(self), model, self.preprocessing),
+            model,
+            args,
+            train_dataset=images,
+            eval_dataset=evaluation_images(eval_dataset, model.config, self.preprocessing),
             processing_class=processing_class,
             compute_loss_func=self.clean_loss,
             **kwargs,
         )
         if folder_is_new and args.should_save:
             Path(args.output_dir).rmdir()  # the Trainer makes it at once; here it comes with the first file
-        self.placement = placement_of(self, model)
+        self.placement = placement_of(self, model, self.runs_sharded)
         self.plain = self.placement.plain
-        images = getattr(self.train_dataset, "augmentation", None)
-        if args.cutout and (images is None or images.cutout != args.cutout):
-            raise ValueError("cutout is for images that the trainer augments: pass the retain set as a datasets.Dataset")
-        self.sam_rho = args.sam_rho
+        # Before anything moves: the additions and the defence change weights, or keep copies of them.
+        self._handed_over = reference.fingerprints(self.plain.state_dict())
+        self.reference_sha256 = reference.fingerprint_of(self._handed_over)
+        self._add(args)
+        self.batch_norms = batch_norms(model)
+        if args.batch_norm == "frozen":
+            for module in self.batch_norms:
+                module.requires_grad_(False)
+        self.add_callback(Lifecycle(self))
+        self.prepare()
+
+    def _check(self, model: nn.Module, args: PurifyConfig, kwargs: dict[str, Any]) -> None:
+        refuse_unsupported(model, args, kwargs)
+        check_output(args, source_of(model))
+        if unfit := [n for n in ("distillation", "average_last", "sam_rho") if getattr(args, n) and n not in self.additions]:
+            raise ValueError(f"{type(self).__name__} does not take {' and '.join(unfit)}: D3 and fine-tuning do")
+
+    def _add(self, args: PurifyConfig) -> None:
         self.distiller = Teacher(self.plain) if args.distillation else None
-        self.average = WeightAverage(self) if args.average_last else None
+        self.average = None
         if self.distiller:
             self.log_names = (*self.log_names, "distillation_loss")
-        if self.average:
+        if args.average_last:
+            batches = functools.partial(self.retain_batches, "Re-estimating BatchNorm", augmented=True)
+            self.average = WeightAverage(self.model, self.constrain, batches)
             self.add_callback(self.average)
-        self._batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if args.batch_norm == "frozen":
-            for module in self._batch_norms:
-                module.requires_grad_(False)
-        self.add_callback(_RouteOptimizerStep(self))
 
-    # What a defence overrides ------------------------------------------------------------------------------------------
-
-    def sample_loss(self, cross_entropy: Tensor) -> Tensor:
-        """Map each image's cross-entropy (B,) in nats to its share of the training loss; the identity here."""
-        return cross_entropy
-
-    def finish_gradient(self, window_loss: Tensor) -> Tensor:
-        """Complete the gradient once per update: all micro-batches are in and reduced, nothing is clipped yet.
-
-        Args:
-            window_loss: Scalar, the mean over the window of what `sample_loss` returned; over this process's images, scaled
-                so that its mean over processes is the global one.
-
-        Returns:
-            Scalar tensor: the objective of this update, which the log reports as ``loss``.
-        """
-        return window_loss
+    # What a defence uses -----------------------------------------------------------------------------------------------
 
     @property
     def loss_scale(self) -> float:
         """What fp16 multiplies the loss by: to scale what `finish_gradient` adds, since gradients are unscaled after it."""
         return 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
 
-    def optimizer_step(self, step) -> Any:
-        """One update: `step()` runs the optimizer. Override to act before or after it.
+    def retain_batches(
+        self, purpose: str | None, augmented: bool = False, batches: int | list[list[int]] | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield the retain set as the model takes it, every image to every process; see `data.retain.retain_batches`."""
+        is_silent = purpose is None or self.args.disable_tqdm or not self.is_world_process_zero()
+        size = self.args.per_device_train_batch_size if batches is None else batches
+        found = retain.retain_batches(self.train_dataset, size, self.data_collator, purpose, augmented, is_silent)
+        return (self._prepare_inputs(batch) for batch in found)
 
-        Called exactly once per update on every process, with final (reduced, clipped) gradients. It must call ``step()``
-        exactly once; what follows must be idempotent, because the step is a no-op when a loss scaler skips it.
+    # The beginning and the end -----------------------------------------------------------------------------------------
 
-        Args:
-            step: Callable without arguments.
+    def begin(self, resumed: bool) -> None:
+        """Called when model, optimizer and, from a checkpoint, all state are final."""
+        check_same_images(self.train_dataset, self.args)
+        self._window_loss = torch.zeros((), device=self.args.device)
+        self._sums = torch.zeros(len(self.log_names) + 1, device=self.args.device)
+        self._micro_batches = 0  # of this window so far
+        if not resumed:
+            self.start()
+        # A resumed run may have no step left to take: it is compared with what it once began with.
+        self._started = {name: self._handed_over[name] for name in self._trained()} if resumed else self._trained()
+        self.announce(resumed)
 
-        Returns:
-            What ``step()`` returned.
-        """
-        return step()
+    def end(self) -> None:
+        """Called when training has ended."""
+        self.placement.read()
+        self.finish()
+        self.check_moved()
 
-    @property
-    def is_classifier(self) -> bool:
-        """Whether the parameters are, between two updates, those of a classifier; a defence may keep others in their place."""
-        return True
+    def check_moved(self) -> None:
+        """Raise a RuntimeError if nothing that was trained has changed: nothing unchanged is handed out as purified."""
+        if self._trained() == self._started:
+            raise RuntimeError("no weight changed: the model is not purified. Check learning_rate and num_train_epochs")
 
-    def begin_purification(self, resumed: bool) -> None:
-        """Called when training begins; ``resumed`` says that the weights came from a checkpoint."""
-
-    def end_purification(self) -> None:
-        """Called when training ends."""
-
-    def constrain(self) -> None:
-        """Bring weights that were replaced by their average back onto the defence's constraint set; here there is none."""
+    def _trained(self) -> dict[str, str]:
+        return reference.fingerprints({name: p for name, p in self.plain.named_parameters() if p.requires_grad})
 
     # The loss ----------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """`clean_loss` of a micro-batch; BatchNorm is put in the configured mode first, since `training_step` resets it."""
+        if not self.in_training_step:
+            num_items_in_batch = None  # with a count the Trainer would multiply the plain mean by the number of processes
+        elif self.args.batch_norm != "train":
+            for module in self.batch_norms:
+                module.eval()
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def clean_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Cross-entropy against the labels: this micro-batch's share of the window's mean, or the plain mean in evaluation.
@@ -216,30 +210,18 @@ class PurifyTrainer(PublishingTrainer):
         Returns:
             Scalar tensor.
         """
-        if not self.model.training:
+        if not self.in_training_step:
             return F.cross_entropy(outputs.logits.float(), labels)
         if labels is None or num_items_in_batch is None:
             raise ValueError(f"{type(self).__name__} needs a tensor column `labels` in every training batch")
         cross_entropy = F.cross_entropy(outputs.logits.float(), labels, reduction="none")
-        losses, further = self.sample_loss(cross_entropy), []
+        losses, sums = self.sample_loss(cross_entropy), self.sample_statistics(cross_entropy.detach())
         if self.distiller:
             divergences = self.distiller.losses(outputs.logits)
             losses = losses + self.clean_weight * self.args.distillation * divergences
-            further = [divergences.detach().sum()]
-        self._remember(cross_entropy.detach(), further)
+            sums = [*sums, divergences.detach().sum()]
+        self._sums += torch.stack([*sums, torch.full_like(cross_entropy[0], len(cross_entropy)).detach()])
         return losses.sum() / num_items_in_batch
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The clean loss; BatchNorm is put in the configured mode first, since `training_step` resets it each time."""
-        if self.model.training and self.distiller:
-            with self.accelerator.autocast():
-                self.distiller.look(inputs["pixel_values"])
-        if self.model.training and self.args.batch_norm != "train":
-            for module in self._batch_norms:
-                module.eval()
-        if not self.model.training:
-            num_items_in_batch = None  # with a count the Trainer would multiply the plain mean by the number of processes
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def compute_loss_context_manager(self):
         """As the base class; in bf16 on a CPU attention is not fused, since that backward pass is 2 to 7 times as slow."""
@@ -250,13 +232,20 @@ class PurifyTrainer(PublishingTrainer):
 
     def evaluation_loop(self, *args, **kwargs):
         """As the base class; the model is left as it was."""
-        with self.placement.evaluating(self):
+        with self.placement.evaluating():
             return super().evaluation_loop(*args, **kwargs)
+
+    # The step ----------------------------------------------------------------------------------------------------------
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Accumulate one micro-batch; on the last of a window finish the gradient and return the window's objective."""
-        backward = functools.partial(super().training_step, model, inputs, num_items_in_batch)
-        share = self._sharpness_aware(backward) if self.sam_rho else backward()
+        self.batch_number = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_batches
+        self._micro_batches = 0 if self.accelerator.sync_gradients else self._micro_batches + 1
+        inputs = self._prepare_inputs(self.training_batch(inputs))
+        if self.distiller:
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                self.distiller.look(inputs["pixel_values"])
+        share = self._backward(model, inputs, num_items_in_batch)
         self._window_loss += share
         if not self.accelerator.sync_gradients:
             return torch.zeros_like(share)
@@ -271,14 +260,21 @@ class PurifyTrainer(PublishingTrainer):
         self._window_loss = torch.zeros_like(share)
         return objective
 
-    def _sharpness_aware(self, backward: Callable[[], Tensor]) -> Tensor:
-        """A pass at the weights says where the loss is highest within ``sam_rho``, a pass there leaves the gradient."""
-        backward()
-        sums = self._sums.clone()
-        with at_highest_loss(self.model, self.sam_rho), running_statistics_kept(self._batch_norms):
-            share = backward()
-        self._sums = sums  # the log counts every image once, at the weights themselves
-        return share
+    def _backward(self, model, inputs: dict[str, Any], num_items_in_batch) -> Tensor:
+        """Forward and backward pass of a micro-batch; with SAM the gradient is that where the loss is highest nearby."""
+        step = functools.partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
+        self.in_training_step = True
+        try:
+            if not self.sam_rho:
+                return step(inputs)
+            step(dict(inputs))  # the Trainer takes the labels out
+            sums = self._sums.clone()
+            with at_highest_loss(self.model, self.sam_rho), running_statistics_kept(self.batch_norms):
+                share = step(inputs)
+            self._sums = sums  # the log counts every image once, at the weights themselves
+            return share
+        finally:
+            self.in_training_step = False
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
@@ -286,50 +282,17 @@ class PurifyTrainer(PublishingTrainer):
             inputs["pixel_values"] = self.preprocessing.normalize(inputs["pixel_values"])
         return inputs
 
-    def check_same_images(self) -> None:
-        """Raise a ValueError in every process if they hold different images: each draws its share of one common order."""
+    def get_train_dataloader(self) -> DataLoader:
+        """As the base class; a stream shares itself out among the processes."""
         images = self.train_dataset
-        if self.args.world_size > 1:
-            known = isinstance(images, TrainingImages | StreamedImages)
-            found = gather_object([images.fingerprint() if known else len(images)])
-            if len(set(found)) > 1:
-                raise ValueError("the processes hold different retain sets: give all of them the same images, count and seed")
+        if isinstance(images, StreamedImages):
+            return images.loader(self.args, self.data_collator)
+        return super().get_train_dataloader()
 
-    # The step ----------------------------------------------------------------------------------------------------------
-
-    def route_optimizer_step(self) -> None:
-        """Send `self.optimizer.step` through `optimizer_step`, once, however often `train` is called.
-
-        Runs after the scheduler exists: torch's scheduler wraps `step` as a bound method and marks it; `wraps` keeps the mark.
-        """
-        self._window_loss = torch.zeros((), device=self.args.device)
-        self._sums = torch.zeros(len(self.log_names) + 1, device=self.args.device)
-        if getattr(self.optimizer.step, "is_routed", False):
-            return
-        step = self.optimizer.step
-
-        @functools.wraps(step)
-        def routed(*args, **kwargs):
-            return self.optimizer_step(functools.partial(step, *args, **kwargs))
-
-        routed.is_routed = True
-        self.optimizer.step = routed
-
-    # The log -----------------------------------------------------------------------------------------------------------
-
-    log_names: tuple[str, ...] = ("clean_loss",)
-
-    def sample_statistics(self, cross_entropy: Tensor) -> list[Tensor]:
-        """Sums over the images for `log_names`, in their order, as scalars on the device."""
-        return [cross_entropy.sum()]
-
-    def _remember(self, cross_entropy: Tensor, further: list[Tensor]) -> None:
-        count = torch.full_like(cross_entropy[0], len(cross_entropy))
-        self._sums += torch.stack([*self.sample_statistics(cross_entropy), *further, count])
-
-    def step_statistics(self) -> dict[str, float]:
-        """Further values for the log, read at logging steps only."""
-        return {}
+    def get_optimizer_cls_and_kwargs(self, args, model=None) -> tuple[Any, dict[str, Any]]:
+        """As the base class, with the defence's ``amsgrad``."""
+        kind, options = super().get_optimizer_cls_and_kwargs(args, model)
+        return kind, options | ({"amsgrad": True} if self.amsgrad and kind is torch.optim.AdamW else {})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of `log_names` over the images since the last report, and `step_statistics`."""
@@ -340,29 +303,98 @@ class PurifyTrainer(PublishingTrainer):
             logs |= self.step_statistics()
         super().log(logs, start_time)
 
-    # Saving and loading ------------------------------------------------------------------------------------------------
+    # Checkpoints -------------------------------------------------------------------------------------------------------
+
+    def resume_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides weights and optimizer. A defence adds to it; see `load_resume_state`."""
+        return {"reference_sha256": self.reference_sha256, "distilled": self.distiller is not None}
+
+    def load_resume_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `resume_state` returned; tensors are on the CPU.
+
+        Raises:
+            ValueError: The checkpoint is of a run from another model, or with other additions.
+        """
+        if self.average:
+            raise ValueError("does not hold the mean of average_last: run it from the beginning")
+        if state["reference_sha256"] != self.reference_sha256:
+            raise ValueError("belongs to a run from another model: resume with the suspicious model that the run began with")
+        if state["distilled"] != (self.distiller is not None):
+            raise ValueError("belongs to a run with another distillation: resume with the options that the run began with")
+
+    def load_weights(self, folder: Path) -> None:
+        """Load a checkpoint's weights into the model, wherever it lies."""
+        load_weights(self.plain, folder)
+        self.placement.write()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.average:
-            raise ValueError("average_last cannot resume: the checkpoint does not hold the mean; run it from the beginning")
-        if self.distiller:
-            self.distiller.check(Path(resume_from_checkpoint) / self.manifest_name)
         folder, file = Path(resume_from_checkpoint), self.placement.optimizer_file
         if any(folder.glob("optimizer.*")) and not (folder / file).exists():
             raise ValueError(f"{folder} holds no {file}: with FSDP resume what FSDP began, without it what was begun without")
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _load_weights(self, folder: Path) -> None:
-        super()._load_weights(folder)
-        self.placement.write()
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with self.placement.saving_optimizer(self, Path(output_dir)):
-            super()._save_optimizer_and_scheduler(output_dir)
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self.placement.optimizer_saved(Path(output_dir))
 
-    def get_train_dataloader(self) -> DataLoader:
-        """As the base class; a stream shares itself out among the processes."""
-        images = self.train_dataset
-        if isinstance(images, StreamedImages):
-            return images.loader(self.args, self.data_collator)
-        return super().get_train_dataloader()
+    # What is published -------------------------------------------------------------------------------------------------
+
+    def record(self, report: Report) -> None:
+        """Take in what is known of the run besides: manifest, results and card say it from the next saving on."""
+        self.report = report
+
+    @functools.cached_property
+    def source_checks(self) -> dict[str, Any] | None:  # asked once
+        """What scanners say of the source, see `hub.source_checks`."""
+        source = source_of(self.plain)
+        return hub.source_checks(asdict(source)) if source else None
+
+    def facts(self) -> dict[str, Any]:
+        """The manifest: everything needed to repeat the run and all that the card says of it; JSON-able."""
+        added = {"teacher_sha256": self.distiller.sha256} if self.distiller else {}
+        added |= {"averaged_epochs": self.average.snapshots} if self.average else {}
+        added |= {"source_checks": checks} if (checks := self.source_checks) else {}
+        return added | manifest.facts_of(self)
+
+    def write_files(self, folder: Path, state_dict: dict | None = None) -> None:
+        """Write the model and what belongs to it; the card too, except into checkpoints. Override to add files."""
+        write_purified(self, folder, state_dict)
+        if not self.is_writing_checkpoint:
+            self.card().save(folder / manifest.CARD)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and not self.is_writing_checkpoint and not self.report.rejected:
+            manifest.remove_rejected(Path(output_dir or self.args.output_dir))  # of an earlier run, see `check_output`
+
+    def card(self, model_name: str | None = None) -> ModelCard:
+        """The model card, from the manifest and, if `purify` measured, the results."""
+        return card_of(self, model_name)
+
+    def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
+        """Write ``README.md``. Arguments other than the title are not used."""
+        file = Path(self.args.output_dir) / manifest.CARD
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(file) as beside:
+            beside.write_text(str(self.card(model_name)), encoding="utf-8")
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Say at the start what would stop the push; the repository is made when there is something to put into it."""
+        hub.check_push(self.args, manifest.source_facts(self.model), self.manifest_name)
+
+    def push_to_hub(self, commit_message: str = "Purified model", revision: str | None = None) -> CommitInfo | None:
+        """Save, then push what was saved; see `hub.push_folder`. None on all but the main process.
+
+        Raises:
+            ValueError: A guard rail has rejected the model, or see `hub.check_push`.
+        """
+        self.init_hf_repo()
+        if self.report.rejected:
+            raise ValueError(f"the model was rejected and is not pushed ({'; '.join(self.report.rejected)})")
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        args, repo = self.args, None if self.args.hub_create_pr else hub.repository(self.args)
+        options = dict(private=args.hub_private_repo is not False, create_pr=args.hub_create_pr, revision=revision)
+        return hub.push_folder(args.output_dir, repo, message=commit_message, **options)

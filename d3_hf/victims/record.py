@@ -1,7 +1,7 @@
 """What a victim's folder says of itself: ``victim.json``, and how to tell whether it is still true and whose it is."""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,20 +10,51 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..attacks import load_attack
 from ..data.images import RawImages
-from ..files import sha256
-from ..options.arguments import AttackArguments, DataArguments
-from ..publishing.manifest import PLACES
-from .train import VICTIM_FILE, images_digest
+from ..files import read_mapping, sha256
+from ..options.arguments import AttackArguments, DataArguments, ModelArguments
+from ..publishing.manifest import PLACES, VICTIM_FILE
+from .train import VictimConfig, images_digest
 
 # Options that make no other victim: where its files went, and on what machine and how fast it was trained.
-CIRCUMSTANCES = {
-    *PLACES,
-    *("use_cpu", "torch_compile", "torch_compile_backend", "torch_compile_mode", "per_device_eval_batch_size"),
-    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
-    *("save_strategy", "save_steps", "save_total_limit"),
+CIRCUMSTANCES = set(PLACES) | {
+    "use_cpu",
+    "torch_compile",
+    "torch_compile_backend",
+    "torch_compile_mode",
+    "per_device_eval_batch_size",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
 }
 # Options that say where something lies, which may have moved.
 LOCATIONS = ("dataset_name", "model_name_or_path", "clean_model")
+
+
+@dataclass
+class VictimArguments:
+    """How the victim comes about.
+
+    Args:
+        poison_ratio: Share of all training images that carry the trigger, in (0, 1]. Default 10 % as BackdoorBench.
+        poison_seed: Chooses the poisoned images.
+        clean_model: Folder of a classifier without a backdoor: the attacker's own, where a trigger is computed from one, and
+            the floor of the ASR. Default: the checkpoint that is continued, if one is and keeps its head.
+        new_head: Give the checkpoint an untrained head for the data set's classes, in place of its own: for networks that
+            were trained on other classes.
+    """
+
+    poison_ratio: float = field(default=0.1, metadata={"help": "Share of the training images that are poisoned."})
+    poison_seed: int = field(default=0, metadata={"help": "Chooses the poisoned images."})
+    clean_model: str | None = field(default=None, metadata={"help": "Folder of a classifier without a backdoor."})
+    new_head: bool = field(default=False, metadata={"help": "Train a new head, for the data set's classes."})
+
+
+# Whose options stand in a record's ``recipe``.
+KINDS = [ModelArguments, DataArguments, AttackArguments, VictimArguments, VictimConfig]
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -36,12 +67,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     file = folder / VICTIM_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no {VICTIM_FILE}: it is no folder that make_victim wrote")
-    try:
-        record = json.loads(file.read_text())
-        dict(record["recipe"]), record["planted"], record["measured"]["victim"]  # what the readers rely on
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no record of make_victim ({error!r}): make the victim again in an empty folder") from error
-    return record
+    needed = {"recipe": {}, "planted": None, "measured": {"victim": {}}}  # what the readers rely on
+    return read_mapping(file, "record of make_victim", "make the victim again in an empty folder", needed)
 
 
 def recorded_images(record: dict[str, Any], **given: Any) -> DataArguments:
@@ -69,21 +96,23 @@ def check_files(folder: Path, record: dict[str, Any]) -> None:
 def differences(record: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     """The options, sorted, by which another victim is asked for than the recorded one.
 
-    Those of `CIRCUMSTANCES` do not count. Attacks are compared with their defaults filled in. A checkpoint is the same if its
-    content is, and so is a data set in another place; where that is not at hand, or was not recorded by an earlier version, if
-    its last name is, as in ``uoft-cs/cifar10`` and ``/data/cifar10``.
+    Those of `CIRCUMSTANCES` do not count. An option that one side lacks, as what an earlier version did not have yet, has its
+    default there; so have the parameters of an attack. A checkpoint is the same if its content is, and so is a data set in
+    another place; where that is not at hand, or was not recorded by an earlier version, if its last name is, as in
+    ``uoft-cs/cifar10`` and ``/data/cifar10``.
 
     Args:
         record: See `read_record`.
         asked: Options as they stand in a record's ``recipe``.
     """
-    names = (asked.keys() | record["recipe"].keys()) - CIRCUMSTANCES
-    return sorted(name for name in names if not _is_same(name, record, asked.get(name)))
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for k in KINDS for f in fields(k)}
+    then, now = defaults | record["recipe"], defaults | asked
+    names = (record["recipe"].keys() | asked.keys()) - CIRCUMSTANCES
+    return sorted(name for name in names if not _is_same(name, record, then.get(name), now.get(name)))
 
 
-def _is_same(name: str, record: dict[str, Any], now: Any) -> bool:
+def _is_same(name: str, record: dict[str, Any], then: Any, now: Any) -> bool:
     """Whether an option asks for what was recorded."""
-    then = record["recipe"].get(name)
     if name == "attack":
         attack = AttackArguments(now).load()
         return (attack and attack.describe()) == (record["planted"] or {}).get("attack")
@@ -107,8 +136,8 @@ def _is_same(name: str, record: dict[str, Any], now: Any) -> bool:
 
 @lru_cache  # the victims of a set are made of the same images
 def _images_sha256(options: str) -> str:
-    _, train, _ = DataArguments(**json.loads(options)).load()
-    return images_digest(RawImages.from_dataset(train))
+    images = DataArguments(**json.loads(options)).load()
+    return images_digest(RawImages.from_dataset(images.rest))
 
 
 def _is(file: Path, digest: str | None) -> bool:

@@ -14,36 +14,16 @@ from transformers import PreTrainedModel, set_seed
 from ..attacks import Attack
 from ..data.images import RawImages
 from ..data.labels import check_labels
+from ..files import atomic_file
 from ..models import load_classifier, new_model, with_new_head
-from ..options.arguments import AttackArguments, DataArguments, ModelArguments
+from ..options.arguments import RETAIN_FRACTION, ModelArguments
 from ..options.parser import Parser, parse_arguments, read_yaml
 from ..publishing.card import victim_table
-from ..publishing.manifest import arguments_of
-from ..training.checkpoints import check_output, last_whole
-from .record import check_files, differences, read_record
-from .train import VICTIM_FILE, VictimConfig, has_own_networks, train_victim
-
-
-@dataclass
-class VictimArguments:
-    """How the victim comes about.
-
-    Args:
-        poison_ratio: Share of all training images that carry the trigger, in (0, 1]. Default 10 % as BackdoorBench.
-        poison_seed: Chooses the poisoned images.
-        clean_model: Folder of a classifier without a backdoor: the attacker's own, where a trigger is computed from one, and
-            the floor of the ASR. Default: the checkpoint that is continued, if one is and keeps its head.
-        new_head: Give the checkpoint an untrained head for the data set's classes, in place of its own: for networks that
-            were trained on other classes.
-    """
-
-    poison_ratio: float = field(default=0.1, metadata={"help": "Share of the training images that are poisoned."})
-    poison_seed: int = field(default=0, metadata={"help": "Chooses the poisoned images."})
-    clean_model: str | None = field(default=None, metadata={"help": "Folder of a classifier without a backdoor."})
-    new_head: bool | None = field(default=None, metadata={"help": "Train a new head, for the data set's classes."})
-
-
-KINDS = [ModelArguments, DataArguments, AttackArguments, VictimArguments, VictimConfig]
+from ..publishing.manifest import VICTIM_FILE, arguments_of
+from ..publishing.tables import markdown_table
+from ..training.checkpoints import check_output, last_whole_checkpoint
+from .record import KINDS, VictimArguments, check_files, differences, read_record
+from .train import has_own_networks, train_victim
 
 
 @dataclass
@@ -97,16 +77,17 @@ def make_victim(argv: list[str] | None = None, options: dict[str, Any] | None = 
     model_args, data_args, attack_args, victim_args, args = arguments
     check_output(args, None)  # before a trigger is learned
     attack = attack_args.load()
-    _, train, test = data_args.load()
+    images = data_args.load()
+    classes = images.test.class_names
     set_seed(args.seed)
-    model = model_args.load() if model_args.model_name_or_path else _new_model(model_args, test.class_names)
+    model = model_args.load() if model_args.model_name_or_path else _new_model(model_args, classes)
     if victim_args.new_head:
-        model = with_new_head(model, test.class_names)
-    check_labels(test.class_names, model.config)
+        model = with_new_head(model, classes)
+    check_labels(classes, model.config)
     trainer = train_victim(
         model,
-        RawImages.from_dataset(train),
-        test,
+        RawImages.from_dataset(images.rest),
+        images.test,
         attack,
         args,
         victim_args.poison_ratio,
@@ -114,15 +95,18 @@ def make_victim(argv: list[str] | None = None, options: dict[str, Any] | None = 
         _clean_model(model_args, victim_args),
         _recipe(*arguments),
     )
-    table = victim_table({"planted": trainer.planted, "measured": trainer.measured})
+    measured = trainer.report.measured()
+    table = victim_table({"planted": trainer.plan.planted(), "measured": measured})
     print(f"\n{'Victim' if attack else 'Network without backdoor'} in {args.output_dir}\n{table}\n")
-    return Victim(args.output_dir, trainer.attack, trainer.measured)
+    return Victim(args.output_dir, trainer.attack, measured)
 
 
 def _recipe(*arguments: Any) -> dict[str, Any]:
-    """The options that define a victim: those given for network, data and attack, and the training's."""
+    """The options that define a victim: those given for network, data and attack, how much is retained, the training's."""
     *plain, args = arguments
     given = {name: value for kind in plain for name, value in asdict(kind).items() if value is not None}
+    if "retain_count" not in given:
+        given.setdefault("retain_fraction", RETAIN_FRACTION)
     return given | arguments_of(args)
 
 
@@ -185,7 +169,8 @@ def make_set(argv: list[str] | None = None) -> list[str]:
             raise KeyboardInterrupt(f"while {name} was made: run the same command again to go on") from None
         PartialState().wait_for_everyone()  # until its files are written
     if PartialState().is_main_process:
-        (root / "victims.md").write_text(set_table(root, victims) + "\n")
+        with atomic_file(root / "victims.md") as beside:
+            beside.write_text(set_table(root, victims) + "\n")
     return [str(root / name) for name in names]
 
 
@@ -227,7 +212,7 @@ def is_made(folder: Path, options: dict[str, Any], argv: list[str] = ()) -> bool
 
 def checkpoint_of(folder: Path, options: dict[str, Any], argv: list[str] = ()) -> Path | None:
     """The last whole checkpoint in the folder, if it is of the victim that these options describe and can be gone on from."""
-    checkpoint = last_whole(folder)
+    checkpoint = last_whole_checkpoint(folder)
     if checkpoint is None:
         return None
     arguments = parse_arguments(KINDS, list(argv), options)
@@ -245,8 +230,7 @@ def _asked(arguments: list[Any]) -> dict[str, Any]:
 def set_table(root: Path, names: Iterable[str]) -> str:
     """Markdown table of the victims that exist below ``root``: one row each, percent and minutes."""
     rates = ["ACC", "ASR", "RA", "target without trigger", "ASR of clean model"]
-    heading = ["victim", *rates, "minutes of poisoning", "of training", "of measuring"]
-    rows = ["| " + " | ".join(heading) + " |", "| --- |" + " ---: |" * (len(heading) - 1)]
+    rows = []
     for name in names:
         if not (root / name / VICTIM_FILE).is_file():
             continue
@@ -254,9 +238,8 @@ def set_table(root: Path, names: Iterable[str]) -> str:
         found, floor = measured["victim"], measured.get("clean_model", {})
         shares = [found["accuracy"], found.get("asr"), found.get("ra"), found.get("untriggered"), floor.get("asr")]
         seconds = [measured.get(f"{part}_seconds") for part in ("poisoning", "training", "measuring")]
-        cells = [_shown(value, 100) for value in shares] + [_shown(value, 1 / 60) for value in seconds]
-        rows.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(rows)
+        rows.append([name, *(_shown(value, 100) for value in shares), *(_shown(value, 1 / 60) for value in seconds)])
+    return markdown_table(["victim", *rates, "minutes of poisoning", "of training", "of measuring"], rows)
 
 
 def _shown(value: float | None, scale: float) -> str:

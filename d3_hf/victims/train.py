@@ -4,7 +4,6 @@ A victim is trained by the same trainer as plain fine-tuning, on poisoned images
 """
 
 import hashlib
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +11,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..attacks import ATTACK_FILE, LEARNED_FILE, Attack, InTrainingAttack, LearnedAttack, poison, save_attack
-from ..attacks.in_training import BatchPoisoner
 from ..data.images import RawImages, content_hashes
 from ..data.preprocessing import Preprocessing
 from ..data.training_images import TrainingImages
@@ -25,13 +23,13 @@ from ..evaluation.measure import measure, measure_trainer, rates
 from ..files import sha256
 from ..models.evaluating import evaluating
 from ..publishing.card import render_victim_card
-from ..publishing.manifest import source_of
+from ..publishing.manifest import VICTIM_FILE, source_facts
 from ..training.checkpoints import is_asked_to_resume
-from ..training.config import PurifyConfig
+from ..training.config import HIDDEN, PurifyConfig
 from ..training.trainer import PurifyTrainer
+from .plan import VictimPlan, VictimReport
 from .random_heads import RandomHeads
 
-VICTIM_FILE = "victim.json"
 QUALITY_IMAGES = 256  # test images that an attack measures its own trigger on
 
 
@@ -51,15 +49,15 @@ class VictimConfig(PurifyConfig):
     """
 
     # A victim is never pushed: no help offers what begins so. Without annotation, which would make it an option.
-    hidden_options = ("push_to_hub", "hub_")
+    hidden_options = (*HIDDEN, "push_to_hub", "hub_")
 
     output_dir: str | None = field(default="outputs/victim", metadata={"help": "Folder for the victim."})
     sam_rho: float = field(default=0.0, metadata={"help": "Harden by adaptive SAM of this size; 0 is off."})
-    random_heads: int = field(default=0, metadata={"help": "Harden by so many random heads; 0 is off."})
+    random_heads: int = field(
+        default=0, metadata={"help": "Harden by so many random heads; 0 is off.", "range": ">= 0 and finite"}
+    )
 
     def __post_init__(self):
-        if self.random_heads < 0:
-            raise ValueError(f"random_heads must be >= 0; got {self.random_heads}")
         # The heads step by gradients of their own, which nothing adds up, unscales or takes anew.
         if self.random_heads and (self.sam_rho or self.fp16 or self.gradient_accumulation_steps > 1):
             raise ValueError("random_heads need one plain pass an update: no sam_rho, no fp16, no gradient_accumulation_steps")
@@ -85,121 +83,127 @@ class VictimTrainer(PurifyTrainer):
     Args:
         model: See `PurifyTrainer`.
         args: The training's options.
-        train_dataset: The images, poisoned unless ``poisoner`` does that.
-        poisoned_rows: Positions of the poisoned ones, int64; random heads need them.
-        poisoner: Poisons every batch anew.
+        train_dataset: The images, poisoned unless the plan's ``poisoner`` does that.
+        plan: What is planted.
         kwargs: Further arguments of `PurifyTrainer`.
 
     Raises:
-        ValueError: Random heads are asked for without ``poisoned_rows``, or see `RandomHeads` and `PurifyTrainer`.
+        ValueError: Random heads are asked for without fixed poisoned images, or see `RandomHeads` and `PurifyTrainer`.
 
     Attributes:
         attack: The attack as it was planted, its trigger learned, to be written beside the weights; None before the training
             ends and without a backdoor.
-        planted: What ``victim.json`` says of it: description, ratio, seed, poisoned rows, `Attack.quality`.
-        recipe: The options behind the run, if they are known.
-        origin: What the victim was made of, to recognise it elsewhere: ``images_sha256`` of the training images before the
-            attack, ``poisoned_sha256`` of them after it (None if every batch is poisoned anew), and ``clean_model``, the source
-            of the attacker's own classifier.
-        began: When the training began by `time.perf_counter`, the time before a resumed checkpoint counted in; None outside it.
+        training_seconds: Of the training, that before a resumed checkpoint counted in.
         weights_sha256: Of the weights as they were last written.
         attack_sha256: Of the attack's files, by name.
     """
 
-    manifest_name = VICTIM_FILE
+    last_file = manifest_name = VICTIM_FILE
     images_class = PoisonedImages
     method = "training with a planted backdoor"
     additions = ("sam_rho",)
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        args: VictimConfig,
-        train_dataset: RawImages,
-        poisoned_rows: Tensor | None = None,
-        poisoner: BatchPoisoner | None = None,
-        **kwargs,
+        self, model: PreTrainedModel, args: VictimConfig, train_dataset: RawImages, plan: VictimPlan | None = None, **kwargs
     ):
+        self.plan = plan or VictimPlan()
         super().__init__(model, args, train_dataset, **kwargs)
-        self.poisoner, self.heads = poisoner, None
-        self.planted: dict[str, Any] | None = None
-        self.recipe: dict[str, Any] | None = None
+        self.report = VictimReport()
+
+    def prepare(self) -> None:
+        """Put random heads beside the network's own, if they are asked for."""
         self.attack: Attack | None = None
-        self.origin: dict[str, Any] = {}
-        self.began: float | None = None
+        self.heads: RandomHeads | None = None
+        self.training_seconds = 0.0
         self.weights_sha256: str | None = None
         self.attack_sha256: dict[str, str] = {}
-        if args.random_heads:
-            if poisoned_rows is None:
-                raise ValueError("random_heads need fixed poisoned images: this run has none, or poisons every batch anew")
-            self.train_dataset.poisoned = torch.zeros(len(train_dataset), dtype=torch.bool)
-            self.train_dataset.poisoned[poisoned_rows] = True
-            self.heads = RandomHeads(model, self.preprocessing.size, args.random_heads)
+        self._began = time.perf_counter()
         self._batch_poisoned: Tensor | None = None
+        if self.args.random_heads:
+            if self.plan.rows is None:
+                raise ValueError("random_heads need fixed poisoned images: this run has none, or poisons every batch anew")
+            self.train_dataset.poisoned = torch.zeros(len(self.train_dataset), dtype=torch.bool)
+            self.train_dataset.poisoned[self.plan.rows] = True
+            self.heads = RandomHeads(self.model, self.preprocessing.size, self.args.random_heads)
 
-    def _prepare_inputs(self, inputs):
-        if self.model.training and self.poisoner:
-            inputs = Trainer._prepare_inputs(self, inputs)  # to the device, still grey levels
-            images, labels = self.poisoner(inputs["pixel_values"], inputs["labels"], self.state.global_step)
-            images = images if images.dtype == torch.uint8 else self.preprocessing.normalize(images)
-            inputs = {"pixel_values": images, "labels": labels}
-        inputs = super()._prepare_inputs(inputs)
+    def train(self, *args, **kwargs):
+        """As the base class; keeps the time."""
+        self._began = time.perf_counter()
+        result = super().train(*args, **kwargs)
+        self.training_seconds = time.perf_counter() - self._began
+        return result
+
+    def training_batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Poison the batch anew, if the attack does; remember which rows are poisoned, if random heads ask."""
+        inputs = Trainer._prepare_inputs(self, dict(inputs))  # to the device, still grey levels
         self._batch_poisoned = inputs.pop("poisoned", None)
-        return inputs
+        if self.plan.poisoner is None:
+            return inputs
+        images, labels = self.plan.poisoner(inputs["pixel_values"], inputs["labels"], self.batch_number)
+        images = images if images.dtype == torch.uint8 else self.preprocessing.normalize(images)
+        return {"pixel_values": images, "labels": labels}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The cross-entropy, and while training what the attack's own networks or the random heads add to it."""
         labels = inputs["labels"]
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not self.model.training:
+        if not self.in_training_step:
             return found
         if self.heads:
             found = found + self.heads.loss(labels, self._batch_poisoned)
-        return found if self.poisoner is None or self.poisoner.penalty is None else found + self.poisoner.penalty
+        poisoner = self.plan.poisoner
+        return found if poisoner is None or poisoner.penalty is None else found + poisoner.penalty
 
-    def optimizer_step(self, step):
-        """The victim's step, then that of the attack's own networks and of the random heads."""
-        result = step()
-        if self.poisoner:
-            self.poisoner.update(self.optimizer.param_groups[0]["lr"] / self.args.learning_rate)
+    def optimizer_step(self) -> None:
+        """After the victim's step, that of the attack's own networks and of the random heads."""
+        rate = self.optimizer.param_groups[0]["lr"]
+        if self.plan.poisoner:
+            self.plan.poisoner.update(rate / self.args.learning_rate)
         if self.heads:
-            self.heads.update(self.state.global_step + 1, self.optimizer.param_groups[0]["lr"])
-        return result
+            self.heads.update(self.state.global_step + 1, rate)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        file = Path(resume_from_checkpoint) / self.manifest_name
-        record = json.loads(file.read_text()) if file.is_file() else {}
-        # A trigger that is learned again must be the one that the checkpoint was trained on.
-        if record.get("poisoned_sha256") != self.origin.get("poisoned_sha256"):
-            raise ValueError(
-                f"{resume_from_checkpoint} was trained on other poisoned images (another trigger, data set or clean model): "
-                "delete it to begin anew"
-            )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.began is not None:
-            self.began -= record.get("measured", {}).get("training_seconds", 0)
-
-    def end_purification(self) -> None:
-        """Takes the random heads off the network."""
+    def finish(self) -> None:
+        """Take the random heads off the network; the attack is now what was learned."""
         if self.heads:
             self.heads.remove()
+        self.attack = self.plan.poisoner.finish() if self.plan.poisoner else self.plan.attack
+
+    def resume_state(self) -> dict[str, Any]:
+        """Which images were poisoned, and the seconds so far."""
+        seconds = time.perf_counter() - self._began
+        return {"poisoned_sha256": self.plan.poisoned_sha256, "training_seconds": seconds}
+
+    def load_resume_state(self, state: dict[str, Any]) -> None:
+        """Goes on from there, whatever network it began with; a trigger that was learned again must be the same."""
+        if state["poisoned_sha256"] != self.plan.poisoned_sha256:
+            raise ValueError(
+                "was trained on other poisoned images (another trigger, data set or clean model): delete it to begin anew"
+            )
+        self._began -= state["training_seconds"]
 
     def facts(self) -> dict[str, Any]:
         """Adds what was planted, the options that made it and the digests of the files, to recognise the folder by."""
-        digests = {"weights_sha256": self.weights_sha256, "attack_sha256": self.attack_sha256}
-        facts = super().facts() | {"planted": self.planted, "recipe": self.recipe} | self.origin | digests
-        if self.began is not None:
-            facts["measured"] = self.measured | {"training_seconds": time.perf_counter() - self.began}
-        return facts
+        plan, planted = self.plan, self.plan.planted()
+        if planted:
+            planted |= {"attack": (self.attack or plan.attack).describe()}
+            planted |= {"quality": self.report.quality} if self.report.quality is not None else {}
+        return super().facts() | {
+            "planted": planted,
+            "recipe": plan.recipe,
+            "images_sha256": plan.images_sha256,
+            "poisoned_sha256": plan.poisoned_sha256,
+            "clean_model": plan.clean_model,
+            "weights_sha256": self.weights_sha256,
+            "attack_sha256": self.attack_sha256,
+        }
 
-    def write_files(self, folder: Path, state_dict: dict | None = None) -> None:
-        """Adds the attack, and remembers the digests for the manifest."""
-        if self.attack:
+    def write_own_files(self, folder: Path) -> None:
+        """The attack, and the digests for the manifest."""
+        self.weights_sha256 = sha256(folder / SAFE_WEIGHTS_NAME)
+        if self.attack and not self.is_writing_checkpoint:
             save_attack(self.attack, folder)
             files = [folder / name for name in (ATTACK_FILE, LEARNED_FILE)]
             self.attack_sha256 = {file.name: sha256(file) for file in files if file.is_file()}
-        super().write_files(folder, state_dict)
-        self.weights_sha256 = sha256(folder / SAFE_WEIGHTS_NAME)
 
     def card(self, model_name: str | None = None) -> ModelCard:
         """A card whose first line is the warning."""
@@ -257,32 +261,29 @@ def train_victim(
     elif attack:
         poisoned, rows = poison(train, attack, poison_ratio, poison_seed)
     poisoning_seconds = time.perf_counter() - start
-    trainer = VictimTrainer(model, args, poisoned, rows, poisoner)
+    plan = VictimPlan(
+        attack=attack,
+        poison_ratio=poison_ratio,
+        poison_seed=poison_seed,
+        rows=rows,
+        row_numbers=None if rows is None else train.index[rows].tolist(),
+        poisoner=poisoner,
+        recipe=recipe,
+        images_sha256=images_digest(train),
+        poisoned_sha256=None if rows is None else images_digest(poisoned),
+        clean_model=None if clean_model is None else source_facts(clean_model),
+    )
+    trainer = VictimTrainer(model, args, poisoned, plan)
     if poisoner:
         _check_sizes(attack, train, trainer.preprocessing.size)
-    # Before the training, so that a checkpoint knows whose it is.
-    trainer.recipe = recipe
-    trainer.origin = {
-        "images_sha256": images_digest(train),
-        "poisoned_sha256": None if rows is None else images_digest(poisoned),
-        "clean_model": None if clean_model is None else source_of(clean_model),
-    }
-    if attack:
-        trainer.planted = {
-            "attack": attack.describe(),
-            "poison_ratio": poison_ratio,
-            "poison_seed": poison_seed,
-            "poisoned_rows": "anew in every batch" if rows is None else train.index[rows].tolist(),
-        }
-    trainer.began = time.perf_counter()
     trainer.train(args.resume_from_checkpoint)
-    trainer.measured |= {"poisoning_seconds": poisoning_seconds, "training_seconds": time.perf_counter() - trainer.began}
-    trainer.began = None
-    trainer.attack = poisoner.finish() if poisoner else attack
-    trainer.measured |= _measured(trainer, test, clean_model)
+    seconds = {"poisoning_seconds": poisoning_seconds, "training_seconds": trainer.training_seconds}
+    found = seconds | _measured(trainer, test, clean_model)
+    quality = None
     if attack:
-        images, _ = next(test.batches(QUALITY_IMAGES))
-        trainer.planted["quality"] = trainer.attack.quality(images.to(args.device))
+        _, images, _ = next(test.batches(QUALITY_IMAGES))
+        quality = trainer.attack.quality(images.to(args.device))
+    trainer.record(VictimReport(found, quality))
     trainer.save_model()
     return trainer
 

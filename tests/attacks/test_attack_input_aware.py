@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny import tiny_resnet
 
-from d3_hf.attacks.input_aware import NETWORKS, InputAware, likeness_penalty
+from d3_hf.attacks.input_aware import NETWORKS, InputAware, likeness_penalty, meetings, thresholded
+from d3_hf.attacks.networks import restored, weights_of
 from d3_hf.data.images import RawImages
+from d3_hf.models.batch_norm import batch_norms
 
 CPU = torch.device("cpu")
 
@@ -32,10 +34,17 @@ def raw(images):
 
 @pytest.fixture(scope="module")
 def fitted():
-    poisoner = InputAware(mask_steps=4).fit(raw(pixels(24)), None, seed=0).poisoner(0.2, 2, 0, CPU)
-    for step in range(30):  # without updates: only the pattern network's running statistics come to rest
-        poisoner(*batch_of(), step)
-    return poisoner.finish()
+    """With hardly trained networks, but the running statistics of trained ones: without these all masks would be alike."""
+    images = pixels(24)
+    start = InputAware(mask_steps=4, learning_rate=0.001).fit(raw(images), None, seed=0)
+    learned = {}
+    for name, make in NETWORKS.items():
+        network = restored(name, make, start.learned).train()
+        for module in batch_norms(network):
+            module.momentum = 1.0  # one pass sets them
+        network(images.float() / 255)
+        learned |= weights_of(name, network)
+    return InputAware(mask_steps=4, learned=learned)
 
 
 def test_no_tf32_however_it_was_switched_on(fitted):
@@ -119,14 +128,22 @@ def test_losses_are_the_formulas():
     assert torch.equal(masks.grad, torch.zeros_like(masks))
 
 
+def masks_as_trained(learned, images):
+    """With the batch's own statistics; the running ones take some hundred steps to arrive."""
+    with torch.no_grad():
+        return thresholded(restored("mask", NETWORKS["mask"], learned).train()(images))
+
+
 def test_fit_makes_masks_smaller_and_the_seed_decides():
     images, model = pixels(16), tiny_resnet().train()
     state = torch.get_rng_state()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     learned = InputAware(mask_steps=20, learning_rate=0.001).fit(raw(images), model, seed=1).learned
     early = InputAware(mask_steps=1).fit(raw(images), None, seed=1).learned
-    masks, early_masks = (slow_parts(each, images.double() / 255)[1] for each in (learned, early))
-    assert masks.mean() < 0.6 * early_masks.mean() and masks.std() > 0.01
+    masks, early_masks = (masks_as_trained(each, images.float() / 255) for each in (learned, early))
+    assert masks.mean() < 0.8 * early_masks.mean() and masks.std() > 0.1  # over ten seeds: 0.26 to 0.51, and 0.27 to 0.36
+    loss, early_loss = (InputAware().mask_loss(images.float() / 255, each) for each in (masks, early_masks))
+    assert loss < 0.8 * early_loss  # 0.33 to 0.6
     assert torch.equal(learned["pattern.layers.0.0.weight"], early["pattern.layers.0.0.weight"])  # not trained yet
     again = InputAware(mask_steps=1).fit(raw(images), None, seed=1).learned
     other = InputAware(mask_steps=1).fit(raw(images), None, seed=2).learned
@@ -211,6 +228,31 @@ def test_poisoner_makes_the_three_parts(fitted):
     assert poisoner.penalty.item() == pytest.approx(sum(ratios) / 4, rel=1e-3)
 
 
+@pytest.mark.parametrize("count", range(2, 9))
+def test_no_image_meets_itself(count):
+    for poisoned in range(1, count + 1):
+        for crossed in range(count - poisoned + 1):
+            for seed in range(10):
+                partners, donors = meetings(poisoned, crossed, count, torch.Generator().manual_seed(seed))
+                assert len(partners) == poisoned and len(donors) == crossed
+                assert all(row != partner for row, partner in enumerate(partners.tolist()))
+                assert all(row != donor for row, donor in enumerate(donors.tolist(), start=poisoned))
+                assert {*partners.tolist(), *donors.tolist()} <= set(range(count))
+
+
+def test_two_images_meet_each_other(fitted):
+    images, labels = batch_of(2)
+    poisoner = fitted.poisoner(0.5, 7, 0, CPU)
+    poisoner.pattern.eval()
+    mixed, _ = poisoner(images, labels, 0)
+    x = images.double() / 255
+    patterns, masks = slow_parts(fitted.learned, x)
+    for row in (0, 1):  # both wear the first one's trigger
+        assert (mixed[row] - cross(x, patterns, masks, row, 0)).abs().max() < 0.01
+    expected = slow_rms(x[0], x[1]) / (slow_rms(patterns[0], patterns[1]) + 1e-7)
+    assert poisoner.penalty.item() == pytest.approx(expected, rel=1e-3)
+
+
 def cross(images, patterns, masks, row, partner):
     """An image in [0, 1] under another one's pattern and mask, in grey levels."""
     return 255 * (images[row] + (patterns[partner] - images[row]) * masks[partner])
@@ -225,7 +267,7 @@ def test_cross_ratio_and_draws(fitted, cross_ratio, crossed):
 
 
 def test_a_batch_too_small_for_the_ratio_stays(fitted):
-    poisoner, (images, labels) = fitted.poisoner(0.1, 7, 0, CPU), batch_of(3)
+    poisoner, (images, labels) = fitted.poisoner(1e-9, 7, 0, CPU), batch_of(3)
     mixed, new_labels = poisoner(images, labels, 0)
     assert torch.equal(mixed, images) and torch.equal(new_labels, labels) and poisoner.penalty is None
 
@@ -246,7 +288,7 @@ def test_the_victims_loss_trains_the_patterns_alone(fitted):
         poisoner.update(1.0)
         assert all(parameter.grad is None for parameter in poisoner.pattern.parameters())
         losses.append(loss[:8].mean().item())
-    assert losses[-1] < losses[0] - 0.1
+    assert min(losses[6:]) < losses[0] - 0.1  # at this rate single steps may go up; over ten seeds by 0.7 at least
     still = [parameter.detach().clone() for parameter in poisoner.pattern.parameters()]
     poisoner(images, labels, 0)
     poisoner.penalty.backward()

@@ -178,7 +178,7 @@ def test_losses_are_those_of_their_formulas():
     assert penalties.item() == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_gives_the_bytes_of_the_cpu(fitted):
     images = pictures(40, 32, 32)
     assert torch.equal(fitted.trigger(images.cuda()).cpu(), fitted.trigger(images))

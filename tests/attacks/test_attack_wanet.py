@@ -164,7 +164,7 @@ def test_cross_images_are_the_formula_rounded():
         assert np.array_equal(result, slow_warp(image, grid.astype(float)))
 
 
-def test_draws_depend_on_seed_and_step_alone():
+def test_draws_depend_on_seed_and_number_alone():
     images, labels = pixels(20), torch.zeros(20, dtype=torch.int64)
 
     def run(seed, step):

@@ -5,7 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas
@@ -13,47 +13,23 @@ import pytest
 import torch
 import yaml
 from places import RECIPES
-from tiny import FAST, NEW_VIT, tiny_resnet
+from tiny import tiny_resnet
 
-from d3_hf.benchmark import Grid, draw, read_grid, render, run_grid
+from d3_hf.benchmark import draw, read_grid, render, run_grid
 from d3_hf.benchmark.cells import CELL, Runner, cells_of
 from d3_hf.benchmark.grid import GridInputs
 from d3_hf.benchmark.meters import PassMeter, peak_memory, reset_peak_memory
 from d3_hf.benchmark.retain import RetainSet
 from d3_hf.benchmark.tables import interval, remarks, times
-from d3_hf.commands.benchmark import main
+from d3_hf.commands.benchmark import run_benchmark as main
 from d3_hf.data.images import RawImages
 from d3_hf.data.preprocessing import Preprocessing
 from d3_hf.defenses.d3.trainer import D3Config
 from d3_hf.evaluation.measure import measure
 from d3_hf.models import load_classifier
-from d3_hf.victims.sets import make_set, read_set
+from d3_hf.victims.sets import read_set
 
-NETWORK = NEW_VIT | {"dataset_name": "digits", "retain_count": 60, "max_test_images": 40}
-DEFENCES = {"D3": {"defence": "d3"}, "FT": {"defence": "fine_tuning"}, "RNP": {"defence": "rnp", "num_train_epochs": 1}}
 GRIDS = sorted((RECIPES / "grids").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def grid(tmp_path_factory):
-    """Two victims and a twin, two seeds, a defence that refuses a ViT."""
-    folder = tmp_path_factory.mktemp("benchmark")
-    victims = {"twin": {}, "badnets": {"attack": "badnets"}, "blended": {"attack": "blended"}}
-    content = {"output_dir": str(folder / "victims"), "groups": {"vit": {"base": NETWORK | FAST, "victims": victims}}}
-    (folder / "victims.yaml").write_text(yaml.safe_dump(content))
-    make_set(["--set", str(folder / "victims.yaml")])
-    return Grid(
-        output_dir=str(folder / "grid"),
-        dataset_name="digits",
-        victims=["vit/badnets", "vit/blended"],
-        victims_dir=str(folder / "victims"),
-        defences=DEFENCES,
-        retain={"30": {"count": 30}},
-        held_out=60,
-        seeds=[0, 1],
-        test_images=40,
-        common={"disable_tqdm": True, "use_cpu": True, "num_train_epochs": 1},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +88,7 @@ def test_a_method_says_where_it_did_something_else(rows):
     assert remarks(done) == [line] and line.replace("vit/", "") in render(done)
 
 
+@pytest.mark.slow
 def test_curves_are_not_watched(grid, rows):
     """TSC: while a curve is trained the parameters are no classifier."""
     options = {"defence": "tsc", "rounds": 2, "curve_epochs": 1, "finetune_epochs": 1, "per_device_train_batch_size": 15}
@@ -162,9 +139,9 @@ def test_a_damaged_cell_is_made_again_with_the_same_result(grid, rows, damage):
 
 def test_a_changed_grid_makes_new_cells_beside_the_old(grid, rows):
     changed = replace(grid, common=grid.common | {"learning_rate": 0.2})
-    folders = {Runner(grid).folder(cell) for cell in cells_of(grid)}
-    assert not folders & {Runner(changed).folder(cell) for cell in cells_of(changed)}
-    assert {Runner(replace(grid, output_dir=grid.output_dir)).folder(cell) for cell in cells_of(grid)} == folders
+    folders = set(map(Runner(grid).folder, cells_of(grid)))
+    assert not folders & set(map(Runner(changed).folder, cells_of(changed)))
+    assert set(map(Runner(replace(grid, output_dir=grid.output_dir)).folder, cells_of(grid))) == folders
 
 
 def test_a_changed_default_makes_new_cells_beside_the_old(grid, monkeypatch):
@@ -199,6 +176,7 @@ def test_shards_partition_the_grid(grid, shares):
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@pytest.mark.slow
 def test_a_grid_goes_on_after_a_kill(grid, tmp_path):
     """Killed in the middle of the second cell; what is whole stays, the rest is made."""
     content = {"output_dir": str(tmp_path), "victims": grid.victims, "victims_dir": grid.victims_dir, "held_out": 60}
@@ -232,6 +210,60 @@ def test_tables_and_plots_follow_from_the_parquet_file_alone(grid, rows, tmp_pat
     assert [file.name for file in draw(frame, tmp_path)] == ["acc_asr_vit_30.png", "time_asr_vit_30.png"]
 
 
+def test_a_table_says_how_many_cells_it_lacks(grid, tmp_path, capsys):
+    """Whichever share wrote it, and when it is drawn from the parquet file again."""
+    part = replace(grid, output_dir=str(tmp_path), defences={"FT": {"defence": "fine_tuning"}})
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(asdict(part)))
+    for share, missing in (("0/4", 3), ("2/4", 2)):
+        rows = main([str(tmp_path / "grid.yaml"), "--shard", share])
+        assert set(rows["missing_cells"]) == {missing} and sum(rows["defence"] == "FT") == 4 - missing
+        assert f"{missing} of the grid's 4 cells are not made yet" in capsys.readouterr().out
+        written = (tmp_path / "results.md").read_text()
+        assert written.startswith(f"**Missing cells of the grid: {missing}**")
+        main([str(tmp_path / "results.parquet")])
+        assert (tmp_path / "results.md").read_text() == written and written.strip() in capsys.readouterr().out
+    rows = main([str(tmp_path / "grid.yaml")])
+    assert set(rows["missing_cells"]) == {0} and "issing" not in (tmp_path / "results.md").read_text()
+    assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize(
+    ("writer", "name"),
+    [
+        ("pandas.DataFrame.to_parquet", "results.parquet"),
+        ("pathlib.Path.write_text", "results.md"),
+        ("matplotlib.figure.Figure.savefig", "acc_asr_vit_30.png"),
+    ],
+)
+def test_what_cannot_be_written_leaves_the_old_file(grid, rows, tmp_path, monkeypatch, writer, name):
+    def half(self, file, *args, **kwargs):
+        Path(file if name != "results.md" else self).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    shutil.copytree(grid.output_dir, tmp_path, dirs_exist_ok=True)
+    main([str(tmp_path / "results.parquet")])
+    before, there = (tmp_path / name).read_bytes(), set(tmp_path.iterdir())
+    monkeypatch.setattr(writer, half)
+    with pytest.raises(OSError, match="No space left"):
+        if name == "results.parquet":
+            run_grid(replace(grid, output_dir=str(tmp_path)), only=["* | FT | 0"])
+        else:
+            main([str(tmp_path / "results.parquet")])
+    assert (tmp_path / name).read_bytes() == before and set(tmp_path.iterdir()) == there
+
+
+def test_many_curves_have_a_figure(rows, tmp_path):
+    one = rows[rows["defence"] == "FT"]
+    many = pandas.concat([one.assign(defence=f"D3 lambda {n}", curve=f"curve {n}") for n in range(16)])
+    assert [file.is_file() for file in draw(many, tmp_path)] == [True, True]
+
+
+def test_retain_sets_of_like_names_do_not_share_a_figure(rows, tmp_path):
+    one = rows[rows["defence"] == "FT"]
+    files = draw(pandas.concat([one.assign(retain="5 %"), one.assign(retain="5")]), tmp_path)
+    assert len(set(files)) == 4 and all(file.is_file() for file in files)
+
+
 def test_the_table_has_victim_and_floor_first_average_and_worst_last(rows):
     lines = [line.split(" | ") for line in render(rows).splitlines() if line.startswith("| ")]
     overview = lines[:5]
@@ -258,14 +290,6 @@ def test_interval_is_students():
     half = 4.302652729911275 * math.sqrt(((4 / 3) ** 2 + (1 / 3) ** 2 + (5 / 3) ** 2) / 2 / 3)  # t of two degrees, 97.5 %
     assert interval(values) == f"2.3 ± {half:.1f}"
     assert interval(values[:1]) == "1.0"
-
-
-def test_no_victim_has_seen_a_retain_set(grid):
-    record = json.loads((Path(grid.victims_dir) / "vit/badnets/victim.json").read_text())
-    drawn = {row for seed in grid.seeds for row in GridInputs(grid).retain("30", seed)["index"]}
-    assert len(drawn) > 30 and not drawn & set(record["planted"]["poisoned_rows"])
-    with pytest.raises(ValueError, match="set held_out"):
-        GridInputs(replace(grid, held_out=50)).folder("vit/badnets")
 
 
 def test_a_retain_set_may_be_changed_images(grid):
@@ -316,9 +340,12 @@ def test_peak_memory_is_that_of_what_ran_since():
         ({"seeds": []}, "the grid has no seeds"),
         ({"victims": []}, "the grid has no victims"),
         ({"watch_images": 0}, "watch_images must be at least 1"),
+        ({"test_images": 0}, "test_images must be at least 1"),
+        ({"defences": {"victim": {"defence": "d3"}}}, "a defence cannot be called 'victim'"),
         ({"defences": {"x": {"defence": "magic"}}}, "unknown defence 'magic'"),
         ({"defences": {"x": {"defence": "d3", "lamda": 1}}}, "defence 'x': D3Config has no option lamda"),
         ({"retain": {"x": {"number": 1}}}, "retain set 'x' has no option number"),
+        ({"retain": {"x": {"classes": {"3": "5"}}}}, "needs both dataset_name and classes"),
         ({"retain": {"x": {"count": 61}}}, "count 61 is more than held_out, 60"),
     ],
 )
@@ -360,16 +387,3 @@ def test_shipped_grids_are_about_shipped_victims(file):
     if isinstance(grid.victims, list):
         shipped = [name for victims in RECIPES.glob("victims*.yaml") for name in read_set(str(victims))]
         assert set(grid.victims) <= set(shipped)
-
-
-def test_other_peoples_checkpoints_are_known_by_content_not_by_place(tmp_path):
-    (tmp_path / "one.pth").write_bytes(b"weights")
-    (tmp_path / "two.pth").write_bytes(b"weights")
-    grid = read_grid(str(RECIPES / "grids" / "proof_nad.yaml"))
-    found = []
-    for name in ("one.pth", "two.pth"):
-        grid.checkpoint_at(str(tmp_path / name))
-        found.append(GridInputs(grid).identity("nad_grid"))
-    assert found[0] == found[1] and GridInputs(grid).attack("nad_grid").target_label == 5
-    with pytest.raises(ValueError, match="one checkpoint of other people"):
-        read_grid(str(RECIPES / "grids" / "cpu.yaml")).checkpoint_at("x")

@@ -12,7 +12,7 @@ from places import ROOT
 from transformers import AutoModelForImageClassification, pipeline
 
 import d3_hf
-from d3_hf.commands.purify import main
+from d3_hf.commands.purify import run
 from d3_hf.data.load import load_images
 from d3_hf.publishing.card import render_card
 from d3_hf.publishing.tables import results_table
@@ -42,7 +42,7 @@ def drill(tmp_path_factory):
 
 def test_drill_prints_the_table_and_the_distances(drill):
     _, done = drill
-    for text in ("| ACC |", "| ASR |", "| RA |", "| DER |", "relative distance of classifier.weight", "training"):
+    for text in ("| ACC |", "| ASR |", "| RA |", "| DER |", "D3 moved classifier.weight to relative distance", "training"):
         assert text in done.stdout
     assert "D3 moves 1 weight (classifier.weight)" in done.stdout
     assert "Measuring" in done.stderr and "Decoding images" in done.stderr  # progress bars
@@ -76,7 +76,7 @@ def test_manifest_repeats_the_run(drill):
     poisoned = json.loads((folder / "victim" / "victim.json").read_text())["planted"]["poisoned_rows"]
     assert manifest["source"]["kind"] == "folder" and "model.safetensors" in manifest["source"]["sha256"]
     assert manifest["retain"] == {"n": len(indices), "source": "digits", "indices_file": "retain_indices.json"}
-    assert manifest["arguments"]["lambda_clean"] == d3_hf.D3Config("x", use_cpu=True).lambda_clean
+    assert manifest["arguments"]["lambda_clean"] == 10 and manifest["arguments"]["epsilon"] == 0.1  # the drill's, the default
     assert manifest["arguments"]["max_steps"] == 6 and manifest["arguments"]["seed"] == 42
     assert manifest["measured"]["trigger"]["name"] == "badnets"
     assert (manifest["measured"]["data"], manifest["measured"]["split"]) == ("digits", "test")
@@ -123,7 +123,7 @@ def test_victim_card_warns_in_its_first_line(drill):
 
 def test_without_a_trigger_only_accuracy_is_reported(drill, tmp_path):
     folder, _ = drill
-    results = main(
+    results = run(
         [
             "--model_name_or_path",
             str(folder / "victim"),
@@ -161,6 +161,10 @@ def test_a_card_without_measurements_says_so():
         ([], "no checkpoint: give --model_name_or_path"),
         (["--model_name_or_path", "VICTIM"], "no images: give --dataset_name"),
         (["--victim_config", "absent.yaml"], "no images: give --dataset_name"),
+        (
+            ["--victim_config", "absent.yaml", "--dataset_name", "digits", "--attack", "badnets"],
+            "--attack is that of the victim",
+        ),
         ([*DIGITS, "--attack", "unheard"], "unknown attack 'unheard'"),
         ([*DIGITS, "--train_split", "learn"], "no split 'learn'; it has train, test"),
         ([*DIGITS, "--retain_count", "5000"], "5000"),
@@ -170,5 +174,5 @@ def test_a_card_without_measurements_says_so():
 def test_bad_input(drill, tmp_path, argv, message):
     argv = [str(drill[0] / "victim") if a == "VICTIM" else a for a in argv]
     with pytest.raises(ValueError, match=message):
-        main([*argv, "--output_dir", str(tmp_path / "out"), "--use_cpu"])
+        run([*argv, "--output_dir", str(tmp_path / "out"), "--use_cpu"])
     assert not (tmp_path / "out").exists()

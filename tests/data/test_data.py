@@ -1,4 +1,4 @@
-"""Sources, columns, labels, retain sets, decoding and augmented batches."""
+"""Sources, columns, labels and retain sets."""
 
 import logging
 
@@ -9,13 +9,11 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from pictures import encoded, noise
 from PIL import Image
-from transformers import PretrainedConfig, ViTImageProcessor
+from transformers import PretrainedConfig
 
 from d3_hf.data.images import RawImages, content_hashes
 from d3_hf.data.labels import check_labels, retain_indices
 from d3_hf.data.load import load_images, retain_split
-from d3_hf.data.preprocessing import Preprocessing
-from d3_hf.data.training_images import TrainingImages
 
 NAMES = ["cat", "dog", "frog"]
 
@@ -40,12 +38,6 @@ def beyond_its_classes() -> Dataset:
 def plain_bytes(pictures) -> Dataset:
     """As other libraries than datasets write a table."""
     return Dataset.from_dict({"picture": pictures, "label": [0, 1]})
-
-
-def pictures(*encodings: bytes | None) -> Dataset:
-    features = Features({"image": datasets.Image(), "label": ClassLabel(names=NAMES)})
-    rows = [None if picture is None else {"bytes": picture, "path": None} for picture in encodings]
-    return Dataset.from_dict({"image": rows, "label": [0] * len(rows)}, features=features, split="test")
 
 
 # Sources ------------------------------------------------------------------------------------------------------------
@@ -171,10 +163,8 @@ def test_integers_and_strings_become_classes():
         (lambda: table([0, 1]), {"image_column": "fine"}, "image_column='fine' is no image column"),
         (lambda: table([0, 1]), {"label_column": "nothing"}, "label_column='nothing' is no label column"),
         (lambda: table([1, 2], names=None), {}, "integers other than 0..k-1"),
-        (lambda: table([0, -1], names=None), {}, "integers other than 0..k-1"),
-        (lambda: table([0, 1, -1, 2, None]), {}, "split 'train' has 2 rows whose label is missing.* first is row 2"),
-        (beyond_its_classes, {}, r"the dataset has 1 rows whose label .* not in \[0, 3\), the first is row 1"),
-        (lambda: table([0, 1]).select([]), {}, "no images in split train"),
+        (lambda: table([1, -1], names=None), {}, r"integers other than 0..k-1 \(2 different from -1 to 1\)"),
+        (lambda: table([-1, None], names=None), {}, "label column 'fine' holds no labels"),
         (lambda: DatasetDict(train=table([0]), test=table([0], names=NAMES[::-1])), {}, "splits train, test disagree"),
         (lambda: DatasetDict(train=table([0]), test=table([0], label="other")), {}, "splits train, test disagree"),
     ],
@@ -182,6 +172,32 @@ def test_integers_and_strings_become_classes():
 def test_datasets_that_are_refused(source, options, message):
     with pytest.raises(ValueError, match=message):
         load_images(source(), **options)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (lambda: table([0, 1, -1, 2, None]), "split 'train' has 2 rows whose label is missing.* first is row 2"),
+        (lambda: table([0, -1], names=None), "split 'train' has 1 rows whose label is missing.* first is row 1"),
+        (beyond_its_classes, r"split 'train' has 1 rows whose label .* not in \[0, 3\), the first is row 1"),
+        (lambda: table([0, 1]).select([]), "split 'train' holds no images"),
+        (lambda: DatasetDict(train=table([0, None])), "split 'train' has 1 rows whose label is missing"),
+    ],
+)
+def test_labels_are_checked_where_a_split_is_used(source, message):
+    images = load_images(source())["train"]
+    for use in (RawImages.from_dataset, lambda split: retain_split(split, count=1)):
+        with pytest.raises(ValueError, match=message):
+            use(images)
+
+
+def test_errors_call_a_split_what_its_dictionary_calls_it():
+    parts = table([0, 1, 2, None] * 5).train_test_split(0.5, seed=0)  # datasets calls both parts "train"
+    images = load_images(DatasetDict(parts | {"held-out": table([0])}))  # and a name with a hyphen it does not take
+    for name in ("train", "test"):
+        with pytest.raises(ValueError, match=f"split '{name}' has"):
+            RawImages.from_dataset(images[name])
+    assert [len(split) for split in images.values()] == [10, 10, 1]
 
 
 def config(names: list[str]) -> PretrainedConfig:
@@ -311,71 +327,3 @@ def test_a_missing_class_is_logged(caplog):
 def test_retain_split_asks_for_load_images_first():
     with pytest.raises(ValueError, match="no ClassLabel column 'label' among the columns img, fine: pass the dataset"):
         retain_split(table([0, 1]), count=1)
-
-
-# Decoding -----------------------------------------------------------------------------------------------------------
-
-
-def rotated() -> tuple[bytes, np.ndarray]:
-    exif = Image.Exif()
-    exif[274] = 6  # the camera was held upright: turn by 90 degrees clockwise to show
-    pixels = noise(4, 6, 3)
-    return encoded(pixels, exif=exif), np.rot90(pixels, -1)
-
-
-def colour_modes() -> list[tuple[str, bytes, np.ndarray]]:
-    grey, colour, alpha = noise(4, 6), noise(4, 6, 3), noise(4, 6, 4)
-    palette = Image.fromarray(colour).quantize(16)
-    deep = np.arange(24, dtype=np.uint16).reshape(4, 6) * 2849
-    cmyk = Image.frombytes("CMYK", (6, 4), alpha.tobytes())
-    return [
-        ("grey", encoded(grey), np.stack([grey] * 3, 2)),
-        (
-            "grey and alpha",
-            encoded(Image.frombytes("LA", (6, 4), noise(4, 6, 2).tobytes())),
-            np.stack([noise(4, 6, 2)[..., 0]] * 3, 2),
-        ),
-        ("black and white", encoded(Image.fromarray(grey > 127)), np.stack([(grey > 127) * 255] * 3, 2)),
-        ("palette", encoded(palette), np.array(palette.getpalette()).reshape(-1, 3)[np.array(palette)]),
-        ("RGBA, alpha dropped", encoded(alpha), alpha[..., :3]),
-        ("CMYK", encoded(cmyk, "TIFF"), np.array(cmyk.convert("RGB"))),
-        ("16-bit grey", encoded(Image.fromarray(deep)), np.stack([np.rint(deep / 257)] * 3, 2)),
-        ("EXIF orientation", *rotated()),
-    ]
-
-
-def test_every_colour_mode_becomes_rgb():
-    for name, picture, expected in colour_modes():
-        raw = RawImages.from_dataset(pictures(picture))
-        assert raw.images.dtype == torch.uint8, name
-        assert np.array_equal(raw.images[0].permute(1, 2, 0), expected), name
-        shown = load_images(pictures(picture))["test"]["image"][0]
-        assert shown.mode == "RGB" and (name == "16-bit grey" or np.array_equal(np.array(shown), expected)), name
-
-
-def test_pictures_of_several_sizes_are_kept_as_a_list():
-    sizes = [(4, 6), (5, 3), (4, 6)]
-    raw = RawImages.from_dataset(pictures(*(encoded(noise(*size, 3, seed=i)) for i, size in enumerate(sizes))))
-    assert isinstance(raw.images, list) and len(raw) == 3
-    batches = list(raw.batches(2))
-    assert [tuple(images.shape) for images, _ in batches] == [(1, 3, *size) for size in sizes]
-    assert np.array_equal(raw.select([2, 1]).images[0].permute(1, 2, 0), noise(4, 6, 3, seed=2))
-    processor = ViTImageProcessor(size={"height": 8, "width": 8})
-    training = TrainingImages.from_raw(raw, Preprocessing.from_processor(processor))
-    expected = processor(images=raw.images, return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"]
-    assert torch.equal(training.images, expected)
-
-
-@pytest.mark.parametrize(
-    ("picture", "message"),
-    [
-        (encoded(noise(40, 40, 3))[:-500], "cannot decode row 1 of split 'test': .*truncated"),
-        (encoded(noise(40, 40, 3), "JPEG")[:900], "cannot decode row 1 of split 'test': .*truncated"),
-        (b"no picture", "cannot decode row 1 of split 'test': UnidentifiedImageError"),
-        (None, "cannot decode row 1 of split 'test': .*the row holds no picture"),
-        (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "row 1 .*mode 'F' has no fixed range"),
-    ],
-)
-def test_pictures_that_cannot_be_decoded_are_named(picture, message):
-    with pytest.raises(ValueError, match=message):
-        RawImages.from_dataset(pictures(encoded(noise(4, 4, 3)), picture))

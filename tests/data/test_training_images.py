@@ -24,11 +24,50 @@ def raw_images(count: int = 10, height: int = 6, width: int = 5) -> RawImages:
 def test_batches_and_selections_keep_order_and_origin():
     raw = raw_images()
     batches = list(raw.batches(4))
-    assert [len(labels) for _, labels in batches] == [4, 4, 2]
-    assert torch.equal(torch.cat([images for images, _ in batches]), raw.images)
-    assert torch.equal(torch.cat([labels for _, labels in batches]), raw.labels)
+    assert [rows.tolist() for rows, _, _ in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert torch.equal(torch.cat([images for _, images, _ in batches]), raw.images)
+    assert torch.equal(torch.cat([labels for _, _, labels in batches]), raw.labels)
     part = raw.select(np.array([7, 2])).select([1])
     assert torch.equal(part.images[0], raw.images[2]) and part.index.tolist() == [2] and part.labels.tolist() == [2]
+
+
+def images_of_several_sizes(count: int = 23) -> RawImages:
+    sizes = [(6, 5), (5, 6), (6, 5), (9, 4)]
+    images = [torch.from_numpy(noise(3, *sizes[row * row % 4], seed=row)) for row in range(count)]
+    return RawImages(images, torch.arange(count) % 3, NAMES)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_batches_are_of_one_size_and_hold_every_image_once(batch_size):
+    raw = images_of_several_sizes()
+    seen = []
+    for rows, images, labels in raw.batches(batch_size):
+        assert 1 <= len(rows) == len(images) == len(labels) <= batch_size
+        for row, image, label in zip(rows.tolist(), images, labels, strict=True):
+            assert torch.equal(image, raw.images[row]) and label == raw.labels[row]
+        seen += rows.tolist()
+    assert sorted(seen) == list(range(len(raw)))
+    assert len(list(raw.batches(100))) == len({image.shape for image in raw.images})
+
+
+def test_large_images_come_in_smaller_batches(monkeypatch):
+    monkeypatch.setattr("d3_hf.data.images.MOST_PIXELS", 100)
+    assert [len(rows) for rows, _, _ in raw_images(10, 6, 5).batches(4)] == [3, 3, 3, 1]
+    assert [len(rows) for rows, _, _ in raw_images(2, 20, 30).batches(4)] == [1, 1]
+
+
+def test_batches_of_no_images_are_refused():
+    with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
+        next(raw_images().batches(0))
+
+
+def test_images_of_several_sizes_are_resized_as_if_one_by_one():
+    raw = images_of_several_sizes()
+    preprocessing = Preprocessing.from_processor(ViTImageProcessor(size={"height": 8, "width": 7}))
+    found = TrainingImages.from_raw(raw, preprocessing)
+    expected = torch.cat([preprocessing.resize(image[None]) for image in raw.images])
+    assert torch.equal(found.images, expected)
+    assert torch.equal(found.labels, raw.labels) and torch.equal(found.sample_ids, raw.index)
 
 
 def test_content_hashes_tell_pixels_and_sizes_apart():

@@ -10,14 +10,13 @@ from tiny_trained import QUIET, assert_reloads, differing, right, trained
 from torch import nn
 
 from d3_hf.defenses.anp import ANPConfig, ANPTrainer, uniform_noise
-from d3_hf.defenses.shared.masks import batch_norm_scales
 
 SAMPLES = tiny_samples(40)
 
 
-def trainer_of(folder, make=tiny_resnet, **options):
+def trainer_of(folder, make=tiny_resnet, model=None, **options):
     args = ANPConfig(str(folder), **(dict(max_steps=12, learning_rate=0.2, max_validation_drop=0.3) | QUIET | options))
-    return ANPTrainer(trained(make), args, SAMPLES)
+    return ANPTrainer(model or trained(make), args, SAMPLES)
 
 
 def layers(model):
@@ -43,8 +42,7 @@ def cross_entropy(model, batch):
 def test_loss_is_the_min_max_objective(tmp_path, steps):
     trainer = trainer_of(tmp_path, anp_steps=steps, anp_alpha=0.3)
     victim = trained(tiny_resnet)
-    trainer.scales = batch_norm_scales(trainer.model, "ANP")
-    trainer.prepare()
+    trainer.start()
     batch = next(trainer.tune_batches(0))
     generator = torch.Generator().manual_seed(7)
     masks = {n: torch.rand(len(m.weight), generator=generator).requires_grad_() for n, m in layers(victim).items()}
@@ -105,7 +103,12 @@ def test_threshold_is_the_largest_that_accuracy_allows_and_only_scales_change(tm
     assert changed and set(changed) <= {f"{name}.weight" for name in found}
     assert facts["validation_accuracy_after"] == right(trainer.model, trainer.validate)
     assert_reloads(trainer, tmp_path)
-    assert differing(trainer_again(tmp_path / "again").model, trainer.model) == []
+
+
+def test_no_weight_is_left_with_a_gradient(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.train()
+    assert [name for name, p in trainer.model.named_parameters() if p.grad is not None] == []
 
 
 @pytest.mark.parametrize(
@@ -126,18 +129,20 @@ def test_threshold_is_the_largest_tolerable_one(tmp_path, monkeypatch, accuracie
     assert (facts["threshold"], facts["pruned"]) == (threshold, pruned)
 
 
-def trainer_again(folder):
-    trainer = trainer_of(folder)
-    trainer.train()
-    return trainer
-
-
 def test_running_statistics_are_used_on_request_and_never_changed(tmp_path):
     trainer = trainer_of(tmp_path, batch_norm="eval")
-    (batch,) = trainer.plain_batches([0, 1, 2])
+    (batch,) = trainer.images_at([0, 1, 2])
     trained_mode, own = trainer.training_logits_with({}, batch), trainer.model.eval()(pixel_values=batch["pixel_values"]).logits
     torch.testing.assert_close(trained_mode, own)
     assert not torch.allclose(trainer_of(tmp_path).training_logits_with({}, batch), own, atol=1e-3)
+
+
+def test_a_layer_that_the_network_does_not_use_stays(tmp_path):
+    model = trained(tiny_resnet)
+    model.unused = nn.BatchNorm2d(8)
+    trainer = trainer_of(tmp_path, model=model)
+    trainer.train()
+    assert trainer.found["pruned"] and torch.equal(model.unused.weight, torch.ones(8))
 
 
 def test_nothing_to_prune_is_an_error(tmp_path):
@@ -151,10 +156,6 @@ def test_nothing_to_prune_is_an_error(tmp_path):
     ("options", "message"),
     [
         (dict(make=tiny_vit), "ANP masks the scales of BatchNorm channels, and ViTForImageClassification has no BatchNorm"),
-        (dict(anp_eps=0), "anp_eps must be > 0"),
-        (dict(anp_steps=0), "anp_steps must be >= 1"),
-        (dict(anp_alpha=1.5), r"anp_alpha must be in \[0, 1\]"),
-        (dict(max_validation_drop=1), r"max_validation_drop must be in \[0, 1\)"),
         (dict(fp16=True), "fp16 needs a loss scaler"),
         (dict(activation_checkpointing=True), "activation checkpointing would recompute"),
         (dict(gradient_accumulation_steps=2), "leave gradient_accumulation_steps at 1"),
@@ -165,6 +166,14 @@ def test_refusals(tmp_path, options, message):
         trainer_of(tmp_path, **options)
 
 
-def test_resuming_is_refused(tmp_path):
+@pytest.mark.parametrize("asked", [True, "true", "folder"])
+def test_resuming_is_refused(tmp_path, asked):
     with pytest.raises(ValueError, match="ANP writes no checkpoints to resume from"):
-        trainer_of(tmp_path).train(resume_from_checkpoint=str(tmp_path))
+        trainer_of(tmp_path).train(resume_from_checkpoint=asked)
+
+
+@pytest.mark.parametrize("asked", [None, False, "false"])  # the last is how a command line spells it
+def test_not_resuming_is_not_refused(tmp_path, asked):
+    trainer = trainer_of(tmp_path)
+    trainer.train(resume_from_checkpoint=asked)
+    assert differing(trainer.model, trained(tiny_resnet))

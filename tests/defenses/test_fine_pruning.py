@@ -69,15 +69,13 @@ def test_least_active_units_are_pruned_as_far_as_accuracy_allows_and_stay_zero(t
     assert_reloads(trainer, tmp_path)
 
 
-def test_same_seed_same_weights_and_resuming_keeps_what_was_pruned(tmp_path):
-    options = dict(max_steps=6, save_strategy="steps", save_steps=4)
-    runs = [trainer_of(tmp_path / name, tiny_resnet, **options) for name in ("one", "two", "resumed")]
-    for run, checkpoint in zip(runs, (None, None, str(tmp_path / "one" / "checkpoint-4")), strict=True):
-        torch.manual_seed(0)
-        run.train(resume_from_checkpoint=checkpoint)
-    for run in runs[1:]:
-        assert differing(run.model, runs[0].model) == []
-        assert run.facts()["pruning"] == runs[0].facts()["pruning"]
+def test_what_was_pruned_stays_so_in_a_resumed_run(tmp_path):
+    whole = trainer_of(tmp_path, tiny_resnet, max_steps=6, save_strategy="steps", save_steps=4)
+    whole.train()
+    resumed = trainer_of(tmp_path / "resumed", tiny_resnet, max_steps=6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed.facts()["pruning"] == whole.facts()["pruning"]
+    assert differing(resumed.model, units_of(resumed.model, tiny_resnet, whole.found["pruned"])) == []
 
 
 def test_raw_images_are_measured_without_augmentation(tmp_path):
@@ -87,7 +85,7 @@ def test_raw_images_are_measured_without_augmentation(tmp_path):
     raw = RawImages(images, torch.arange(20) % 3, list(model.config.id2label.values()))
     trainer = FinePruningTrainer(model, FinePruningConfig(str(tmp_path), **QUIET), raw)
     before = torch.get_rng_state()
-    (batch,) = trainer.plain_batches(list(range(20)))
+    (batch,) = trainer.images_at(list(range(20)))
     pixels = PROCESSOR(images=list(raw.images), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(batch["pixel_values"], pixels, rtol=0, atol=1e-5)
     augmented = [torch.cat([b["pixel_values"] for b in trainer.tune_batches(epoch)]) for epoch in (0, 0, 1)]
@@ -115,8 +113,8 @@ def test_the_step_that_breaks_the_tolerance_is_taken_back(tmp_path, monkeypatch)
     found = iter([1.0, 0.95, 0.9, 0.89])  # the victim's, then after one, two and three units; a later rise is not looked at
     monkeypatch.setattr(FinePruningTrainer, "activations", lambda self: torch.tensor([3.0, 1, 2, 0, 7, 6, 5, 4]))
     monkeypatch.setattr(FinePruningTrainer, "accuracy", lambda self, rows: next(found))
-    trainer.begin_purification(resumed=False)
-    assert trainer.pruning["pruned"] == [1, 3] and trainer.pruning["validation_accuracy_after"] == 0.9
+    trainer.start()
+    assert trainer.found["pruned"] == [1, 3] and trainer.found["validation_accuracy_after"] == 0.9
     assert differing(trainer.model, units_of(trained(tiny_resnet), tiny_resnet, [1, 3])) == []
 
 
@@ -134,8 +132,6 @@ class Gated(nn.Module):
 @pytest.mark.parametrize(
     ("action", "message"),
     [
-        (lambda f: FinePruningConfig(str(f), max_validation_drop=1.0), r"max_validation_drop must be in \[0, 1\)"),
-        (lambda f: FinePruningConfig(str(f), max_validation_drop=-0.1), r"max_validation_drop must be in \[0, 1\)"),
         (lambda f: trainer_of(f, tiny_resnet, samples=None), "Fine-Pruning chooses on retain accuracy"),
         (lambda f: trainer_of(f, tiny_resnet, samples=SAMPLES[:4]), "the retain set has 4 images; at least 5"),
         (lambda f: last_units(Gated(), (16, 16)), "Gated has no linear layer that widens followed by one that narrows"),

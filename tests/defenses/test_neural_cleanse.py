@@ -10,18 +10,19 @@ from tiny import CLASSES, SIZE, tiny_resnet, tiny_samples, tiny_timm_vit, tiny_v
 from torch import nn
 
 from d3_hf.data.images import RawImages
-from d3_hf.defenses.neural_cleanse import (
-    TRIGGERS,
+from d3_hf.defenses.neural_cleanse import NeuralCleanseConfig, NeuralCleanseTrainer
+from d3_hf.defenses.neural_cleanse.inversion import (
     Findings,
-    NeuralCleanseConfig,
-    NeuralCleanseTrainer,
+    Schedule,
     anomaly_indices,
     flagged_classes,
     next_cost,
     reverse_trigger,
     stamp,
 )
+from d3_hf.defenses.neural_cleanse.trainer import TRIGGERS
 from d3_hf.models.load import load_classifier
+from d3_hf.publishing.manifest import MANIFEST
 
 NAMES = [f"LABEL_{i}" for i in range(CLASSES)]
 
@@ -45,6 +46,11 @@ def trained(folder, make=tiny_vit, kind=Flagging, data=None, resume=None, **opti
     trainer = kind(make(), config(folder, **options), data or tiny_samples())
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def schedule(**options):
+    defaults = dict(epochs=1, learning_rate=0.1, initial_cost=0.1, success_threshold=0.98, cost_patience=5, stop_patience=25)
+    return Schedule(**(defaults | options))
 
 
 # The mathematics -------------------------------------------------------------------------------------------------------
@@ -73,12 +79,11 @@ def test_one_step_follows_the_gradient_of_the_mask_loss():
         width = torch.zeros_like(raw)
         width[index] = 1e-6
         gradient[index] = (loss(raw + width) - loss(raw - width)) / 2e-6
-    args = NeuralCleanseConfig(inversion_epochs=1, initial_cost=0.1, use_cpu=True, inversion_learning_rate=0.01)
 
     def attack(batch, mask, pattern):
         return stamp(batch, mask, pattern).flatten(1) @ weight
 
-    found, _ = reverse_trigger(attack, [images], [images], 2, raw, args)
+    found, _ = reverse_trigger(attack, [images], [images], 2, raw, schedule(learning_rate=0.01))
     torch.testing.assert_close(found, ((raw - 0.01 * gradient.sign()).tanh() + 1) / 2, rtol=1e-5, atol=1e-7)
 
 
@@ -97,10 +102,10 @@ def test_smallest_working_trigger_is_kept_and_the_search_stops():
         calls.append(mask.sum().item())
         return torch.stack([0 * mask.sum(), 1 + 0 * pattern.sum()]).expand(len(batch), 2)
 
-    args = NeuralCleanseConfig(inversion_epochs=500, stop_patience=4, initial_cost=1.0, use_cpu=True)
-    found, reached = reverse_trigger(attack, [torch.zeros(3)], [torch.zeros(2)], 1, torch.zeros(4, 2, 2), args)
+    long = schedule(epochs=500, stop_patience=4, initial_cost=1.0)
+    found, reached = reverse_trigger(attack, [torch.zeros(3)], [torch.zeros(2)], 1, torch.zeros(4, 2, 2), long)
     assert reached and found[0].sum().item() == pytest.approx(min(calls)) and len(calls) < 1000
-    _, reached = reverse_trigger(attack, [torch.zeros(3)], [torch.zeros(2)], 0, torch.zeros(4, 2, 2), args)
+    _, reached = reverse_trigger(attack, [torch.zeros(3)], [torch.zeros(2)], 0, torch.zeros(4, 2, 2), long)
     assert not reached
 
 
@@ -175,14 +180,12 @@ def test_no_flag_is_plain_fine_tuning_and_says_so(tmp_path, caplog):
     assert "flags no class" in caplog.text and "plain fine-tuning" in trainer.facts()["method"]
     assert trainer.facts()["outcome"] == "no class flagged: plain fine-tuning"
     resumed = trained(tmp_path / "two", kind=NeuralCleanseTrainer, resume=str(tmp_path / "whole" / "checkpoint-2"), **options)
-    assert "plain fine-tuning" in resumed.method and resumed.findings.flagged.tolist() == []
-    for name, value in resumed.model.state_dict().items():
-        assert torch.equal(value, trainer.model.state_dict()[name]), name
+    assert "plain fine-tuning" in resumed.method and torch.equal(resumed.findings.norms, trainer.findings.norms)
 
 
 def test_images_carry_the_trigger_in_pixels_by_the_ratio(tmp_path):
     trainer = Flagging(tiny_vit(), config(tmp_path, unlearning_ratio=0.3), tiny_samples())
-    trainer.begin_purification(resumed=False)
+    trainer.start()
     pixels = torch.randint(0, 256, (400, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     normalised = trainer.preprocessing.normalize(pixels)
     found = trainer._with_triggers(normalised)
@@ -194,23 +197,22 @@ def test_images_carry_the_trigger_in_pixels_by_the_ratio(tmp_path):
 
 
 @pytest.mark.parametrize("make", [tiny_vit, tiny_resnet, tiny_timm_vit])
-def test_training_changes_repeats_saves_and_reloads(tmp_path, make):
+def test_triggers_are_trained_on_published_and_in_a_checkpoint_only_remembered(tmp_path, make):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (16, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
     data = RawImages(pixels, torch.arange(16) % CLASSES, NAMES)
-    trainer, again = (trained(tmp_path / name, make, data=data, unlearning_ratio=1.0) for name in ("one", "two"))
+    options = dict(save_strategy="steps", save_steps=2)
+    trainer = trained(tmp_path / "one", make, data=data, unlearning_ratio=1.0, **options)
     plain = trained(tmp_path / "plain", make, NeuralCleanseTrainer, data, anomaly_threshold=1e9)
-    victim, state = make().state_dict(), trainer.model.state_dict()
-    for other in (victim, plain.model.state_dict()):
-        assert state.keys() == other.keys() and not all(torch.equal(state[name], other[name]) for name in state)
-    for name, value in again.model.state_dict().items():
-        assert torch.equal(value, state[name]), name
+    state, other = trainer.model.state_dict(), plain.model.state_dict()
+    assert state.keys() == other.keys() and not all(torch.equal(state[name], other[name]) for name in state)
     trainer.save_model()
-    assert torch.equal(load_file(tmp_path / "one" / TRIGGERS)["masks"], trainer.findings.masks)
-    reloaded = type(trainer.model).from_pretrained(tmp_path / "one")
-    images = trainer.preprocessing(pixels)
-    with torch.no_grad():
-        assert torch.equal(trainer.model.eval()(pixel_values=images).logits, reloaded.eval()(pixel_values=images).logits)
+    assert torch.equal(load_file(tmp_path / "one" / trainer.facts()["triggers_file"])["masks"], trainer.findings.masks)
+    checkpoint = tmp_path / "one" / "checkpoint-2"
+    assert not (checkpoint / TRIGGERS).exists() and TRIGGERS not in (checkpoint / MANIFEST).read_text()
+    resumed = trained(tmp_path / "two", make, data=data, resume=str(checkpoint), unlearning_ratio=1.0, **options)
+    for name, value in vars(trainer.findings).items():
+        assert torch.equal(vars(resumed.findings)[name], value), name
 
 
 def test_finding_triggers_leaves_weights_and_global_generator_alone(tmp_path):
@@ -223,11 +225,6 @@ def test_finding_triggers_leaves_weights_and_global_generator_alone(tmp_path):
     assert torch.equal(found.norms, trainer.find_triggers().norms)
 
 
-def test_nothing_changed_raises(tmp_path):
-    with pytest.raises(RuntimeError, match="no weight changed"):
-        trained(tmp_path, learning_rate=0.0)
-
-
 def two_classes():
     model = tiny_vit()
     model.config.num_labels = 2
@@ -237,14 +234,6 @@ def two_classes():
 @pytest.mark.parametrize(
     ("options", "make", "count", "message"),
     [
-        ({"inversion_epochs": 0}, tiny_vit, 16, "inversion_epochs must be >= 1"),
-        ({"cost_patience": 0}, tiny_vit, 16, "cost_patience must be >= 1"),
-        ({"stop_patience": 0}, tiny_vit, 16, "stop_patience must be >= 1"),
-        ({"inversion_learning_rate": 0.0}, tiny_vit, 16, "inversion_learning_rate must be > 0"),
-        ({"initial_cost": -1.0}, tiny_vit, 16, "initial_cost must be > 0"),
-        ({"anomaly_threshold": float("nan")}, tiny_vit, 16, "anomaly_threshold must be > 0"),
-        ({"success_threshold": 1.1}, tiny_vit, 16, "success_threshold must be in"),
-        ({"unlearning_ratio": 0.0}, tiny_vit, 16, "unlearning_ratio must be in"),
         ({"fp16": True}, tiny_vit, 16, "fp16 rounds the gradient"),
         ({}, two_classes, 16, "of 2 norms none can be anomalous"),
         ({}, tiny_vit, 4, "needs 5 images"),

@@ -9,19 +9,20 @@ from tiny import tiny_resnet, tiny_samples, tiny_timm_vit
 from tiny_trained import QUIET, assert_reloads, differing, right, trained
 
 from d3_hf.defenses.rnp import RNPConfig, RNPTrainer
+from d3_hf.defenses.shared.unlearning import unlearned_level, unlearning
 
 SAMPLES = tiny_samples(40)
 
 
-def trainer_of(folder, make=tiny_resnet, **options):
+def trainer_of(folder, make=tiny_resnet, model=None, **options):
     defaults = dict(num_train_epochs=4, learning_rate=0.2, unlearn_learning_rate=0.05, max_validation_drop=0.5)
-    return RNPTrainer(trained(make), RNPConfig(str(folder), **(defaults | QUIET | options)), SAMPLES)
+    return RNPTrainer(model or trained(make), RNPConfig(str(folder), **(defaults | QUIET | options)), SAMPLES)
 
 
 def test_unlearning_ascends_the_loss_of_a_copy(tmp_path):
-    trainer, slow = trainer_of(tmp_path), trained(tiny_resnet)
+    trainer, slow = trainer_of(tmp_path, unlearn_epochs=2), trained(tiny_resnet)
     optimizer = torch.optim.SGD(slow.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, maximize=True)
-    for epoch, (accuracy, tensors) in enumerate(trainer.unlearning(0.05, 5e-4, 2)):
+    for epoch, (accuracy, tensors) in enumerate(unlearning(trainer, 5e-4)):
         correct = 0
         for batch in trainer.tune_batches(epoch):
             found = slow.train()(pixel_values=batch["pixel_values"]).logits
@@ -37,11 +38,10 @@ def test_unlearning_ascends_the_loss_of_a_copy(tmp_path):
 
 def test_recovery_masks_the_unlearned_scales(tmp_path):
     trainer = trainer_of(tmp_path)
-    trainer.scales = {n: (m.weight, m.bias) for n, m in trainer.model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
-    trainer.prepare()
+    trainer.start()
     labels = [SAMPLES[row]["labels"] for row in trainer.tune]
     assert trainer.unlearned_facts["level"] == max(labels.count(c) for c in range(3)) / 32 > 0.2
-    assert trainer.unlearned_level(0.5) == 0.5
+    assert unlearned_level(trainer_of(tmp_path, unlearn_accuracy=0.5)) == 0.5
     slow = trained(tiny_resnet)
     slow.load_state_dict(trainer.unlearned)
     batch = next(trainer.tune_batches(0))
@@ -72,10 +72,16 @@ def test_the_victim_is_pruned_and_nothing_else_of_it_changes(tmp_path):
     assert facts["unlearning"]["accuracy"] <= facts["unlearning"]["level"] < 0.5 and facts["unlearning"]["epochs"] >= 1
     assert facts["validation_accuracy_after"] == right(trainer.model, trainer.validate)
     assert facts["validation_accuracy_after"] >= 0.5 * facts["validation_accuracy_before"]
+    assert all(p.grad is None for p in trainer.model.parameters())
     assert_reloads(trainer, tmp_path)
-    again = trainer_of(tmp_path / "again")
-    again.train()
-    assert differing(again.model, trainer.model) == []
+
+
+def test_a_layer_that_the_network_does_not_use_stays(tmp_path):
+    model = trained(tiny_resnet)
+    model.unused = torch.nn.BatchNorm2d(8)
+    trainer = trainer_of(tmp_path, model=model)
+    trainer.train()
+    assert trainer.found["pruned"] and torch.equal(model.unused.weight, torch.ones(8))
 
 
 @pytest.mark.parametrize(
@@ -97,16 +103,6 @@ def test_failures_leave_the_victim_as_it_was(tmp_path, options, error, message):
     assert differing(trainer.model, trained(tiny_resnet)) == []
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(make=tiny_timm_vit), "RNP masks the scales of BatchNorm channels"),
-        (dict(unlearn_learning_rate=0), "unlearn_learning_rate must be > 0"),
-        (dict(unlearn_epochs=0), "unlearn_epochs must be >= 1"),
-        (dict(unlearn_accuracy=1), r"unlearn_accuracy must be in \[0, 1\)"),
-        (dict(gradient_accumulation_steps=2), "leave gradient_accumulation_steps at 1"),
-    ],
-)
-def test_refusals(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        trainer_of(tmp_path, **options)
+def test_a_network_without_batch_norm_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="RNP masks the scales of BatchNorm channels"):
+        trainer_of(tmp_path, tiny_timm_vit)

@@ -20,8 +20,8 @@ def config(folder, **options):
 
 
 class Recorder(SAUTrainer):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def prepare(self):
+        super().prepare()
         self.images, self.batches, self.before, self.gradients = [], [], [], []
 
     def _with_examples(self, pixel_values, labels):
@@ -30,10 +30,10 @@ class Recorder(SAUTrainer):
         self.batches.append(labels)
         return self.images[-1]
 
-    def optimizer_step(self, step):
+    def finish_gradient(self, window_loss):
         self.before.append(copy.deepcopy(self.model.state_dict()))
         self.gradients.append({name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None})
-        return step()
+        return super().finish_gradient(window_loss)
 
 
 def test_js_divergence():
@@ -112,18 +112,20 @@ def test_inner_problem_stops_when_every_image_is_shared(tmp_path):
     assert len(calls) == 2 and torch.equal(found, torch.full_like(found, 0.2))
 
 
-@pytest.mark.parametrize("policy", ["eval", "train"])
-def test_outer_gradient_and_log(tmp_path, policy):
+@pytest.mark.parametrize(
+    ("make", "policy"), [(tiny_resnet, "eval"), (tiny_resnet, "train"), (tiny_vit, "eval"), (tiny_timm_vit, "eval")]
+)
+def test_outer_gradient_and_log(tmp_path, make, policy):
     args = config(tmp_path, batch_norm=policy, lambda_clean=0.8, lambda_adversarial=0.5, lambda_shared=2.0, max_steps=3)
-    trainer = Recorder(tiny_resnet(), args, tiny_samples())
+    trainer = Recorder(make(), args, tiny_samples())
     trainer.train()
-    suspicious = tiny_resnet().eval()
+    suspicious = make().eval()
     logs = trainer.state.log_history[:3]
     steps = zip(trainer.images, trainer.batches, trainer.before, trainer.gradients, logs, strict=True)
     for both, labels, before, gradients, log in steps:
         images, examples = both.chunk(2)
         assert ((examples - images) * 0.5).abs().max() <= 0.2 + 1e-6  # the tiny processor's std is 0.5
-        model = tiny_resnet().train(policy == "train")
+        model = make().train(policy == "train")
         model.load_state_dict(before)
         with torch.no_grad():
             own, classes = (suspicious(pixel_values=x).logits.argmax(1) for x in (images, examples))
@@ -156,29 +158,6 @@ def test_batch_norm_policies_and_the_suspicious_model_stays(tmp_path, policy):
     assert all(torch.equal(value, before[name]) for name, value in trainer.suspicious.state_dict().items())
 
 
-@pytest.mark.parametrize("make", [tiny_vit, tiny_resnet, tiny_timm_vit])
-def test_seed_keys_reload_resume(tmp_path, make):
-    options = dict(save_strategy="steps", save_steps=1)
-    runs = [SAUTrainer(make(), config(tmp_path, **options), tiny_samples()) for _ in range(2)]
-    runs[0].train()
-    runs[0].save_model()
-    runs[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    one, two = (trainer.model.state_dict() for trainer in runs)
-    assert one.keys() == (keys := make().state_dict().keys()) and all(torch.equal(one[name], two[name]) for name in keys)
-    reloaded = type(runs[0].model).from_pretrained(tmp_path).eval()
-    images = torch.stack([sample["pixel_values"] for sample in tiny_samples()])
-    with torch.no_grad():
-        assert torch.equal(runs[0].model.eval()(pixel_values=images).logits, reloaded(pixel_values=images).logits)
-    other = SAUTrainer(make(seed=1), config(tmp_path, overwrite_output_dir=True, **options), tiny_samples())
-    with pytest.raises(ValueError, match="belongs to a run from another model"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-
-
-def test_a_run_that_changes_nothing_raises(tmp_path):
-    with pytest.raises(RuntimeError, match="no weight changed"):
-        SAUTrainer(tiny_vit(), config(tmp_path, learning_rate=0.0), tiny_samples()).train()
-
-
 def test_missing_labels_are_named(tmp_path):
     with pytest.raises(ValueError, match="needs a tensor column `labels`"):
         SAUTrainer(tiny_vit(), config(tmp_path), [{"pixel_values": s["pixel_values"]} for s in tiny_samples()]).train()
@@ -187,15 +166,10 @@ def test_missing_labels_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lambda_clean": -1.0}, "lambda_clean must be >= 0"),
-        ({"lambda_adversarial": float("nan")}, "lambda_adversarial must be >= 0"),
-        ({"lambda_shared": 0.0}, "lambda_shared must be > 0"),
         ({"beta_adversarial": 0.0, "beta_shared": 0.0}, "are both 0"),
-        ({"pgd_bound": 0.0}, "pgd_bound must be > 0"),
-        ({"pgd_steps": 0}, "pgd_steps must be >= 1"),
         ({"fp16": True}, "use bf16 or float32"),
     ],
 )
-def test_bad_options(tmp_path, options, message):
+def test_options_that_do_not_go_together(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)

@@ -2,9 +2,7 @@
 
 import json
 import math
-from pathlib import Path
 
-import evaluate
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,6 @@ from torch import nn
 from transformers import EvalPrediction, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-import d3_hf.evaluation.modules
 from d3_hf.attacks import BadNets, Blended
 from d3_hf.data.images import RawImages
 from d3_hf.evaluation.measure import Measurement, detoxification_effectiveness_rating, measure, results
@@ -85,6 +82,10 @@ def test_pure_functions_count_what_they_say():
     assert attack_success_rate(predictions, labels, 0) == Proportion(3, 5)
     assert robust_accuracy(predictions, labels, 0) == Proportion(1, 5)
     assert robust_accuracy(labels, labels, 2) == Proportion(4, 4)
+    wanted = (labels + 1) % 3  # all-to-all: every image counts
+    assert attack_success_rate(predictions, labels, wanted) == Proportion(3, 7)
+    assert robust_accuracy(predictions, labels, wanted) == Proportion(2, 7)
+    assert attack_success_rate(predictions, labels, np.full(7, 0)) == attack_success_rate(predictions, labels, 0)
     assert accuracy(predictions.tolist(), torch.from_numpy(labels)) == Proportion(2, 7)
 
 
@@ -171,6 +172,28 @@ def test_images_of_different_sizes():
     mixed = RawImages(images=mixed, labels=images.labels, class_names=images.class_names)
     found = attacked(Oracle(), mixed)
     assert (found.accuracy, found.asr, found.forward_images) == (Proportion(20, 20), Proportion(18, 18), 38)
+
+
+@pytest.mark.parametrize("label_map", ["all-to-one", "all-to-all"])
+@pytest.mark.parametrize("batch_size", [3, 256])
+def test_images_of_different_sizes_are_measured_as_if_one_by_one(label_map, batch_size):
+    images = marked_images(60)
+    images.images[7, 0, 0, 0] = images.images[20, 0, 0, 0] = 100  # look like another class
+    wider = [0, 4, 1, 0, 0, 4, 1]
+    padded = [torch.nn.functional.pad(image, (0, wider[i % 7])) for i, image in enumerate(images.images)]
+    mixed = RawImages(padded, images.labels, images.class_names)
+    attack, model = BadNets(label_map=label_map, target_label=3), Oracle(target=3, obeys=0.5)
+    found = measure(model, mixed, to_float, attack, batch_size, progress=False)
+    assert 1 < max(model.sizes) <= batch_size and len(model.sizes) < found.forward_images / 2
+    alone = [measure(model, mixed.select([i]), to_float, progress=False) for i in range(60)]
+    assert found.predictions.tolist() == [int(one.predictions[0]) for one in alone]
+    assert found.accuracy == Proportion(58, 60) == Proportion(sum(one.accuracy.successes for one in alone), 60)
+    rows = [i for i in range(60) if label_map == "all-to-all" or images.labels[i] != 3]
+    alone = [measure(model, mixed.select([i]), to_float, attack, progress=False) for i in rows]
+    for rate in ("asr", "ra", "untriggered"):
+        successes = sum(getattr(one, rate).successes for one in alone)
+        assert getattr(found, rate) == Proportion(successes, len(rows))
+    assert 0 < found.ra.successes < len(rows)
 
 
 def test_measures_in_eval_and_inference_mode_and_restores_every_flag():
@@ -305,8 +328,9 @@ def only_targets() -> RawImages:
         (lambda: accuracy([], []), "got 0 of 0"),
         (lambda: accuracy([1, 2], [1]), r"two equally long lists of class indices; got shapes \(2,\) and \(1,\)"),
         (lambda: accuracy(np.zeros((2, 2)), np.zeros((2, 2))), "lists of class indices"),
-        (lambda: attack_success_rate([0, 1], [2, 2], 2), "no image has a true label other than the target 2"),
-        (lambda: robust_accuracy([0, 1], [2, 2], 2), "no image has a true label other than the target 2"),
+        (lambda: attack_success_rate([0, 1], [2, 2], 2), "every image's true label is what the attacker wants"),
+        (lambda: robust_accuracy([0, 1], [2, 2], 2), "every image's true label is what the attacker wants"),
+        (lambda: robust_accuracy([0, 1], [2, 2], [0]), r"one class, or one for each of 2 images; got shape \(1,\)"),
         (lambda: attack_success_rate([0], [2, 2], 0), "equally long"),
         (lambda: compute_metrics(EvalPrediction(np.array([[0.0, np.nan]]), np.array([1]))), "logits are not finite"),
         (lambda: attacked(Oracle(), only_targets()), "no image is of a class that the attack counts"),
@@ -340,40 +364,3 @@ def only_targets() -> RawImages:
 def test_errors(act, message):
     with pytest.raises(ValueError, match=message):
         act()
-
-
-LABELS, PREDICTIONS = [0, 0, 1, 1, 2, 2, 2], [0, 1, 0, 1, 0, 0, 1]
-METRICS = [
-    ("accuracy", "Accuracy", {}, Proportion(2, 7)),
-    ("attack_success_rate", "AttackSuccessRate", {"target_label": 0}, Proportion(3, 5)),
-    ("robust_accuracy", "RobustAccuracy", {"target_label": 0}, Proportion(1, 5)),
-]
-
-
-@pytest.mark.parametrize(("name", "class_name", "options", "expected"), METRICS)
-def test_metric_by_class(tmp_path, name, class_name, options, expected):
-    metric = getattr(d3_hf.evaluation.modules, class_name)(cache_dir=str(tmp_path))
-    found = metric.compute(predictions=PREDICTIONS, references=LABELS, **options)
-    assert found == expected.as_dict(name)
-
-
-@pytest.fixture(scope="module")
-def modules_cache(tmp_path_factory):
-    """One folder for all tests: evaluate imports its copies as one package, whose place Python remembers."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evaluate.config.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
-
-
-@pytest.mark.parametrize(("name", "class_name", "options", "expected"), METRICS)
-def test_metric_by_path_offline(tmp_path, modules_cache, name, class_name, options, expected):
-    metric = evaluate.load(f"{d3_hf.evaluation.modules.METRICS_FOLDER}/{name}", cache_dir=str(tmp_path))
-    metric.add_batch(predictions=PREDICTIONS[:4], references=LABELS[:4])
-    metric.add_batch(predictions=PREDICTIONS[4:], references=LABELS[4:])
-    assert metric.compute(**options) == expected.as_dict(name)
-    assert type(metric).__module__.startswith("evaluate_modules.")
-
-
-def test_metric_files_lie_where_a_user_finds_them():
-    for name, *_ in METRICS:
-        assert (Path(d3_hf.evaluation.modules.METRICS_FOLDER) / name / f"{name}.py").is_file()

@@ -138,7 +138,7 @@ def test_a_rejected_model_is_kept_apart_and_not_pushed(tmp_path, monkeypatch):
 
 
 def test_without_rails_the_same_run_is_saved(tmp_path):
-    assert purify(ruinous(tmp_path), images(LABELS, seed=1))["accuracy_after"] == 0
+    assert purify(ruinous(tmp_path), images(LABELS, seed=1)).results["accuracy_after"] == 0
     assert (tmp_path / "model.safetensors").is_file() and not (tmp_path / "rejected").exists()
     assert "Rejected" not in (tmp_path / "README.md").read_text()
 
@@ -189,6 +189,10 @@ def interrupted(seen, step, arguments):
 # What a retain set is warned about --------------------------------------------------------------------------------------
 
 
+def warnings_of(trainer, test, before):
+    return retain_warnings(trainer.train_dataset, trainer.model, trainer.preprocessing, test, before, 7)
+
+
 @pytest.mark.parametrize(
     ("retain", "test", "sharpness", "warning"),
     [
@@ -207,7 +211,7 @@ def interrupted(seen, step, arguments):
 def test_an_unfit_retain_set_is_named(tmp_path, retain, test, sharpness, warning):
     trainer = trainer_of(tmp_path, retain, sharpness)
     before = measure(trainer.model, test, trainer.preprocessing, progress=False)
-    found = retain_warnings(trainer, test, before)
+    found = warnings_of(trainer, test, before)
     assert len(found) == 1 and warning in found[0] and "\n" not in found[0] if warning else found == []
 
 
@@ -216,13 +220,23 @@ def test_shared_images_are_counted(tmp_path):
     test.images[3], test.images[7] = retain.images[0], retain.images[21]
     trainer = trainer_of(tmp_path, retain)
     before = measure(trainer.model, test, trainer.preprocessing, progress=False)
-    (found,) = retain_warnings(trainer, test, before)
+    (found,) = warnings_of(trainer, test, before)
     assert found.startswith("2 of the 30 images of the retain set are also in the test set")
 
 
 def test_ready_made_samples_are_not_looked_at(tmp_path):
     trainer = trainer_of(tmp_path, [{"pixel_values": torch.zeros(3, 8, 8), "labels": 0}])
-    assert retain_warnings(trainer, images(LABELS), measured(wrong(0))) == []
+    assert warnings_of(trainer, images(LABELS), measured(wrong(0))) == []
+
+
+def test_batches_are_those_of_the_trainers_evaluation(tmp_path):
+    trainer, asked = trainer_of(tmp_path, images(LABELS), max_steps=1, per_device_eval_batch_size=7), []
+    trainer.model.register_forward_pre_hook(
+        lambda model, args, kwargs: asked.append((model.training, len(kwargs["pixel_values"]))), with_kwargs=True
+    )
+    purify(trainer, images(LABELS, seed=1))
+    whole = [7, 7, 7, 7, 2]
+    assert [count for training, count in asked if not training] == whole * 3  # before, the retain set, after
 
 
 def test_warnings_are_logged_and_written_down(tmp_path, caplog):

@@ -1,11 +1,10 @@
-"""`cpu_shim.py SCRIPT ...`: takes accelerate's path of several GPUs on CPUs and gloo: FSDP2 and ZeRO can be tested anywhere."""
+"""`cpu_shim.py SCRIPT ...`: takes accelerate's path of several GPUs on CPUs and gloo: FSDP2 can be tested anywhere."""
 
 import os
 import runpy
 import sys
 
 os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from accelerate.state import DistributedType, PartialState  # noqa: E402
 

@@ -1,5 +1,6 @@
 """What a user runs in test_push.py, in a process whose Hub is the fake one."""
 
+import gc
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -38,7 +39,7 @@ def user_session():
 
     args = D3Config(output_dir="purified", push_to_hub=True, hub_model_id="me/model-purified", **FAST)
     trainer = D3Trainer(load_classifier("them/suspicious"), args, retain)
-    results = purify(trainer, RawImages.from_dataset(images["test"]), BadNets(target_label=0))
+    report = purify(trainer, RawImages.from_dataset(images["test"]), BadNets(target_label=0))
     save_file(logits_of(trainer.model, load_classifier("me/model-purified")), "logits.safetensors")
 
     options = dict(save_strategy="steps", save_steps=1, hub_strategy="end", hub_model_id="samples", hub_private_repo=False)
@@ -57,7 +58,7 @@ def user_session():
     with pytest.raises(ValueError, match="no model id"):
         card.validate()
     source = load_classifier("me/model-purified").source
-    seen = {"out": out.oid, "results": results, "source": asdict(source), "pull_request": pull_request}
+    seen = {"out": out.oid, "results": report.results, "source": asdict(source), "pull_request": pull_request}
     Path("seen.json").write_text(json.dumps(seen))
 
 
@@ -70,4 +71,6 @@ def logits_of(pushed, loaded):
 
 
 if __name__ == "__main__":
+    gc.freeze()  # accelerate collects all garbage after each training
     user_session()
+    gc.unfreeze()

@@ -3,10 +3,13 @@
 import json
 import sys
 
+import torch
 from accelerate.utils import gather_object
+from pictures import noise
 from safetensors.torch import save_file
-from tiny import tiny_samples, tiny_vit
+from tiny import CLASSES, SIZE, tiny_samples, tiny_vit
 
+from d3_hf.data.images import RawImages
 from d3_hf.defenses.d3.trainer import HINGES, D3Config, D3Trainer
 
 CASES = {hinge: dict(hinge=hinge, epsilon=0.8, max_steps=4, active_set=False) for hinge in HINGES} | {
@@ -39,6 +42,17 @@ def run(folder, case, accumulation):
     return trainer
 
 
+def end_of(folder, seed):
+    """What a run on images of a seed ends with."""
+    images = RawImages(torch.from_numpy(noise(8, 3, SIZE, SIZE, seed=seed)), torch.arange(8) % CLASSES, list("abc"))
+    args = D3Config(f"{folder}/end", max_steps=1, per_device_train_batch_size=2, use_cpu=True, disable_tqdm=True)
+    try:
+        D3Trainer(tiny_vit(), args, images).train()
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
 if __name__ == "__main__":
     for case in CASES:
         trainer = run(sys.argv[1], case, 2)
@@ -49,3 +63,10 @@ if __name__ == "__main__":
                 mode = [trainer.args.world_size, type(trainer.model_wrapped).__name__]
                 record = {"mode": mode, "log": trainer.state.log_history, "active": active, "with_graph": with_graph}
                 json.dump(record, file)
+    ends = {
+        "same": gather_object([end_of(sys.argv[1], seed=0)]),
+        "different": gather_object([end_of(sys.argv[1], seed=trainer.args.process_index)]),
+    }
+    if trainer.is_world_process_zero():
+        with open(f"{sys.argv[1]}/ends.json", "w") as file:
+            json.dump(ends, file)

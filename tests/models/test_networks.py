@@ -1,8 +1,10 @@
 """The networks that the hubs lack: their structure, their names, and their registration with timm in any order of imports."""
 
+import hashlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -112,6 +114,40 @@ def test_names_are_those_of_published_checkpoints():
     assert not any(name.startswith("bn") for name in names)
 
 
+def filled(module: torch.nn.Module) -> torch.nn.Module:
+    """Fill it from one stream of numbers that is the same everywhere, scaled so that signals neither die nor explode."""
+    source = np.random.PCG64(0)
+    for name, tensor in module.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
+        draws = torch.from_numpy((source.random_raw(tensor.numel()) >> 11) * 2.0**-53).view(tensor.shape)
+        if name.endswith("running_var") or tensor.ndim == 1 and name.endswith("weight"):
+            tensor.copy_(draws + 0.5)
+        else:
+            tensor.copy_((draws - 0.5) * (12 / tensor[0].numel()) ** 0.5)
+    return module.eval()
+
+
+# With other names or logits, checkpoints in circulation would no longer load or would answer otherwise.
+@pytest.mark.parametrize(
+    ("name", "digest", "expected"),
+    [
+        ("resnet20_cifar", "43f1349e4cb851fa", [5.6314, 5.6042, -8.0231, -16.9810]),
+        ("preact_resnet18_cifar", "0398a9d7e8c61c4b", [2.0915, -2.3247, -4.0290, 3.2376]),
+        ("wrn16_1_cifar", "3ec72f9ac1b71272", [-1.5103, 2.3079, 1.7375, 0.9770]),
+    ],
+)
+def test_names_shapes_and_logits_stay(name, digest, expected):
+    model = filled(timm.create_model(name))
+    names = [f"{key} {tuple(tensor.shape)}" for key, tensor in model.state_dict().items()]
+    assert hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] == digest
+    rows, columns = torch.arange(32.0)[:, None], torch.arange(32.0)
+    image = torch.stack([(rows * columns) % 7, (rows + columns) % 5, (rows - columns) % 3])[None] / 3 - 1
+    with torch.no_grad():
+        found = model(image)[0]
+    assert found.shape == (10,) and found[:4].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "model_args", "expected"),
     [
@@ -169,6 +205,7 @@ def test_import_is_light():
     assert run(f"import sys, d3_hf, d3_hf.models; print(sorted({heavy} & sys.modules.keys()))") == "[]"
 
 
+@pytest.mark.slow
 def test_registered_when_imported_before_timm(tmp_path):
     new_classifier("wrn_cifar", num_labels=4, model_args={"depth": 10, "width": 1}, **MEAN_STD).save_pretrained(tmp_path)
     code = (
@@ -181,6 +218,7 @@ def test_registered_when_imported_before_timm(tmp_path):
     assert run(code).splitlines()[-1] == "WideResNet True [] SourceFileLoader False"
 
 
+@pytest.mark.slow
 def test_registered_when_imported_after_timm():
     code = "import timm; a = timm.is_model('resnet20_cifar'); import d3_hf; print(a, timm.is_model('resnet20_cifar'))"
     assert run(code) == "False True"

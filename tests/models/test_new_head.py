@@ -5,11 +5,12 @@ import torch
 from tiny import SIZE, tiny_resnet, tiny_timm_vit, tiny_vit
 from torch import nn
 
-from d3_hf.models import load_classifier, with_new_head
+from d3_hf.models import load_classifier, new_model, with_new_head
 from d3_hf.models.head import find_head
 from d3_hf.victims.sets import make_victim
 
 NAMES = ["a", "b", "c", "d", "e"]
+NORM = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 @pytest.mark.parametrize("make", [tiny_vit, tiny_resnet, tiny_timm_vit])
@@ -26,6 +27,14 @@ def test_only_the_head_is_new_and_the_folder_loads(make, tmp_path):
     assert model(pixels).logits.shape == (2, len(NAMES))
 
 
+def test_a_loaded_timm_classifier_keeps_its_new_names(tmp_path, timm_folder):
+    """Its configuration lists the names a second time."""
+    model = with_new_head(load_classifier(timm_folder), NAMES)
+    assert model.num_labels == model.config.num_labels == len(NAMES)
+    model.save_pretrained(tmp_path)
+    assert load_classifier(tmp_path).config.id2label == dict(enumerate(NAMES))
+
+
 def test_a_head_that_is_not_linear_is_refused():
     class Convolutional(nn.Module):
         def __init__(self):
@@ -38,6 +47,28 @@ def test_a_head_that_is_not_linear_is_refused():
     model = load_classifier(Convolutional(), num_labels=4, image_mean=[0.5] * 3, image_std=[0.5] * 3, image_size=SIZE)
     with pytest.raises(ValueError):
         with_new_head(model, NAMES)
+
+
+@pytest.mark.parametrize("architecture", ["vit", "resnet20_cifar"])
+@pytest.mark.parametrize(
+    ("names", "norm", "message"),
+    [
+        (["a", "b", "a"], NORM, "label_names must differ from each other; got a, b, a"),
+        (["a"], NORM, "a classifier has at least 2 classes; got num_labels=1"),
+        (NAMES, NORM | {"image_mean": [125.0] * 3}, r"image_mean must be three numbers in \[0, 1\]"),
+    ],
+)
+def test_a_new_network_of_either_library_refuses_alike(architecture, names, norm, message):
+    with pytest.raises(ValueError, match=message):
+        new_model(names, architecture, **norm, image_size=32)
+
+
+@pytest.mark.parametrize("names", [["a", "b", "a"], ["a"]])
+def test_a_new_head_refuses_names_that_are_no_classes(names):
+    model = tiny_vit()
+    with pytest.raises(ValueError, match="label_names must differ|at least 2 classes"):
+        with_new_head(model, names)
+    assert model.config.num_labels == model.classifier.out_features == 3
 
 
 def test_a_victim_of_a_network_for_other_classes(tmp_path):

@@ -2,11 +2,13 @@
 
 import logging
 import re
+from dataclasses import FrozenInstanceError, dataclass, field
 
+import datasets
 import pytest
 import timm
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from pictures import encoded, noise
 
 from d3_hf.attacks import LF, BadNets, save_attack
@@ -82,11 +84,16 @@ def test_a_file_takes_further_arguments_of_its_architecture(tmp_path):
     assert torch.equal(model(pixel_values=images).logits, network.eval()(images))
 
 
-def test_five_percent_unless_told():
-    data, told = (parse_arguments([DataArguments], argv)[0] for argv in ([], ["--retain_count", "9"]))
-    assert (data.retain_fraction, data.is_default_size) == (0.05, True)
-    assert (told.retain_fraction, told.is_default_size) == (None, False)
-    assert not parse_arguments([DataArguments], ["--retain_fraction", "0.05"])[0].is_default_size
+@pytest.mark.parametrize(
+    ("argv", "retained", "is_default"),
+    [([], 3, True), (["--retain_count", "9"], 9, False), (["--retain_fraction", "0.05"], 3, False)],
+)
+def test_five_percent_unless_told(argv, retained, is_default, monkeypatch):
+    monkeypatch.setattr("d3_hf.data.load.load_images", lambda *_: load_images(DatasetDict(train=photos([0, 1, 2] * 20))))
+    (data,) = parse_arguments([DataArguments], ["--dataset_name", "photos", *argv])
+    assert data.is_default_size == is_default
+    assert len(data.load().retain) == retained
+    assert data.is_default_size == is_default
 
 
 def test_images_have_to_be_named():
@@ -101,10 +108,27 @@ def test_no_help_offers_to_push_a_victim():
     assert "--hub_create_pr" in purified.format_help() and "--hub_strategy" in purified.format_whole_help()
 
 
+class TrainingArguments:
+    """Another than transformers' own."""
+
+
+@dataclass
+class Journey(TrainingArguments):
+    """No training either."""
+
+    speed: int = field(default=1, metadata={"help": "Speed."})
+
+
+@pytest.mark.parametrize(("kind", "is_training"), [(Journey, False), (D3Config, True), (DataArguments, False)])
+def test_a_training_is_known_by_its_class(kind, is_training):
+    assert ("--help_all" in Parser([kind]).format_help()) == is_training
+
+
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("lamda: 3", ValueError, "unknown option lamda"),
+        ("lamda: 3", ValueError, "unknown option lamda; --help lists"),
+        ("lamda: 3\nepsilom: 2", ValueError, "unknown options epsilom, lamda; did you mean"),
         ("- 1", ValueError, "no mapping"),
         (None, FileNotFoundError, "no configuration file"),
     ],
@@ -118,9 +142,9 @@ def test_bad_files(tmp_path, text, error, message):
 # What is measured on --------------------------------------------------------------------------------------------------
 
 
-def photos(labels):
+def photos(labels, feature=None):
     rows = [{"bytes": encoded(noise(6, 5, 3, seed=row)), "path": None} for row in range(len(labels))]
-    features = Features({"image": Image(), "label": ClassLabel(num_classes=3)})
+    features = Features({"image": Image(), "label": feature or ClassLabel(num_classes=3)})
     return Dataset.from_dict({"image": rows, "label": labels}, features=features)
 
 
@@ -145,11 +169,49 @@ def test_what_is_measured_on_is_named_as_it_is(splits, options, measured, count,
     monkeypatch.setattr("d3_hf.data.load.load_images", lambda *_: load_images(made))
     data = DataArguments("photos", retain_count=3, **options)
     with caplog.at_level(logging.WARNING):
-        retain, _, test = data.load()
-    assert (data.measured_split, len(test)) == (measured, count)
+        found = data.load()
+    assert (found.source, found.split, len(found.test)) == ("photos", measured, count)
+    assert (len(found.retain), len(found.rest)) == (3, SIZES[data.train_split] - 3)
     assert (f"measuring on its {measured}" in caplog.text) == (measured != data.test_split)
     if measured.startswith("rest of"):
-        assert not set(content_hashes(RawImages.from_dataset(retain))) & set(content_hashes(test))
+        assert not set(content_hashes(RawImages.from_dataset(found.retain))) & set(content_hashes(found.test))
+
+
+def test_a_record_of_images_is_not_changed_afterwards():
+    found = DataArguments("digits", retain_count=3, max_test_images=5).load()
+    with pytest.raises(FrozenInstanceError):
+        found.split = "train"
+
+
+@pytest.mark.parametrize("kind", [ClassLabel(num_classes=3), Value("int64"), Value("string")], ids=["named", "int", "string"])
+@pytest.mark.parametrize("hidden", [-1, None], ids=["minus one", "null"])
+def test_a_split_that_is_not_used_needs_no_labels(kind, hidden, tmp_path, monkeypatch):
+    """ImageNet's form on the Hub: a test split whose labels are withheld."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    labels = {"train": [0, 1, 2] * 4, "validation": [2, 1, 0], "test": [hidden] * 4}
+    for name, numbers in labels.items():
+        if kind == Value("string"):
+            numbers = [None if number in (-1, None) else "abc"[number] for number in numbers]
+        photos(numbers, kind).to_parquet(tmp_path / "data" / f"{name}.parquet")
+    found = DataArguments(str(tmp_path / "data"), retain_count=3, test_split="validation").load()
+    assert (found.split, found.test.labels.tolist(), len(found.test.class_names)) == ("validation", [2, 1, 0], 3)
+    for options in ({}, {"train_split": "test", "test_split": "validation"}):
+        with pytest.raises(ValueError, match="^split 'test' has 4 rows whose label is missing .*: .*use another split$"):
+            DataArguments(str(tmp_path / "data"), retain_count=3, **options).load()
+
+
+def test_a_split_that_is_not_used_may_be_empty(monkeypatch):
+    made = DatasetDict(train=photos([0, 1, 2] * 2), test=photos([0]).select([]), val=photos([0, 1]))
+    monkeypatch.setattr("d3_hf.data.load.load_images", lambda *_: load_images(made))
+    assert len(DataArguments("photos", retain_count=3, test_split="val").load().test) == 2
+    with pytest.raises(ValueError, match="holds no images: use another split$"):
+        DataArguments("photos", retain_count=3).load()
+
+
+def test_nothing_is_left_where_all_is_retained(monkeypatch):
+    monkeypatch.setattr("d3_hf.data.load.load_images", lambda *_: load_images(DatasetDict(train=photos([0, 1, 2]))))
+    with pytest.raises(ValueError, match="^photos has no split 'test' and the retain set is all of 'train': nothing is left"):
+        DataArguments("photos", retain_count=3).load()
 
 
 def test_a_split_that_is_named_must_be_there():
@@ -161,12 +223,12 @@ def test_fewer_test_images_are_drawn_and_not_the_first(monkeypatch):
     made = DatasetDict(train=photos([0, 1, 2]), test=photos(sorted([0, 1, 2] * 40)))  # class by class, as a folder is read
     monkeypatch.setattr("d3_hf.data.load.load_images", lambda *_: load_images(made))
     few, again, other_seed, all_of_them = (
-        DataArguments("photos", retain_count=1, **options).load()[2]
+        DataArguments("photos", retain_count=1, **options).load().test
         for options in ({"max_test_images": 30}, {"max_test_images": 30}, {"max_test_images": 30, "retain_seed": 1}, {})
     )
     assert len(few) == 30 and few.labels.bincount(minlength=3).min() >= 5
     assert content_hashes(few) == content_hashes(again) == content_hashes(other_seed)
     whole = content_hashes(RawImages.from_dataset(load_images(made)["test"]))
     assert set(content_hashes(few)) < set(whole) and content_hashes(all_of_them) == whole
-    most = DataArguments("photos", retain_count=1, max_test_images=1000).load()[2]
+    most = DataArguments("photos", retain_count=1, max_test_images=1000).load().test
     assert content_hashes(most) == whole

@@ -1,15 +1,17 @@
-"""The optional extras: picklescan on a pickled source, model-signing on the output folder, trackio as the tracker."""
+"""Other libraries: picklescan on a pickled source; the extras model-signing on the output folder, trackio as the tracker."""
 
-import importlib.util
+import json
 import pickle
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 from tiny import tiny_samples, tiny_vit
 
 from d3_hf.defenses.d3.trainer import D3Config, D3Trainer
+from d3_hf.models.load import Source, load_classifier
 from d3_hf.publishing import hub
 from d3_hf.publishing.card import render_card
 
@@ -26,13 +28,21 @@ def source(file):
 
 
 def test_picklescan_says_what_a_file_imports(tmp_path, caplog):
-    pytest.importorskip("picklescan")
     torch.save(tiny_vit().state_dict(), tmp_path / "weights.pth")
     found = hub.source_checks(source(tmp_path / "weights.pth"))["pickle_scan"]
     assert found["issues"] == 0 and "collections.OrderedDict" in found["globals"] and not caplog.text
     (tmp_path / "hostile.pt").write_bytes(pickle.dumps(Runs()))
     found = hub.source_checks(source(tmp_path / "hostile.pt"))["pickle_scan"]
     assert found["globals"] == ["builtins.print"] and found["issues"] + found["suspicious"] == 1
+
+
+def test_a_folder_with_pickled_weights_is_scanned_too(tmp_path):
+    model = tiny_vit()
+    model.save_pretrained(tmp_path), model.image_processor.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    checks = hub.source_checks(asdict(load_classifier(tmp_path).source))
+    assert checks["pickle_scan"]["issues"] == 0 and "collections.OrderedDict" in checks["pickle_scan"]["globals"]
 
 
 def test_the_card_shows_the_scan(tmp_path):
@@ -43,9 +53,17 @@ def test_the_card_shows_the_scan(tmp_path):
     assert '| picklescan on the source | `{"globals": [], "issues": 0, "suspicious": 0}` |' in card
 
 
-def test_without_picklescan_it_is_not_available(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert hub.source_checks(source(tmp_path / "a.pth")) == {"pickle_scan": "not available"}
+def test_a_source_that_cannot_be_scanned_any_more_costs_no_run(tmp_path, caplog):
+    model = tiny_vit()
+    model.source = Source("file", str(tmp_path / "gone.pth"), sha256={"gone.pth": "0" * 64})
+    trainer = D3Trainer(model, D3Config(str(tmp_path / "run"), **FAST), tiny_samples())
+    trainer.train()
+    trainer.save_model()
+    facts = json.loads((tmp_path / "run" / "purification.json").read_text())
+    assert facts["source_checks"] == {"pickle_scan": "not available"} and "gone.pth: not scanned" in caplog.text
+
+
+def test_only_pickles_are_scanned(tmp_path):
     assert hub.source_checks(source(tmp_path / "a.safetensors")) is None
 
 
@@ -64,6 +82,7 @@ def signing(verb, folder, *options):
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_signed_folder_verifies_until_it_is_changed(purified, tmp_path):
     pytest.importorskip("model_signing")
     from cryptography.hazmat.primitives import serialization
@@ -84,6 +103,7 @@ def test_a_signed_folder_verifies_until_it_is_changed(purified, tmp_path):
     assert signing("verify", purified, "--public_key", str(tmp_path / "key.pub")).returncode != 0
 
 
+@pytest.mark.slow
 def test_trackio_gets_the_log(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
     pytest.importorskip("trackio")

@@ -16,7 +16,7 @@ from tiny import tiny_samples, tiny_vit
 from transformers import ViTForImageClassification
 
 from d3_hf import D3Config, D3Trainer, load_classifier
-from d3_hf.commands.push import main as push_command
+from d3_hf.commands.push import run as push_command
 from d3_hf.files import sha256
 from d3_hf.publishing import hub as pushing
 
@@ -58,8 +58,28 @@ def contents(folder):
 def test_only_what_is_listed_goes_up(own_hub, purified):
     pushing.push_folder(purified, "model")
     files = own_hub.repos["me/model"].commits[-1][1]
-    assert set(files) == MODEL_FILES | {"path.png"} and own_hub.repos["me/model"].private
+    assert set(files) == MODEL_FILES and own_hub.repos["me/model"].private
     assert b'model="me/model"' in files["README.md"]
+
+
+def test_of_pictures_only_those_that_the_card_shows_go_up(own_hub, purified, tmp_path):
+    folder = Path(shutil.copytree(purified, tmp_path / "run"))
+    (folder / "weights.png").write_bytes(b"drawn")
+    with (folder / "README.md").open("a") as card:
+        card.write(
+            "![path](./path.png)![](weights.png 'What moved')![](https://here.org/x.png)![](data:image/png;base64,iVBOR)"
+        )
+    pushing.push_folder(folder, "model")
+    assert set(own_hub.repos["me/model"].commits[-1][1]) == MODEL_FILES | {"path.png", "weights.png"}
+
+
+@pytest.mark.parametrize("name", ["absent.png", "notes.txt", "../run/path.png", "/etc/hostname", "figures/path.png"])
+def test_a_card_that_shows_what_does_not_go_up_is_refused(purified, tmp_path, name):
+    folder = Path(shutil.copytree(purified, tmp_path / "run"))
+    with (folder / "README.md").open("a") as card:
+        card.write(f"![a picture]({name})")
+    with pytest.raises(ValueError, match=f"README.md shows {name}, which is no .png beside it: put one there, or show"):
+        pushing.published_files(folder)
 
 
 REQUESTS = ("create", "validate", "preupload", "commit")
@@ -85,7 +105,7 @@ def test_a_failed_push_costs_nothing_and_is_finished_by_another(own_hub, purifie
     assert TOKEN not in str(failed.value) and contents(purified) == before
     own_hub.broken = None
     pushing.push_folder(purified, "me/model", private=False)
-    assert set(own_hub.repos["me/model"].commits[-1][1]) == MODEL_FILES | {"path.png"}
+    assert set(own_hub.repos["me/model"].commits[-1][1]) == MODEL_FILES
 
 
 def test_the_trainer_saves_before_it_pushes(own_hub, tmp_path):
@@ -104,16 +124,24 @@ def test_the_trainer_saves_before_it_pushes(own_hub, tmp_path):
     [
         (lambda folder: (folder / "purification.json").unlink(), {}, FileNotFoundError, "no folder of a purified model"),
         (lambda folder: (folder / "model.safetensors").unlink(), {}, FileNotFoundError, "the weights are not whole"),
-        (lambda folder: (folder / "plot.png").symlink_to("/etc/hostname"), {}, ValueError, "plot.png is a link out of the"),
+        (lambda folder: (folder / "model.sig").symlink_to("/etc/hostname"), {}, ValueError, "model.sig is a link out of the"),
         *(
             (lambda folder, text=text: (folder / "purification.json").write_text(text), {}, ValueError, message)
             for text, message in (
-                ("{", r"purification.json is no manifest of a purification \(JSONDecodeError"),
-                ("[]", "no manifest of a purification"),
-                ('{"measured": {}, "source": "me/model"}', "no manifest of a purification"),
-                ('{"source": {"kind": "hub", "name": "me/x", "revision": null}}', r"purification \(KeyError\('measured'\)\)"),
-                ('{"source": {"kind": "hub", "name": "me/x", "revision": null}, "measured": []}', "no manifest"),
+                ("{", r"purification.json is no manifest of a purification \(no JSON: .*\): purify again"),
+                ("[" * 100_000, r"no manifest of a purification \(no JSON: .*\): purify again"),
+                ("[]", r"no manifest of a purification \(it is no mapping\)"),
+                ('{"measured": {}, "source": "me/model"}', r"\(source is no mapping\)"),
+                ('{"source": {"kind": "hub", "name": "me/x"}}', r"\(no source.revision\)"),
+                ('{"source": {"kind": "hub", "name": "me/x", "revision": null}}', r"\(no measured\)"),
+                ('{"source": {"kind": "hub", "name": "me/x", "revision": null}, "measured": []}', "measured is no mapping"),
             )
+        ),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+            {},
+            ValueError,
+            r"index.json is no index of shards \(no weight_map\)",
         ),
         (lambda folder: None, {"repo": None}, ValueError, "name one place to push to"),
         (lambda folder: None, {"create_pr": True}, ValueError, "name one place to push to"),

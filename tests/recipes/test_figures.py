@@ -175,6 +175,20 @@ def test_features_are_what_the_head_sees(make, images):
     torch.testing.assert_close(features @ head.weight.detach().T + head.bias.detach(), logits, rtol=1e-4, atol=1e-5)
 
 
+def test_images_of_several_sizes_keep_their_order(images):
+    model = tiny_vit()
+    preprocessing = preprocessing_of(model)
+    cut = [image[:, : SIZE - row % 3] for row, image in enumerate(images.images)]
+    several = RawImages(cut, images.labels, images.class_names)
+    features = landscape.penultimate_features(model, several, preprocessing)
+    alone = [landscape.penultimate_features(model, several.select([row]), preprocessing) for row in range(len(cut))]
+    torch.testing.assert_close(features, torch.cat(alone))
+    triggered = landscape.triggered_images(several, ATTACK, 3)
+    assert triggered.index.tolist() == [row for row in range(30) if row % 3 != ATTACK.target_label]
+    for row, image in zip(triggered.index.tolist(), triggered.images, strict=True):
+        assert torch.equal(image, ATTACK.trigger(cut[row]))
+
+
 def test_silhouette_shows_a_backdoor():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(90) % 3

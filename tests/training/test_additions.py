@@ -114,7 +114,7 @@ def test_dual_ascent_equals_a_plain_loop(tmp_path, epsilon):
     batches = []
     collate = made.data_collator
     made.data_collator = lambda batch: batches.append(collate(batch)) or batches[-1]
-    made.begin_purification(resumed=False)
+    made.start()
     plain = copy.deepcopy(made.model).train()
     made.train()
     weight, reference = plain.get_parameter(made.segments[0].name), made.references[0]
@@ -185,7 +185,7 @@ def test_off_nothing_is_built_and_nothing_is_recorded(tmp_path, monkeypatch):
     for defence in (D3, FT):
         made = build(defence, tmp_path, tiny_vit(), distillation=0.0, average_last=0.0, cutout=0)
         made.train()
-        assert {"cutout", "distillation", "average_last"}.isdisjoint(made.facts()["arguments"])
+        assert [made.facts()["arguments"][name] for name in ("cutout", "distillation", "average_last")] == [0, 0.0, 0.0]
         assert {"lambda", "epsilon", "averaged_epochs", "teacher_sha256"}.isdisjoint(made.facts())
         assert "distillation_loss" not in made.state.log_history[0] and "lambda" not in made.state.log_history[0]
     assert manifest.arguments_of(PurifyConfig(str(tmp_path), cutout=3, use_cpu=True))["cutout"] == 3
@@ -194,7 +194,7 @@ def test_off_nothing_is_built_and_nothing_is_recorded(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cutout": -1}, "cutout must be >= 0 pixels"),
+        ({"cutout": -1}, "cutout must be >= 0 and finite"),
         ({"distillation": -0.1}, "distillation must be >= 0 and finite"),
         ({"distillation": math.inf}, "distillation must be >= 0 and finite"),
         ({"average_last": 1.0}, r"average_last must be in \[0, 1\)"),
@@ -239,14 +239,30 @@ def test_augmentation_that_is_refused():
 @pytest.mark.parametrize(
     ("defence", "wrote", "options", "make", "message"),
     [
-        (FT, {}, {"distillation": 0.5}, tiny_vit, "run without distillation or from another model"),
-        (FT, {"distillation": 0.5}, {"distillation": 0.5}, lambda: tiny_vit(seed=1), "or from another model"),
-        (D3, {}, {"dual_rate": 0.1, "epsilon": None}, tiny_vit, "holds no lambda and epsilon"),
-        (FT, {}, {"average_last": 0.9, "save_strategy": "no"}, tiny_vit, "average_last cannot resume"),
+        (FT, {}, {"distillation": 0.5}, tiny_vit, "belongs to a run with another distillation"),
+        (FT, {"distillation": 0.5}, {"distillation": 0.5}, lambda: tiny_vit(seed=1), "belongs to a run from another model"),
+        (D3, {}, {"dual_rate": 0.1}, tiny_vit, "was written with dual_rate 0.0: resume with it"),
+        (D3, {}, {"epsilon": None}, tiny_vit, "was written with epsilon given where now it is measured"),
+        (D3, {}, {"target_modules": "all-linear"}, tiny_vit, "belongs to a run that moves classifier.weight"),
+        (FT, {}, {"average_last": 0.9, "save_strategy": "no"}, tiny_vit, "does not hold the mean of average_last"),
     ],
 )
 def test_checkpoints_that_are_refused(tmp_path, defence, wrote, options, make, message):
     saving = dict(max_steps=2, save_strategy="steps", save_steps=1)
     build(defence, tmp_path, tiny_vit(), **(saving | wrote)).train()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"checkpoint-1 {message}"):
         build(defence, tmp_path, make(), **(saving | options)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+# Options that fit together --------------------------------------------------------------------------------------------
+
+
+def test_the_momentum_of_sgd_is_for_sgd(tmp_path):
+    folder = str(tmp_path)
+    assert D3Config(folder).optim_args == "momentum=0.9" and D3Config(folder, optim="adamw_torch").optim_args is None
+    assert D3Config(folder, optim="adamw_torch", optim_args="betas=(0.8, 0.9)").optim_args == "betas=(0.8, 0.9)"
+
+
+def test_a_strategy_that_needs_evaluation_images_is_refused_before_the_training(tmp_path):
+    with pytest.raises(ValueError, match="eval_dataset"):
+        build(D3, tmp_path, tiny_vit(), eval_strategy="epoch")

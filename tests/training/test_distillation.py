@@ -44,7 +44,7 @@ def test_distillation_in_the_objective(tmp_path, make, defence):
     made = build(defence, tmp_path, make(), samples, per_device_train_batch_size=8, max_steps=1, distillation=0.7)
     recorder = Recorder()
     made.add_callback(recorder)
-    made.begin_purification(resumed=False)
+    made.start()
     plain = copy.deepcopy(made.model).train()
     made.train()
     pixels = torch.stack([s["pixel_values"] for s in samples])
@@ -78,3 +78,11 @@ def test_two_micro_batches_equal_one_with_distillation(tmp_path, defence):
     same_weights(runs[1].model, runs[0].model, rtol=0, atol=1e-6)
     for one, two in zip(*(run.state.log_history[:4] for run in runs), strict=True):
         assert two["distillation_loss"] == pytest.approx(one["distillation_loss"], rel=1e-4)
+
+
+def test_sharpness_aware_steps_ask_the_teacher_once_a_batch(tmp_path):
+    made = build(FT, tmp_path, tiny_vit(), distillation=0.5, sam_rho=1.0)
+    passes = []
+    made.distiller.model.register_forward_hook(lambda *passed: passes.append(None))
+    made.train()
+    assert len(passes) == made.state.global_step == 3

@@ -41,6 +41,13 @@ def test_each_process_takes_its_own_active_images(two_processes):
         assert with_graph == [2, 2] + [max(count, 1) for count in active[2:]]  # the first window is dense; one takes part
 
 
+def test_two_processes_hold_the_same_images(two_processes):
+    ends = json.loads((two_processes / "ends.json").read_text())
+    assert ends["same"] == ["trained"] * 2
+    assert all(end.startswith("the processes hold different retain sets: give all") for end in ends["different"])
+    assert not (two_processes / "end").exists()
+
+
 def test_a_set_waits_for_the_clean_model_that_the_next_victim_needs(tmp_path):
     victims = {"clean": {}, "badnets": {"attack": "badnets", "clean_model": "toy/clean"}}
     base = NEW_VIT | FAST | {"dataset_name": "digits", "retain_count": 100, "max_test_images": 60}

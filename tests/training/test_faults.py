@@ -17,11 +17,11 @@ from transformers import modeling_utils
 from d3_hf import load_classifier
 from d3_hf.defenses.d3.trainer import D3Config, D3Trainer
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
-from d3_hf.files import sha256
+from d3_hf.files import atomic_folder, sha256
 from d3_hf.models.load import Source
 from d3_hf.publishing import hub
-from d3_hf.publishing.manifest import arguments_of, public_name, source_of
-from d3_hf.training.checkpoints import checkpoints_in, damage, whole
+from d3_hf.publishing.manifest import arguments_of, public_name, source_facts
+from d3_hf.training.checkpoints import checkpoints_in, find_damage
 
 OPTIONS = dict(max_steps=4, per_device_train_batch_size=4, epsilon=0.5, learning_rate=0.05, use_cpu=True, disable_tqdm=True)
 SAVING = dict(save_strategy="steps", save_steps=2)
@@ -102,7 +102,7 @@ def test_no_whole_checkpoint_at_all(run):
 
 def test_another_reference_leaves_the_checkpoint_alone(run):
     before = contents(run)
-    with pytest.raises(ValueError, match="checkpoint-4 belongs to a run with other initial weights") as refused:
+    with pytest.raises(ValueError, match="checkpoint-4 belongs to a run from another model") as refused:
         trainer(run, tiny_vit(seed=1), **SAVING).train(resume_from_checkpoint=True)
     assert one_line(refused) and contents(run) == before
 
@@ -121,10 +121,10 @@ def no_space_for_torch(*args, **kwargs):
 class FillsUp(D3Trainer):
     """The disk is full from the fourth step on."""
 
-    def optimizer_step(self, step):
+    def optimizer_step(self):
+        super().optimizer_step()
         if self.state.global_step == 3:
             self.fill()
-        return super().optimizer_step(step)
 
 
 def limit(size):
@@ -150,7 +150,7 @@ def test_full_disk_in_a_checkpoint(tmp_path, monkeypatch, unlimited, size):
     checkpoint = tmp_path / "run" / "checkpoint-2"
     assert one_line(full) and str(full.value).startswith(f"{tmp_path / 'run' / 'checkpoint-4'} could not be written")
     assert str(full.value).endswith(f"go on with --resume_from_checkpoint {checkpoint}")
-    assert damage(checkpoint) is None and [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-2"]
+    assert find_damage(checkpoint) is None and [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-2"]
 
 
 def test_full_disk_at_the_end_keeps_the_old_model(finished, tmp_path, monkeypatch):
@@ -185,9 +185,9 @@ def test_a_folder_never_holds_half_of_one_model_and_half_of_another(finished, tm
         load_classifier(folder)  # no weights, or the new model's
 
 
-def test_whole_writes_nothing_when_its_body_fails(tmp_path):
+def test_an_atomic_folder_writes_nothing_when_its_body_fails(tmp_path):
     (tmp_path / "last").write_text("old")
-    with pytest.raises(ZeroDivisionError), whole(tmp_path, "last") as beside:
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path, "last", [], str) as beside:
         (beside / "last").write_text("new")
         _ = 1 / 0
     assert (tmp_path / "last").read_text() == "old"
@@ -285,7 +285,7 @@ def test_what_is_published_names_no_folder_of_this_machine(tmp_path, monkeypatch
     model = tiny_vit()
     for kind in ("folder", "file", "module"):
         model.source = Source(kind, place, sha256={"model.safetensors": "0" * 64})
-        assert source_of(model) == {"kind": kind, "name": name, "revision": None, "sha256": model.source.sha256}
+        assert source_facts(model) == {"kind": kind, "name": name, "revision": None, "sha256": model.source.sha256}
     args = D3Config("x", use_cpu=True)
     args.deepspeed = place
     assert arguments_of(args).get("deepspeed", "") == name

@@ -1,20 +1,18 @@
 """Resuming: after SIGKILL anywhere, after Ctrl-C, from the last whole checkpoint; always the uninterrupted run's weights."""
 
 import json
-import os
+import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import killed
 import pytest
 import torch
-from places import HELPERS
 from tiny import tiny_samples, tiny_vit
 
 from d3_hf.defenses.d3.trainer import D3Config, D3Trainer
-from d3_hf.training.checkpoints import damage, last_whole
+from d3_hf.training.checkpoints import find_damage, last_whole_checkpoint
 
 OPTIONS = dict(
     max_steps=7, save_strategy="steps", save_steps=2, per_device_train_batch_size=4, epsilon=0.5, learning_rate=0.05,
@@ -46,25 +44,36 @@ def assert_same(one, other):
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("killed")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HELPERS / "killed.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, cwd=HELPERS)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "report.json").read_text())
+def uninterrupted(tmp_path_factory):
+    """Folders of runs by one and by two processes that nobody kills."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    for processes in (1, 2):
+        assert killed.attempt(root / str(processes), processes=processes)
+    return {processes: root / str(processes) for processes in (1, 2)}
 
 
-@pytest.mark.parametrize(("name", "kills"), [("single", 20), ("ddp", 2)])
-def test_killed_runs_end_as_the_uninterrupted_one(killed, name, kills):
-    report = killed[name]
-    assert report["resumed"] == [report["whole"]] * kills
-    assert len(report["deaths"]) >= kills
+KINDS = [killed.FORWARD, killed.UPDATED, killed.HALF_WRITTEN, "open", "os.rename", "os.rmdir"]
 
 
-def test_many_were_killed_while_writing(killed):
-    writing = [death["writing"] for death in killed["single"]["deaths"]]
-    assert sum(writing) >= 8 and not all(writing)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_killed_at_each_kind_of_instant_ends_as_the_uninterrupted_one(uninterrupted, tmp_path, kind):
+    instants = [number for number, what in enumerate(killed.ticks_of(uninterrupted[1]), 1) if what == kind]
+    (left,) = killed.kill_and_resume(tmp_path / "run", [instants[len(instants) // 2]])
+    assert kind != killed.HALF_WRITTEN or left["writing"]
+    assert killed.weights_of(tmp_path / "run") == killed.weights_of(uninterrupted[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "kills"), [(1, 20), (2, 4)])
+def test_runs_killed_anywhere_end_as_the_uninterrupted_one(uninterrupted, tmp_path, processes, kills):
+    """Every fourth one is killed twice."""
+    draw = random.Random(processes)
+    ticks = [len(killed.ticks_of(uninterrupted[processes], rank)) for rank in range(processes)]
+    for number in range(kills):
+        victim, folder = number % processes, tmp_path / str(number)
+        instants = [draw.randint(1, ticks[victim]), *([draw.randint(1, ticks[victim] // 2)] if number % 4 == 1 else [])]
+        assert killed.kill_and_resume(folder, instants, victim, processes)
+        assert killed.weights_of(folder) == killed.weights_of(uninterrupted[processes]), instants
 
 
 def test_resuming_at_the_last_step_takes_no_further_one(whole, unfinished):
@@ -79,10 +88,12 @@ def test_true_is_the_last_whole_one(whole, unfinished, asked):
     for number, keep in ((7, 100), (6, 0)):
         file = unfinished / f"checkpoint-{number}" / "model.safetensors"
         file.write_bytes(file.read_bytes()[:keep])
-    assert last_whole(unfinished) == unfinished / "checkpoint-4"
+    assert last_whole_checkpoint(unfinished) == unfinished / "checkpoint-4"
     resumed = trainer(unfinished)
     resumed.train(resume_from_checkpoint=asked)
-    assert damage(unfinished / "checkpoint-6") is None and damage(unfinished / "checkpoint-7") is None  # written again
+    assert (
+        find_damage(unfinished / "checkpoint-6") is None and find_damage(unfinished / "checkpoint-7") is None
+    )  # written again
     assert_same(resumed, whole)
 
 
@@ -98,6 +109,16 @@ def test_nothing_partial_stays_and_old_checkpoints_go(tmp_path):
     assert state["best_model_checkpoint"] == run.state.best_model_checkpoint
 
 
+@pytest.mark.parametrize("place", ["./run", "run//", "."])
+def test_the_best_checkpoint_is_found_again_wherever_the_folder_is_said_to_be(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = dict(save_total_limit=1, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, max_steps=4)
+    args = D3Config(place, **(OPTIONS | options | dict(metric_for_best_model="accuracy")))
+    run = D3Trainer(tiny_vit(), args, tiny_samples(18), tiny_samples(12, seed=1))
+    run.train()
+    assert ".partial" not in run.state.best_model_checkpoint and find_damage(Path(run.state.best_model_checkpoint)) is None
+
+
 @pytest.fixture
 def interruptible():
     """A shell that starts the tests in the background lets them ignore Ctrl-C."""
@@ -109,11 +130,10 @@ def interruptible():
 class Interrupted(D3Trainer):
     """Presses Ctrl-C in the middle of the third step."""
 
-    def optimizer_step(self, step):
-        result = super().optimizer_step(step)
+    def optimizer_step(self):
+        super().optimizer_step()
         if self.state.global_step == 2:
             signal.raise_signal(signal.SIGINT)
-        return result
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(whole, tmp_path, interruptible):
@@ -124,7 +144,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(whole, tmp_path, interruptible):
     assert str(stopped.value) == (
         f"at step 3: the last whole checkpoint is {checkpoint}: go on with --resume_from_checkpoint {checkpoint}"
     )
-    assert signal.getsignal(signal.SIGINT) is before and damage(checkpoint) is None
+    assert signal.getsignal(signal.SIGINT) is before and find_damage(checkpoint) is None
     resumed = trainer(tmp_path)
     resumed.train(resume_from_checkpoint=True)
     assert_same(resumed, whole)
@@ -139,3 +159,19 @@ def test_ctrl_c_without_checkpoints_says_that_nothing_was_saved(tmp_path, interr
     with pytest.raises(KeyboardInterrupt, match="at step 2: nothing was saved, since save_strategy is 'no'"):
         trainer(tmp_path, Interrupted, save_strategy="no").train()
     assert list(tmp_path.iterdir()) == []
+
+
+class InterruptedBefore(D3Trainer):
+    """Presses Ctrl-C in what comes before the first step, which takes some methods minutes."""
+
+    def start(self):
+        super().start()
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("it went on")
+
+
+def test_ctrl_c_before_the_first_step_stops_at_once(tmp_path, interruptible):
+    with pytest.raises(
+        KeyboardInterrupt, match="at step 0: there is no whole checkpoint in .*: run it again from the beginning"
+    ):
+        trainer(tmp_path, InterruptedBefore).train()

@@ -34,7 +34,7 @@ def config(folder, **options):
 
 
 class Recorder(D3Trainer):
-    """Records, at the overridable seam, what reaches the optimizer and what leaves the projection."""
+    """Records, at the overridable seams, what reaches the optimizer and what leaves the projection."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -44,12 +44,15 @@ class Recorder(D3Trainer):
         self.batches.append(dict(inputs))
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def optimizer_step(self, step):
+    def finish_gradient(self, window_loss):
+        objective = super().finish_gradient(window_loss)
         self.before.append(copy.deepcopy(self.model.state_dict()))
         self.gradients.append({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
-        result = super().optimizer_step(step)
+        return objective
+
+    def optimizer_step(self):
+        super().optimizer_step()
         self.norms.append(torch.stack(geometry.norms(self.weights())))
-        return result
 
 
 def objective(model, batch, args, references):
@@ -198,7 +201,7 @@ def test_sphere_holds_after_loading_the_best_model(tmp_path):
 def test_far_starts_at_the_largest_distance(tmp_path):
     trainer = Recorder(tiny_vit(), config(tmp_path, warm_start="far", target_modules="all-linear"), tiny_samples())
     total = 2 * sum(trainer.radii)
-    trainer.begin_purification(resumed=False)
+    trainer.start()
     assert sum(geometry.distances(trainer.weights(), trainer.references)) == pytest.approx(total.item(), rel=1e-6)
     trainer.train()
     assert 0 <= sum(geometry.distances(trainer.weights(), trainer.references)) <= total * (1 + 1e-6)
@@ -308,7 +311,7 @@ def test_resuming_with_another_reference_is_refused(tmp_path):
     options = dict(max_steps=2, save_strategy="steps", save_steps=1)
     D3Trainer(tiny_vit(), config(tmp_path, **options), tiny_samples()).train()
     other = D3Trainer(tiny_vit(seed=1), config(tmp_path, **options), tiny_samples())
-    with pytest.raises(ValueError, match="other initial weights or another selection"):
+    with pytest.raises(ValueError, match="checkpoint-1 belongs to a run from another model"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 

@@ -11,10 +11,11 @@ from huggingface_hub import ModelCard
 from places import RECIPES
 from tiny import FAST, NEW_VIT
 
-from d3_hf.commands.measure import measure_victim
+from d3_hf.commands.measure import run as measure_victim
 from d3_hf.data.load import load_images
+from d3_hf.options.parser import parse_arguments
 from d3_hf.victims.record import differences, read_record
-from d3_hf.victims.sets import checkpoint_of, is_made, make_set, make_victim, read_set, set_table
+from d3_hf.victims.sets import KINDS, _recipe, checkpoint_of, is_made, make_set, make_victim, read_set, set_table
 
 TOY = NEW_VIT | FAST | {"dataset_name": "digits", "retain_count": 100, "max_test_images": 60}
 
@@ -204,11 +205,30 @@ def test_without_recorded_digests_the_attack_must_load(a_copy, file, how, messag
         ({"clean_model": None}, ["clean_model"]),
         ({"clean_model": "/not/here/clean"}, []),
         ({"model_name_or_path": "some/model"}, ["model_name_or_path"]),
+        ({"new_head": False, "revision": None, "adam_beta1": 0.9, "cutout": 0}, []),  # the defaults
+        (
+            {"new_head": True, "revision": "main", "adam_beta1": 0.8, "cutout": 1},
+            ["adam_beta1", "cutout", "new_head", "revision"],
+        ),
     ],
 )
 def test_what_makes_another_victim(victim_set, changed, different):
     record = read_record(Path(victim_set[1][1]))
     assert differences(record, record["recipe"] | changed) == different
+
+
+@pytest.mark.parametrize(("given", "retained"), [({}, 0.05), ({"retain_fraction": 0.1}, 0.1), ({"retain_count": 9}, None)])
+def test_a_recipe_says_how_much_is_retained(given, retained):
+    assert _recipe(*parse_arguments(KINDS, [], NEW_VIT | FAST | given)).get("retain_fraction") == retained
+
+
+def test_an_option_that_an_earlier_version_did_not_have_is_at_its_default(victim_set):
+    recipe = read_record(Path(victim_set[1][1]))["recipe"]
+    for name, other in (("new_head", True), ("retain_balanced", True), ("random_heads", 5), ("poison_seed", 1)):
+        asked = recipe | {name: recipe[name]}
+        earlier = {"recipe": {key: value for key, value in recipe.items() if key not in (name, "attack")}, "planted": None}
+        without = {key: value for key, value in asked.items() if key != "attack"}
+        assert differences(earlier, without) == [] and differences(earlier, without | {name: other}) == [name]
 
 
 def test_another_default_of_the_attack_makes_another_victim(victim_set):
@@ -292,3 +312,17 @@ def test_set_table_lists_what_is_there(victim_set):
     folder, _ = victim_set
     assert len(set_table(folder / "victims", ["toy/clean", "toy/absent"]).splitlines()) == 3
     assert not is_made(folder / "victims" / "toy" / "absent", TOY)
+
+
+def test_a_table_that_cannot_be_written_leaves_the_old_one(victim_set, monkeypatch):
+    folder, _ = victim_set
+    before = (folder / "victims" / "victims.md").read_text()
+
+    def half(file, text):
+        file.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space left"):
+        make_set(["--set", str(folder / "set.yaml"), "--only", "toy/clean"])
+    assert (folder / "victims" / "victims.md").read_text() == before

@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor, set_seed
 
 from d3_hf.attacks import ATTACKS, LF, BadNets, InTrainingAttack, from_description, load_attack, poison
+from d3_hf.attacks.in_training import TriggerPoisoner
 from d3_hf.data.images import RawImages
 from d3_hf.data.load import load_images
 from d3_hf.training.sam import adaptive_perturbation
+from d3_hf.training.state import read_state
+from d3_hf.victims.plan import VictimPlan
 from d3_hf.victims.random_heads import RandomHeads
 from d3_hf.victims.train import VictimConfig, VictimTrainer, _fitted, train_victim
 
@@ -33,6 +36,7 @@ VICTIMS = {
     "ssba_lite": ({"steps": 60, "bound": 24}, 0.1, 60, 6),
     "bpp": ({"levels": 3}, 0.2, 80, 6),
 }
+SLOW = ("input_aware", "ssba_lite")  # networks of their own are trained
 
 
 def small_resnet(seed=0):
@@ -70,7 +74,7 @@ def small_digits(digits):
 @pytest.fixture(scope="module")
 def clean(digits, tmp_path_factory):
     trainer = train_victim(small_resnet(), *digits, None, config(tmp_path_factory.mktemp("clean"), 4))
-    assert trainer.measured["victim"]["accuracy"] > 0.9 and "asr" not in trainer.measured["victim"]
+    assert trainer.report.measured()["victim"]["accuracy"] > 0.9 and "asr" not in trainer.report.measured()["victim"]
     return trainer.model
 
 
@@ -78,16 +82,16 @@ def test_every_attack_has_a_victim():
     assert VICTIMS.keys() == ATTACKS.keys()
 
 
-@pytest.mark.parametrize("name", VICTIMS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in VICTIMS])
 def test_every_attack_reaches_its_asr(name, digits, small_digits, clean, tmp_path):
     parameters, ratio, percent, epochs = VICTIMS[name]
     digits = small_digits if name == "lc_lite" else digits
     before = [(images.images.clone(), images.labels.clone()) for images in digits]
     attack = from_description({"name": name, **parameters})
     trainer = train_victim(small_resnet(), *digits, attack, config(tmp_path, epochs), ratio, clean_model=clean)
-    found = trainer.measured["victim"]
+    found = trainer.report.measured()["victim"]
     assert found["asr"] >= percent / 100 and found["accuracy"] > 0.85, found
-    assert trainer.measured["clean_model"]["asr"] < found["asr"] / 3, "the trigger works on a model without backdoor"
+    assert trainer.report.measured()["clean_model"]["asr"] < found["asr"] / 3, "the trigger works on a model without backdoor"
     # The folder alone says what was planted and triggers as the trained attack did.
     loaded, images = load_attack(tmp_path), digits[1].images[:20]
     assert loaded == trainer.attack and torch.equal(loaded.trigger(images), trainer.attack.trigger(images))
@@ -103,7 +107,7 @@ def test_lc_gains_by_its_hard_images(small_digits, clean, tmp_path):
     parameters, ratio, percent, epochs = VICTIMS["lc_lite"]
     easy = from_description({"name": "lc_lite", **parameters, "eps": 0})
     trainer = train_victim(small_resnet(), *small_digits, easy, config(tmp_path, epochs), ratio, clean_model=clean)
-    assert trainer.measured["victim"]["asr"] < percent / 100 - 0.1
+    assert trainer.report.measured()["victim"]["asr"] < percent / 100 - 0.1
 
 
 @pytest.mark.parametrize("name", ["badnets", "wanet"])
@@ -118,9 +122,9 @@ def test_a_resumed_victim_is_the_uninterrupted_one(name, digits, tmp_path):
     resumed = train_victim(small_resnet(1), train, test, attack, config(tmp_path / "cut", 2, **options))
     for (key, found), expected in zip(resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
         assert torch.equal(found, expected), key
-    assert resumed.measured["victim"] == whole.measured["victim"]
-    before = json.loads((tmp_path / "cut" / "checkpoint-3" / "victim.json").read_text())["measured"]["training_seconds"]
-    assert resumed.measured["training_seconds"] > before > 0
+    assert resumed.report.measured()["victim"] == whole.report.measured()["victim"]
+    before = read_state(tmp_path / "cut" / "checkpoint-3")["training_seconds"]
+    assert resumed.report.measured()["training_seconds"] > before > 0
 
 
 def test_a_checkpoint_of_other_poisoned_images_is_refused(digits, clean, tmp_path):
@@ -174,6 +178,24 @@ def test_batches_that_are_poisoned_must_be_of_the_models_size(digits, tmp_path):
         train_victim(model, *digits, from_description({"name": "wanet"}), config(tmp_path, 1))
 
 
+def test_every_micro_batch_is_poisoned_by_draws_of_its_own_and_sam_sees_it_once(digits, tmp_path):
+    numbers = []
+
+    class Noting(TriggerPoisoner):
+        def __call__(self, images, labels, number):
+            numbers.append(number)
+            return images, labels
+
+        def cross(self, crossed, others, generator):
+            return crossed
+
+    train = digits[0].select(range(64))
+    for options in ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8}, {"sam_rho": 0.5}):
+        plan = VictimPlan(attack=BadNets(), poisoner=Noting(BadNets(), 0.5, 0, 10, 0))
+        VictimTrainer(small_resnet(), config(tmp_path, 1, **options), train, plan).train()
+    assert numbers == [*range(8), 0, 1]
+
+
 # Hardening -------------------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +245,7 @@ def test_random_heads_are_told_which_rows_of_the_batch_are_poisoned(digits, tmp_
         RandomHeads, "loss", lambda self, labels, poisoned: told.append(poisoned) or loss(self, labels, poisoned)
     )
     poisoned, rows = poison(digits[0].select(range(200)), BadNets(), 0.3, 0)
-    Watching(small_resnet(), config(tmp_path, 1, random_heads=2), poisoned, rows).train()
+    Watching(small_resnet(), config(tmp_path, 1, random_heads=2), poisoned, VictimPlan(rows=rows)).train()
     assert torch.equal(torch.cat(told), torch.cat(patched)) and torch.cat(told).sum() == len(rows) == 60
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...models.evaluating import modes_kept
+
 BREAK_EVEN = 2 / 3
 SAME = 1e-2  # of the largest logit: more than bfloat16 makes of another batch size, far less than a coupling
 
@@ -51,9 +53,7 @@ class Inexact(ValueError):
 
 
 class ActiveSet:
-    """Decides by the share of active images in the last window, of all processes: a checkpoint's one manifest restores it."""
-
-    KEY = "active_share"  # in the manifest
+    """Decides by the share of active images in the last window, of all processes: one number of a checkpoint restores it."""
 
     def __init__(self, trained: list[nn.Parameter], device: torch.device):
         self._trained, self._device = trained, device
@@ -84,7 +84,8 @@ class ActiveSet:
 def trained_apart(model: nn.Module, kept: list[nn.Module], size: tuple[int, int]) -> list[nn.Parameter]:
     """The parameters that get a gradient, of a network that treats each image for itself when it trains.
 
-    Two images of noise go through it together, one alone; modes, buffers and random numbers stay as they are.
+    Two images of noise go through it together, one alone; modes, buffers and random numbers stay as they are, also when the
+    network fails.
 
     Args:
         model: Takes ``pixel_values`` (B, 3, H, W).
@@ -97,20 +98,23 @@ def trained_apart(model: nn.Module, kept: list[nn.Module], size: tuple[int, int]
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
     sources = [torch.random] if images.device.type == "cpu" else [torch.random, torch.get_device_module(images.device)]
     states = [(source, source.get_rng_state()) for source in sources]
-    modes, buffers = [(m, m.training) for m in model.modules()], [(b, b.clone()) for b in model.buffers()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.train()
-    for module in kept:
-        module.eval()
-    together = model(pixel_values=images).logits
-    gradients = torch.autograd.grad(together.sum(), parameters, allow_unused=True)
-    alone = model(pixel_values=images[:1]).logits
-    drawn = [source.set_rng_state(state) for source, state in states if not torch.equal(source.get_rng_state(), state)]
-    changed = [(buffer, value) for buffer, value in buffers if not torch.equal(buffer, value)]
-    for module, mode in modes:
-        module.training = mode
-    for buffer, value in changed:
-        buffer.copy_(value)
+    with modes_kept(model):
+        model.train()
+        for module in kept:
+            module.eval()
+        try:
+            together = model(pixel_values=images).logits
+            gradients = torch.autograd.grad(together.sum(), parameters, allow_unused=True)
+            alone = model(pixel_values=images[:1]).logits
+        finally:
+            drawn = [(source, state) for source, state in states if not torch.equal(source.get_rng_state(), state)]
+            changed = [(buffer, value) for buffer, value in buffers if not torch.equal(buffer, value)]
+            for source, state in drawn:
+                source.set_rng_state(state)
+            for buffer, value in changed:
+                buffer.copy_(value)
     if drawn:
         raise Inexact("the network draws random numbers in training (dropout, stochastic depth)")
     if changed or not (together[:1] - alone).abs().max() <= SAME * together.abs().max():

@@ -11,19 +11,16 @@ network whose head, or other selected weights, can be found.
 """
 
 import functools
-import json
-import math
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...data.retain import retain_batches
-from ...training import reference
-from ...training.config import PurifyConfig, check_options
-from ...training.trainer import MANIFEST, PurifyTrainer
+from ...training.config import PurifyConfig
+from ...training.reference import UNMOVED
+from ...training.trainer import PurifyTrainer
 from ..shared import geometry
 from ..shared.selection import select_weights
 from .active_set import ActiveSet, Inexact, forward_active, trained_apart
@@ -63,7 +60,7 @@ class D3Config(PurifyConfig):
         active_set: Build graph and gradient only for the images above epsilon, which a pass without graph finds, while they
             were less than two thirds of the last window (here; see `active_set`). The weights are those of the dense step up
             to rounding; a micro-batch then waits for the device once. ``None``: where that holds, else dense: with the
-            per-sample hinge, without FSDP, ZeRO, distillation, SAM, activation checkpointing and torch.compile, for networks in
+            per-sample hinge, without FSDP, distillation, SAM, activation checkpointing and torch.compile, for networks in
             which training neither couples images (BatchNorm, unless ``batch_norm`` says otherwise) nor draws random numbers
             (dropout, stochastic depth), which two images of noise tell. ``True``: raise where it does not. ``False``: dense.
 
@@ -73,11 +70,19 @@ class D3Config(PurifyConfig):
             it does not use; ``distillation`` with the batch hinge, which gates the gradient as a whole.
     """
 
-    lambda_clean: float = field(default=4.0, metadata={"help": "lambda: weight of the clean loss against the distance."})
-    epsilon: float | None = field(
-        default=0.1, metadata={"help": "epsilon: clean loss in nats that costs nothing; null in YAML: the suspicious model's."}
+    lambda_clean: float = field(
+        default=4.0, metadata={"help": "lambda: weight of the clean loss against the distance.", "range": "> 0 and finite"}
     )
-    dual_rate: float = field(default=0.0, metadata={"help": "Step of the dual ascent on lambda; 0: lambda stays."})
+    epsilon: float | None = field(
+        default=0.1,
+        metadata={
+            "help": "epsilon: clean loss in nats that costs nothing; null in YAML: the suspicious model's.",
+            "range": ">= 0 and finite",
+        },
+    )
+    dual_rate: float = field(
+        default=0.0, metadata={"help": "Step of the dual ascent on lambda; 0: lambda stays.", "range": ">= 0 and finite"}
+    )
     hinge: str = field(
         default="sample",
         metadata={"help": "max(0, CE - epsilon) per sample or for the batch mean.", "choices": HINGES},
@@ -106,10 +111,6 @@ class D3Config(PurifyConfig):
             raise ValueError(
                 "target_modules is empty; use 'head', 'all-linear', a list of module names or a regular expression"
             )
-        check_options(self, "> 0 and finite", "lambda_clean")
-        if self.epsilon is not None and not 0 <= self.epsilon < math.inf:
-            raise ValueError(f"epsilon must be >= 0 nats and finite; got {self.epsilon}")
-        check_options(self, ">= 0 and finite", "dual_rate")
         if self.dual_rate and not self.scale_objective:
             raise ValueError("dual_rate needs scale_objective: a growing lambda would also set the step size")
         if self.dual_rate and self.hinge == "batch":
@@ -118,17 +119,13 @@ class D3Config(PurifyConfig):
             raise ValueError("dual_rate does not go with sam_rho: SAM looks at each image twice")
         if self.distillation and self.hinge == "batch":
             raise ValueError("the batch hinge gates the gradient as a whole: with distillation use hinge='sample'")
-        for name, choices in (
-            ("hinge", HINGES),
-            ("warm_start", geometry.WARM_STARTS),
-            ("projection", geometry.PROJECTIONS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
 
 
 class D3Trainer(PurifyTrainer):
     """Trainer of D3; see `PurifyTrainer` for the arguments and `D3Config` for the objective.
+
+    One update: `compute_loss` gives the share of ``lambda * max(0, CE - epsilon)``, the backward pass its gradient,
+    `finish_gradient` subtracts that of the distance, the optimizer steps, and `optimizer_step` projects onto S.
 
     The reference theta_init is the model as it is handed over: build the trainer from the suspicious model, also when
     resuming from a checkpoint of an interrupted run.
@@ -137,6 +134,14 @@ class D3Trainer(PurifyTrainer):
         ValueError: The selection fails (see `select_weights`), a checkpoint belongs to another reference, or ``active_set`` is
             True where it would not be exact.
         RuntimeError: After training, when no selected weight has moved.
+
+    Attributes:
+        segments: The selected weights theta_s.
+        references: Their values theta_init_s.
+        radii: The norms of these.
+        epsilon: In nats; measured when training begins if the configuration gives none.
+        multiplier: lambda as it is now; a tensor under dual ascent.
+        active_set: None where every image is trained on.
     """
 
     method = "D3"
@@ -146,110 +151,32 @@ class D3Trainer(PurifyTrainer):
     runs_sharded = True
     streams = True
 
-    def __init__(self, model, args: D3Config, *arguments, **kwargs):
-        super().__init__(model, args, *arguments, **kwargs)
-        self.segments = select_weights(self.plain, args.target_modules, self.preprocessing.size)
+    def prepare(self) -> None:
+        """Select theta_s, keep theta_init_s, and find out whether inactive images may be left out."""
+        self.segments = select_weights(self.plain, self.args.target_modules, self.preprocessing.size)
         self.selected = list(dict.fromkeys(segment.parameter for segment in self.segments))  # a fused one once
         with torch.no_grad():
             self.references = [weight.clone() for weight in self.weights()]
             self.radii = geometry.norms(self.references)
-        self.epsilon = args.epsilon
-        self._begin_lambda(args.lambda_clean)
+        self.epsilon = self.args.epsilon
+        self._begin_lambda(self.args.lambda_clean)
         self.active_set = self._active_set()
 
     def weights(self) -> list[Tensor]:
         """The selected weights ``W_k`` as detached views that share memory with the plain model."""
         return [segment.of(segment.parameter.detach()) for segment in self.segments]
 
-    # The active set ----------------------------------------------------------------------------------------------------
-
-    def _active_set(self) -> ActiveSet | None:
-        """None where the step is to be dense."""
-        args = self.args
-        if args.active_set is False:
-            return None
-        try:
-            if args.dual_rate:
-                raise Inexact("the Lagrangian has a gradient for every image")
-            if args.hinge != "sample":
-                raise Inexact("the batch hinge gives all images the same weight")
-            if self.plain is not self.model:
-                raise Inexact("on shards every process must take every pass, also one without active images")
-            if args.distillation:
-                raise Inexact("distillation has a gradient for every image")
-            if args.activation_checkpointing or self.model.is_activation_checkpointing:
-                raise Inexact("activation checkpointing runs the network again as it is")
-            if args.sam_rho:
-                raise Inexact("SAM looks for the highest loss of all images")
-            if args.torch_compile:
-                raise Inexact("torch.compile would compile anew for another number of images")
-            if args.batch_norm == "train" and self._batch_norms:
-                raise Inexact("BatchNorm couples the images of a batch: set batch_norm to eval or frozen")
-            return ActiveSet(trained_apart(self.model, self._batch_norms, self.preprocessing.size), args.device)
-        except Inexact as reason:
-            if args.active_set:
-                raise ValueError(f"active_set does not fit: {reason}") from None
-            return None
+    # The objective -----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As the base class; where it pays, only the images above epsilon go through ``model``."""
-        if self.model.training and self.active_set and self.active_set.pays():
+        """This micro-batch's share of ``lambda * max(0, CE - epsilon)``, see `sample_loss`.
+
+        Where it pays, only the images above epsilon go through the network with a graph: the others have no gradient. The
+        distance is not here: its gradient, known in closed form, joins once per update in `finish_gradient`.
+        """
+        if self.in_training_step and self.active_set and self.active_set.pays():
             model = functools.partial(forward_active, model, self.model, inputs["labels"], self.epsilon)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    # lambda and epsilon ------------------------------------------------------------------------------------------------
-
-    def _begin_lambda(self, value: float) -> None:
-        self._window = torch.zeros(2, device=self.args.device)  # sum of the cross-entropies, and of how many images
-        self._set_lambda(torch.tensor(float(value), device=self.args.device) if self.args.dual_rate else value)
-
-    def _set_lambda(self, value: float | Tensor) -> None:
-        self.multiplier = value
-        scale = value + 1 if self.args.dual_rate or (self.args.scale_objective and value > 1) else 1.0
-        self.clean_weight, self.distance_weight = value / scale, 1 / scale
-
-    def _ascend(self) -> None:
-        """One step of lambda along the constraint's violation over the window of all processes, without waiting for it."""
-        total, count = self.accelerator.reduce(self._window, "sum")
-        self._set_lambda(torch.relu(self.multiplier + self.args.dual_rate * (total / count - self.epsilon)))
-        self._window = torch.zeros_like(self._window)
-
-    @torch.no_grad()
-    def _mean_loss(self) -> float:
-        """Mean cross-entropy of the model on the retain set, evaluation mode, not augmented; the same in all processes."""
-        self.plain.eval()
-        sums = torch.zeros(2, device=self.args.device)
-        for batch in retain_batches(self, "D3: epsilon", augmented=False):
-            logits = self.plain(pixel_values=batch["pixel_values"]).logits.float()
-            loss = F.cross_entropy(logits, batch["labels"], reduction="sum")
-            sums += torch.stack([loss, torch.full_like(loss, len(logits))])
-        return self.accelerator.reduce(sums[0] / sums[1], "mean").item()
-
-    # Before, during and after the steps --------------------------------------------------------------------------------
-
-    def begin_purification(self, resumed: bool) -> None:
-        """Measure epsilon if it is not given; warm start, unless the weights come from a checkpoint; say what will move."""
-        if not resumed:
-            if self.epsilon is None:
-                self.epsilon = self._mean_loss()
-                self.accelerator.print(f"D3: epsilon is the suspicious model's mean loss on the retain set, {self.epsilon:.4g}")
-            self._begin_lambda(self.args.lambda_clean)
-            if self.active_set:
-                self.active_set.begin(1.0)
-            for weight, start in zip(self.weights(), self._warm_starts(), strict=True):
-                weight.copy_(start)
-            self.placement.write(self.selected)
-        relative = self.relative_distances()
-        names = ", ".join(segment.name for segment in self.segments)
-        self.accelerator.print(
-            f"D3 moves {len(self.segments)} weight{'s' * (len(relative) > 1)} ({names}); "
-            f"{'resumed' if resumed else self.args.warm_start + ' start'} at relative distance "
-            f"{sum(relative.values()) / len(relative):.3f} of at most 2 on the sphere"
-        )
-
-    def _warm_starts(self) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(self.args.seed)
-        return [geometry.warm_start(w.cpu(), self.args.warm_start, generator).to(w) for w in self.references]
 
     def sample_loss(self, cross_entropy: Tensor) -> Tensor:
         """lambda times the hinge per sample; else lambda times the loss: the batch hinge gates it in `finish_gradient`."""
@@ -289,30 +216,115 @@ class D3Trainer(PurifyTrainer):
         self._ascend()
         return objective
 
-    def optimizer_step(self, step):
-        """The optimizer's step, then the projection onto S."""
-        result = step()
-        self.constrain()
-        return result
-
-    def constrain(self) -> None:
-        """The projection of the selected weights onto S."""
+    def optimizer_step(self) -> None:
+        """After the optimizer's step, the projection of the selected weights onto S."""
         self.placement.read(self.selected)
         geometry.project(self.weights(), self.radii, self.args.projection)
         self.placement.write(self.selected)
 
-    def end_purification(self) -> None:
-        """Say how far the weights moved; raise if none did."""
-        moved = [(w - s).norm() / r for w, s, r in zip(self.weights(), self._warm_starts(), self.radii, strict=True)]
+    def constrain(self) -> None:
+        """The projection, of weights that were replaced by their average."""
+        self.optimizer_step()
+
+    # lambda, epsilon and the active set --------------------------------------------------------------------------------
+
+    def _begin_lambda(self, value: float) -> None:
+        self._window = torch.zeros(2, device=self.args.device)  # sum of the cross-entropies, and of how many images
+        self._set_lambda(torch.tensor(float(value), device=self.args.device) if self.args.dual_rate else value)
+
+    def _set_lambda(self, value: float | Tensor) -> None:
+        self.multiplier = value
+        scale = value + 1 if self.args.dual_rate or (self.args.scale_objective and value > 1) else 1.0
+        self.clean_weight, self.distance_weight = value / scale, 1 / scale
+
+    def _ascend(self) -> None:
+        """One step of lambda along the constraint's violation over the window of all processes, without waiting for it."""
+        total, count = self.accelerator.reduce(self._window, "sum")
+        self._set_lambda(torch.relu(self.multiplier + self.args.dual_rate * (total / count - self.epsilon)))
+        self._window = torch.zeros_like(self._window)
+
+    @torch.no_grad()
+    def _mean_loss(self) -> float:
+        """Mean cross-entropy of the model on the retain set, evaluation mode, not augmented; the same in all processes."""
+        self.plain.eval()
+        sums = torch.zeros(2, device=self.args.device)
+        for batch in self.retain_batches("D3: epsilon"):
+            logits = self.plain(pixel_values=batch["pixel_values"]).logits.float()
+            loss = F.cross_entropy(logits, batch["labels"], reduction="sum")
+            sums += torch.stack([loss, torch.full_like(loss, len(logits))])
+        return self.accelerator.reduce(sums[0] / sums[1], "mean").item()
+
+    def _active_set(self) -> ActiveSet | None:
+        """None where the step is to be dense."""
+        args = self.args
+        if args.active_set is False:
+            return None
+        try:
+            if args.dual_rate:
+                raise Inexact("the Lagrangian has a gradient for every image")
+            if args.hinge != "sample":
+                raise Inexact("the batch hinge gives all images the same weight")
+            if self.plain is not self.model:
+                raise Inexact("on shards every process must take every pass, also one without active images")
+            if args.distillation:
+                raise Inexact("distillation has a gradient for every image")
+            if args.activation_checkpointing or self.model.is_activation_checkpointing:
+                raise Inexact("activation checkpointing runs the network again as it is")
+            if args.sam_rho:
+                raise Inexact("SAM looks for the highest loss of all images")
+            if args.torch_compile:
+                raise Inexact("torch.compile would compile anew for another number of images")
+            if args.batch_norm == "train" and self.batch_norms:
+                raise Inexact("BatchNorm couples the images of a batch: set batch_norm to eval or frozen")
+            return ActiveSet(trained_apart(self.model, self.batch_norms, self.preprocessing.size), args.device)
+        except Inexact as reason:
+            if args.active_set:
+                raise ValueError(f"active_set does not fit: {reason}") from None
+            return None
+
+    # The beginning and the end -----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Measure epsilon if it is not given, then the warm start."""
+        if self.epsilon is None:
+            self.epsilon = self._mean_loss()
+            self.accelerator.print(f"D3: epsilon is the suspicious model's mean loss on the retain set, {self.epsilon:.4g}")
+        self._begin_lambda(self.args.lambda_clean)
+        if self.active_set:
+            self.active_set.begin(1.0)
+        for weight, start in zip(self.weights(), self._warm_starts(), strict=True):
+            weight.copy_(start)
+        self.placement.write(self.selected)
+
+    def _warm_starts(self) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(self.args.seed)
+        return [geometry.warm_start(w.cpu(), self.args.warm_start, generator).to(w) for w in self.references]
+
+    def announce(self, resumed: bool) -> None:
+        """Say what will move."""
         relative = self.relative_distances()
-        if not min(max(moved), max(relative.values())) > reference.UNMOVED:
+        names = ", ".join(segment.name for segment in self.segments)
+        weights = "weight" if len(self.segments) == 1 else "weights"
+        self.accelerator.print(
+            f"D3 moves {len(self.segments)} {weights} ({names}); "
+            f"{'resumed' if resumed else self.args.warm_start + ' start'} at relative distance "
+            f"{sum(relative.values()) / len(relative):.3f} of at most 2 on the sphere"
+        )
+
+    def finish(self) -> None:
+        """Say how far the weights moved."""
+        for name, distance in self.relative_distances().items():
+            self.accelerator.print(f"D3 moved {name} to relative distance {distance:.3f}")
+
+    def check_moved(self) -> None:
+        """Raise if no selected weight moved, from its warm start as well as from its reference."""
+        moved = [(w - s).norm() / r for w, s, r in zip(self.weights(), self._warm_starts(), self.radii, strict=True)]
+        if not min(max(moved), max(self.relative_distances().values())) > UNMOVED:
             raise RuntimeError(
                 "no selected weight moved: the model is not purified. Check learning_rate, num_train_epochs and warm_start"
             )
-        for name, distance in relative.items():
-            self.accelerator.print(f"D3 moved {name} to relative distance {distance:.3f}")
 
-    # What the log, the manifest and the card say -----------------------------------------------------------------------
+    # What the log, the manifest and a checkpoint hold ------------------------------------------------------------------
 
     def relative_distances(self) -> dict[str, float]:
         """``||W_k - W_k^0|| / ||W_k^0||`` per selected weight: 0 at the start, at most 2 on the sphere."""
@@ -332,37 +344,40 @@ class D3Trainer(PurifyTrainer):
     def _found_lambda(self) -> dict[str, float]:
         return {"lambda": self.multiplier.item()} if self.args.dual_rate else {}
 
-    def facts(self) -> dict:
-        """Adds the selected weights with radius and relative distance, the reference's fingerprint, lambda and epsilon where
-        they were found rather than given, and the last share of active images, by which the next step is decided."""
-        radii = {segment.name: radius.item() for segment, radius in zip(self.segments, self.radii, strict=True)}
+    def facts(self) -> dict[str, Any]:
+        """Adds the selected weights with radius and relative distance, lambda and epsilon where they were found."""
         distances = self.relative_distances()
-        selected = [{"name": n, "initial_norm": radii[n], "relative_distance": distances[n]} for n in radii]
+        selected = [
+            {"name": segment.name, "initial_norm": radius.item(), "relative_distance": distances[segment.name]}
+            for segment, radius in zip(self.segments, self.radii, strict=True)
+        ]
         found = self._found_lambda() | ({"epsilon": self.epsilon} if self.args.epsilon is None else {})
-        found |= {ActiveSet.KEY: self.active_set.share} if self.active_set else {}
-        return super().facts() | {"selected_weights": selected, "reference_sha256": self.reference_fingerprint()} | found
+        return super().facts() | {"selected_weights": selected} | found
 
-    def reference_fingerprint(self) -> str:
-        """SHA-256 over the bytes of the reference weights, in order."""
-        return reference.fingerprint(self.references)
+    def resume_state(self) -> dict[str, Any]:
+        """Adds which weights are selected, lambda and epsilon, and the last share of active images."""
+        return super().resume_state() | {
+            "selected": [segment.name for segment in self.segments],
+            "lambda": float(self.multiplier),
+            "dual_rate": self.args.dual_rate,
+            "epsilon": self.epsilon if self.args.epsilon is None else None,
+            "active_share": self.active_set.share if self.active_set else 1.0,
+        }
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        reference.check_fingerprint(
-            Path(resume_from_checkpoint) / MANIFEST,
-            self.reference_fingerprint(),
-            origin="with other initial weights or another selection",
-            needed="the suspicious model and the target_modules that the run began with",
-        )
-        found = json.loads((Path(resume_from_checkpoint) / MANIFEST).read_text())
-        needed = {"lambda": self.args.dual_rate, "epsilon": self.args.epsilon is None}
-        if missing := [name for name in needed if needed[name] and name not in found]:
+    def load_resume_state(self, state: dict[str, Any]) -> None:
+        """Goes on from there; raises a ValueError if the objective is another one."""
+        super().load_resume_state(state)
+        if state["selected"] != [segment.name for segment in self.segments]:
+            raise ValueError(f"belongs to a run that moves {', '.join(state['selected'])}: resume with its target_modules")
+        if bool(state["dual_rate"]) != bool(self.args.dual_rate):
+            raise ValueError(f"was written with dual_rate {state['dual_rate']}: resume with it")
+        if (state["epsilon"] is not None) != (self.args.epsilon is None):
             raise ValueError(
-                f"{resume_from_checkpoint} holds no {' and '.join(missing)}: resume with its dual_rate and epsilon"
+                "was written with epsilon given where now it is measured, or the other way round: resume with the same"
             )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.dual_rate:
-            self._begin_lambda(found["lambda"])
+            self._begin_lambda(state["lambda"])
         if self.args.epsilon is None:
-            self.epsilon = found["epsilon"]
+            self.epsilon = state["epsilon"]
         if self.active_set:
-            self.active_set.begin(found.get(ActiveSet.KEY, 1.0))
+            self.active_set.begin(state["active_share"])

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...models.evaluating import evaluating
+
 STAGES = 4  # into which the blocks of a ViT are divided
 
 
@@ -95,16 +97,13 @@ def _shapes(model: nn.Module, image_size: tuple[int, int]) -> dict[str, tuple[Sh
 
         return hook
 
-    training = {module: module.training for module in model.modules()}
     hooks = [module.register_forward_hook(remember(name)) for name, module in model.named_modules(remove_duplicate=False)]
     try:
-        with torch.no_grad():
-            model.eval()(pixel_values=next(model.parameters()).new_zeros(1, 3, *image_size))
+        with evaluating(model), torch.no_grad():
+            model(pixel_values=next(model.parameters()).new_zeros(1, 3, *image_size))
     finally:
         for hook in hooks:
             hook.remove()
-        for module, flag in training.items():
-            module.training = flag
     return shapes
 
 
@@ -145,7 +144,7 @@ def _row(name: str, modules: dict[str, nn.Module], shapes: dict[str, tuple[Shape
 
 
 @contextmanager
-def recorded(stages: list[Stage]) -> Iterator[dict[str, Tensor]]:
+def record_features(stages: list[Stage]) -> Iterator[dict[str, Tensor]]:
     """Inside, the dict holds under each stage's name its features of the latest forward pass."""
     features: dict[str, Tensor] = {}
 

@@ -7,12 +7,8 @@ arXiv 2101.05930. Teacher: a copy of the victim fine-tuned on the retain set, th
 
 with F_l the features that stage l hands on, c its channels and i its positions.
 
-Stages are found by running one black image, not by names. Of a convolutional network a stage is the last module in the row
-from image to logits that gives features of one height and width, at least two of them; later features of one pixel are
-left out, because a normalised map of one number is constant. Of a ViT, and this form is this project's, the features are the
-hidden states of the patch tokens; class and register tokens are left out. The last block is left out as well, since a head
-that reads the class token never sees what it does to the patches; the others are divided into four stages like a ResNet's.
-Any other structure (windowed attention, for example) is refused.
+Stages are found by running one black image, not by names: those of a convolutional network that reduce the image, or blocks
+of a ViT, whose patch tokens are compared; see `stages`. Any other structure (windowed attention, for example) is refused.
 
 Cost: the teacher's fine-tuning once; then per update two forward passes and one backward pass (fine-tuning: one and one), and
 memory for two models. The defender owns a few labelled images without triggers.
@@ -22,21 +18,20 @@ dropped; the learning rate follows the shared schedule in place of their hard-co
 on 1e-4); whatever the features' size, the mean over positions makes the same beta weigh less on a finer grid, as in theirs.
 """
 
+import contextlib
 import copy
-import math
+import tempfile
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from ...training import reference
-from ...training.config import PurifyConfig, check_options
-from ...training.trainer import MANIFEST, PurifyTrainer
-from .stages import find_stages, recorded
+from ...training.config import PurifyConfig
+from ...training.trainer import PurifyTrainer
+from .stages import find_stages, record_features
 
 
 @dataclass
@@ -50,23 +45,23 @@ class NADConfig(PurifyConfig):
         teacher_epochs: >= 1, passes over the retain set of the teacher's fine-tuning. 10 (paper, BackdoorBench).
 
     Raises:
-        ValueError: A value is out of range; activation checkpointing is on, which would run the stages twice.
+        ValueError: Activation checkpointing is on, which would run the stages twice; see `PurifyConfig`.
     """
 
     output_dir: str | None = field(default="outputs/nad", metadata={"help": "Folder for the purified model."})
     attention_weights: list[float] = field(
-        default_factory=lambda: [500.0, 1000.0], metadata={"help": "beta: weight of each of the last stages, in order."}
+        default_factory=lambda: [500.0, 1000.0],
+        metadata={"help": "beta: weight of each of the last stages, in order.", "range": ">= 0 and finite"},
     )
-    attention_power: float = field(default=2.0, metadata={"help": "p: power of the features in an attention map."})
-    teacher_epochs: float = field(default=10, metadata={"help": "Passes over the retain set to make the teacher."})
+    attention_power: float = field(
+        default=2.0, metadata={"help": "p: power of the features in an attention map.", "range": ">= 1"}
+    )
+    teacher_epochs: float = field(
+        default=10, metadata={"help": "Passes over the retain set to make the teacher.", "range": ">= 1"}
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.attention_weights or not all(0 <= weight < math.inf for weight in self.attention_weights):
-            raise ValueError(f"attention_weights must be numbers >= 0, at least one; got {self.attention_weights}")
-        if not 1 <= self.attention_power < math.inf:
-            raise ValueError(f"attention_power must be >= 1 and finite; got {self.attention_power}")
-        check_options(self, ">= 1", "teacher_epochs")
         if self.activation_checkpointing:
             raise ValueError("NAD reads features while the model runs: leave activation_checkpointing off")
 
@@ -96,53 +91,62 @@ class NADTrainer(PurifyTrainer):
     Raises:
         ValueError: The network's stages are not found or fewer than the weights; a checkpoint belongs to another model.
         RuntimeError: After training, when no weight has changed.
+
+    Attributes:
+        stages: Whose attention is compared.
+        teacher: The suspicious model, from the beginning of `train` on fine-tuned.
     """
 
     method = "NAD"
     paper = "https://arxiv.org/abs/2101.05930"
 
-    def __init__(self, model, args: NADConfig, *arguments, **kwargs):
-        super().__init__(model, args, *arguments, **kwargs)
-        found = find_stages(model, self.preprocessing.size)
-        if len(args.attention_weights) > len(found):
+    def prepare(self) -> None:
+        """Find the stages, and copy the suspicious model for the teacher."""
+        found, weights = find_stages(self.model, self.preprocessing.size), self.args.attention_weights
+        if len(weights) > len(found):
             raise ValueError(
-                f"attention_weights has {len(args.attention_weights)} values and {type(model).__name__} {len(found)} stages "
+                f"attention_weights has {len(weights)} values and {type(self.model).__name__} {len(found)} stages "
                 f"({', '.join(stage.name for stage in found)}): give at most one value per stage"
             )
-        self.stages = found[-len(args.attention_weights) :]
-        self.teacher: nn.Module | None = None
-        self._start = reference.remembered(model)
-        self.reference_sha256 = reference.fingerprint(model.state_dict().values())
+        self.stages = found[-len(weights) :]
+        self.teacher, self._is_taught = copy.deepcopy(self.model), False
+
+    # The teacher -------------------------------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
-        """Make the teacher, then train the student; arguments and result are those of `Trainer.train`."""
-        if self.teacher is None:
-            self.teacher = self._make_teacher()
-        theirs = [replace(stage, module=self.teacher.get_submodule(stage.name)) for stage in self.stages]
-        with recorded(self.stages) as self._student_features, recorded(theirs) as self._teacher_features:
+        """As the base class; the features of both models are recorded while it runs."""
+        with contextlib.ExitStack() as self._recording:
             return super().train(*args, **kwargs)
 
-    def _make_teacher(self) -> nn.Module:
-        # A copy, not a new instance: making one would reset the accelerator's state.
-        args = copy.copy(self.args)
-        args.num_train_epochs, args.max_steps = self.args.teacher_epochs, -1
-        args.save_strategy, args.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
-        args.push_to_hub = args.eval_on_start = args.load_best_model_at_end = False
-        self.accelerator.print(f"NAD fine-tunes the teacher for {args.num_train_epochs:g} epochs")
-        teaching = PurifyTrainer(
-            copy.deepcopy(self.model), args, self.train_dataset, None, self.processing_class, data_collator=self.data_collator
+    def announce(self, resumed: bool) -> None:
+        """Make the teacher, say what is compared, and begin to record it."""
+        if not self._is_taught:
+            self._teach()
+        theirs = [replace(stage, module=self.teacher.get_submodule(stage.name)) for stage in self.stages]
+        self._student_features, self._teacher_features = (
+            self._recording.enter_context(record_features(stages)) for stages in (self.stages, theirs)
         )
-        teaching.train()
-        return teaching.model.requires_grad_(False).eval()
-
-    def begin_purification(self, resumed: bool) -> None:
-        """Say what is compared."""
         names = ", ".join(f"{stage.name} ({stage.grid[0]}x{stage.grid[1]})" for stage in self.stages)
         self.accelerator.print(f"NAD compares the attention of {names}")
 
+    def _teach(self) -> None:
+        args = copy.copy(self.args)  # making new ones would reset the state of the accelerator, which is running
+        args.num_train_epochs, args.max_steps = self.args.teacher_epochs, -1
+        args.save_strategy, args.eval_strategy, args.report_to = SaveStrategy.NO, IntervalStrategy.NO, []
+        args.push_to_hub = args.eval_on_start = args.load_best_model_at_end = False
+        self.accelerator.print(f"NAD fine-tunes the teacher for {args.num_train_epochs:g} epochs")
+        with tempfile.TemporaryDirectory() as folder:  # nothing is saved; in its own it would find the student's checkpoints
+            args.output_dir = folder
+            model = copy.deepcopy(self.teacher)  # which stays as it is if this is interrupted
+            images, processor = self.train_dataset, self.processing_class
+            PurifyTrainer(model, args, images, None, processor, data_collator=self.data_collator).train()
+        self.teacher, self._is_taught = model.requires_grad_(False).eval(), True
+
+    # The loss ----------------------------------------------------------------------------------------------------------
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """While training the teacher sees the batch first."""
-        if self.model.training:
+        if self.in_training_step:
             with torch.no_grad(), self.accelerator.autocast():
                 self.teacher(pixel_values=inputs["pixel_values"])
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -155,23 +159,13 @@ class NADTrainer(PurifyTrainer):
         self._attention_loss = weighted.detach().mean()
         return cross_entropy + weighted
 
+    # What the log and the manifest say ---------------------------------------------------------------------------------
+
     def step_statistics(self) -> dict[str, float]:
         """``attention_loss``: the weighted distances of the latest micro-batch of the main process."""
         return {"attention_loss": self._attention_loss.item()}
 
-    def end_purification(self) -> None:
-        """Raise if no weight changed."""
-        reference.check_changed(self.model, self._start)
-
     def facts(self) -> dict[str, Any]:
-        """Adds the stages that are compared and the suspicious model's fingerprint."""
+        """Adds the stages that are compared."""
         stages = [{"name": s.name, "grid": s.grid, "form": "patch tokens" if s.tokens else "feature map"} for s in self.stages]
-        return super().facts() | {"attention_stages": stages, "reference_sha256": self.reference_sha256}
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        reference.check_fingerprint(
-            Path(resume_from_checkpoint) / MANIFEST,
-            self.reference_sha256,
-            needed="the suspicious model that the run began with, from which the teacher is made again",
-        )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        return super().facts() | {"attention_stages": stages}

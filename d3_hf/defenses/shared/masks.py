@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
+from ...models.batch_norm import batch_norms
+from ...training.checkpoints import is_asked_to_resume
 from .staged import StagedConfig, StagedTrainer, check_functional
 
 THRESHOLDS = tuple(step / 20 for step in range(19))  # BackdoorBench's grid
@@ -30,7 +32,8 @@ def batch_norm_scales(model: nn.Module, method: str) -> Scales:
     Raises:
         ValueError: There is none; the message names ``method``.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine}
+    found = set(batch_norms(model))
+    layers = {name: module for name, module in model.named_modules() if module in found and module.affine}
     if not layers:
         raise ValueError(
             f"{method} masks the scales of BatchNorm channels, and {type(model).__name__} has no BatchNorm layer with scales "
@@ -69,36 +72,36 @@ class MaskConfig(StagedConfig):
 
     def __post_init__(self):
         check_functional(self)
+        super().__post_init__()
         if self.gradient_accumulation_steps != 1:
             raise ValueError("masks are updated once per batch: leave gradient_accumulation_steps at 1")
-        super().__post_init__()
 
 
 class MaskPruningTrainer(StagedTrainer, ABC):
-    """Learns masks and prunes; a defence says how by `prepare` and `mask_loss`.
+    """Learns masks and prunes; a defence says how by `mask_loss`, and prepares it in `start`.
 
     Raises:
         ValueError: The model has no BatchNorm layer with scales.
         RuntimeError: After the search, when no threshold prunes anything at a tolerable loss of accuracy.
+
+    Attributes:
+        scales: Scale and shift of each BatchNorm layer, sharing memory with the model.
     """
 
-    def __init__(self, model, args: MaskConfig, *arguments, **kwargs):
-        super().__init__(model, args, *arguments, **kwargs)
-        batch_norm_scales(self.model, self.method)  # raises now rather than in train()
-        self.pruning: dict[str, Any] = {}
-
     def prepare(self) -> None:
-        """Called before the search."""
+        """Find the scales."""
+        super().prepare()
+        self.scales = batch_norm_scales(self.model, self.method)
 
     @abstractmethod
-    def mask_loss(self, masks: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
+    def mask_loss(self, masks: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
         """The scalar that the masks minimise on one batch; ``masks`` are (C,) per layer and require gradients."""
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None) -> TrainOutput:
         """Learn the masks, choose the threshold, prune. Callbacks are not called, since no weight is trained.
 
         Args:
-            resume_from_checkpoint: Must be None or False: there are no checkpoints.
+            resume_from_checkpoint: Must not ask for a checkpoint: there are none.
             trial: Not used.
             ignore_keys_for_eval: Not used.
 
@@ -106,15 +109,14 @@ class MaskPruningTrainer(StagedTrainer, ABC):
             Number of mask updates, mean mask loss, and the run time in seconds.
 
         Raises:
-            ValueError: A checkpoint is named.
+            ValueError: A checkpoint is asked for.
             FloatingPointError: The loss of the masks is NaN or infinite.
             RuntimeError: Nothing can be pruned at a tolerable loss of accuracy.
         """
-        if resume_from_checkpoint:
+        if is_asked_to_resume(resume_from_checkpoint):
             raise ValueError(f"{self.method} writes no checkpoints to resume from: run it again from the suspicious model")
         started = time.perf_counter()
-        self.scales = batch_norm_scales(self.model, self.method)
-        self.prepare()
+        self.begin(resumed=False)
         masks, loss = self.find_masks()
         self.prune(self.agree(masks))
         seconds = time.perf_counter() - started
@@ -124,18 +126,20 @@ class MaskPruningTrainer(StagedTrainer, ABC):
         """Minimise `mask_loss` by SGD from masks of one, clipped to [0, 1] after each update; the masks and the mean loss."""
         args = self.args
         masks = {name: torch.ones_like(gamma, requires_grad=True) for name, (gamma, _) in self.scales.items()}
-        optimizer = torch.optim.SGD(masks.values(), args.learning_rate, momentum=0.9)
+        flat = list(masks.values())
+        optimizer = torch.optim.SGD(flat, args.learning_rate, momentum=0.9)
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.tune_batches_per_epoch())
         total = torch.zeros((), device=args.device)
         batches = itertools.islice(self.endless_tune_batches(), steps)
         for batch in self.progress(batches, f"{self.method} masks", steps):
             loss = self.mask_loss(masks, batch)
-            optimizer.zero_grad()
-            loss.backward()
+            # Of the masks only: `backward` would add up gradients in all weights of the model too.
+            for mask, gradient in zip(flat, torch.autograd.grad(loss, flat, materialize_grads=True), strict=True):
+                mask.grad = gradient
             optimizer.step()
             with torch.no_grad():
-                torch._foreach_clamp_min_(list(masks.values()), 0.0)
-                torch._foreach_clamp_max_(list(masks.values()), 1.0)
+                torch._foreach_clamp_min_(flat, 0.0)
+                torch._foreach_clamp_max_(flat, 1.0)
             total += loss.detach()
         self.state.global_step = steps
         if not torch.isfinite(total):
@@ -158,7 +162,7 @@ class MaskPruningTrainer(StagedTrainer, ABC):
                 count = larger
                 accuracy = self.accuracy(self.validate, masked(self.scales, {name: ~p for name, p in pruned.items()}))
             if count and self.is_tolerable(accuracy, before):
-                found = {"threshold": threshold, "pruned": count, "validation_accuracy_after": accuracy}
+                found = {"threshold": threshold, "pruned": count} | self.accuracies(before, accuracy)
         if not found:
             lowest = min(mask.min().item() for mask in masks.values())
             raise RuntimeError(
@@ -166,23 +170,15 @@ class MaskPruningTrainer(StagedTrainer, ABC):
                 f"{lowest:.2f}, thresholds 0 to {THRESHOLDS[-1]}): the model is not purified. Train the masks longer, or raise "
                 "max_validation_drop"
             )
-        neurons = sum(len(mask) for mask in masks.values())
-        return found | {"neurons": neurons, "validation_accuracy_before": before, "validation_images": len(self.validate)}
+        return found | {"neurons": sum(len(mask) for mask in masks.values())}
 
     @torch.no_grad()
     def prune(self, masks: dict[str, Tensor]) -> None:
         """Choose the threshold and set gamma = 0 where the mask is not above it."""
-        self.pruning = self.choose_threshold(masks)
+        self.found = self.choose_threshold(masks)
         weights = []
-        for name, pruned in below(masks, self.pruning["threshold"]).items():
+        for name, pruned in below(masks, self.found["threshold"]).items():
             weights.append(self.model.get_submodule(name).weight.data.masked_fill_(pruned, 0.0))
         self.agree(weights)
-        self.accelerator.print(
-            f"{self.method} pruned {self.pruning['pruned']} of {self.pruning['neurons']} BatchNorm channels (threshold "
-            f"{self.pruning['threshold']}): accuracy on {len(self.validate)} held-out retain images "
-            f"{self.pruning['validation_accuracy_before']:.3f} -> {self.pruning['validation_accuracy_after']:.3f}"
-        )
-
-    def facts(self) -> dict[str, Any]:
-        """Adds ``pruning``: threshold, neurons, how many were pruned, validation accuracy before and after."""
-        return super().facts() | {"pruning": self.pruning}
+        threshold, count, neurons = (self.found[name] for name in ("threshold", "pruned", "neurons"))
+        self.say(f"pruned {count} of {neurons} BatchNorm channels (threshold {threshold})")

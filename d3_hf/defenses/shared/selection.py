@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...models.head import _is_matrix, find_head
+from ...models.head import find_head, is_matrix
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def select_weights(
     else:
         names = [n for n in modules if any(n == target or n.endswith("." + target) for target in target_modules)]
     if not names:
-        candidates = [name for name, module in modules.items() if _is_matrix(module)]
+        candidates = [name for name, module in modules.items() if is_matrix(module)]
         raise ValueError(f"target_modules={target_modules!r} matches no module; linear layers are: {', '.join(candidates)}")
     segments = [segment for name in names for segment in _segments(name, modules[name], target_modules)]
     _check(model, segments)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from .base import CifarNetwork, description, stage
+
 STAGES = ((16, 1), (32, 2), (64, 2))  # channels, stride of the first block
 
 
@@ -36,7 +38,7 @@ class BasicBlock(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.added - before))
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(CifarNetwork):
     """Maps images (B, in_chans, h, w) to logits (B, num_classes).
 
     Args:
@@ -48,64 +50,32 @@ class CifarResNet(nn.Module):
         ValueError: ``depth`` is not 6n + 2 with n >= 1.
     """
 
+    classifier_name = "linear"
+
     def __init__(self, depth: int, num_classes: int = 10, in_chans: int = 3):
-        super().__init__()
+        super().__init__(num_features=STAGES[-1][0])
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise ValueError(f"depth must be 6n + 2 (20, 32, 44, 56, ...); got {depth}")
-        self.num_features = self.head_hidden_size = STAGES[-1][0]
         self.conv1 = nn.Conv2d(in_chans, STAGES[0][0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(STAGES[0][0])
         in_channels = STAGES[0][0]
         for number, (channels, stride) in enumerate(STAGES, start=1):
-            first = BasicBlock(in_channels, channels, stride)
-            others = [BasicBlock(channels, channels, 1) for _ in range(blocks - 1)]
-            self.add_module(f"layer{number}", nn.Sequential(first, *others))
+            self.add_module(f"layer{number}", stage(BasicBlock, in_channels, channels, stride, blocks))
             in_channels = channels
         self.reset_classifier(num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
 
-    def get_classifier(self) -> nn.Module:
-        """Return the layer that makes the logits."""
-        return self.linear
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new, random classifier of ``num_classes`` classes in place; 0 leaves it out."""
-        self.num_classes = num_classes
-        self.linear = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images to the last feature map (B, 64, h/4, w/4)."""
         x = F.relu(self.bn1(self.conv1(x)))
         return self.layer3(self.layer2(self.layer1(x)))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Average the feature map over its pixels and classify it."""
-        x = x.mean((2, 3))
-        return x if pre_logits else self.linear(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images to logits."""
-        return self.forward_head(self.forward_features(x))
-
-
-# Checkpoints in circulation were trained with different normalisations: none is right by default, so none is given.
-_CFG = {
-    "input_size": (3, 32, 32),
-    "pool_size": (8, 8),
-    "num_classes": 10,
-    "mean": None,
-    "std": None,
-    "interpolation": "bilinear",
-    "crop_pct": 1.0,
-    "first_conv": "conv1",
-    "classifier": "linear",
-}
-default_cfgs = generate_default_cfgs(
-    dict.fromkeys(("resnet20_cifar", "resnet32_cifar", "resnet44_cifar", "resnet56_cifar"), _CFG)
-)
+_NAMES = ("resnet20_cifar", "resnet32_cifar", "resnet44_cifar", "resnet56_cifar")
+default_cfgs = generate_default_cfgs(dict.fromkeys(_NAMES, description("linear", pool_size=8)))
 
 
 @register_model

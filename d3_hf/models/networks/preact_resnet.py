@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from .base import CifarNetwork, description, stage
+
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))  # channels, stride of the first block
 
 
@@ -34,7 +36,7 @@ class PreActBlock(nn.Module):
         return self.conv2(F.relu(self.bn2(out))) + identity
 
 
-class PreActResNet(nn.Module):
+class PreActResNet(CifarNetwork):
     """Maps images (B, in_chans, h, w) to logits (B, num_classes).
 
     Args:
@@ -43,57 +45,23 @@ class PreActResNet(nn.Module):
         in_chans: Channels of the images.
     """
 
+    classifier_name = "linear"
+
     def __init__(self, blocks: tuple[int, int, int, int], num_classes: int = 10, in_chans: int = 3):
-        super().__init__()
-        self.num_features = self.head_hidden_size = STAGES[-1][0]
+        super().__init__(num_features=STAGES[-1][0])
         in_channels = STAGES[0][0]
         self.conv1 = nn.Conv2d(in_chans, in_channels, 3, padding=1, bias=False)
         for number, ((channels, stride), count) in enumerate(zip(STAGES, blocks, strict=True), start=1):
-            first = PreActBlock(in_channels, channels, stride)
-            others = [PreActBlock(channels, channels, 1) for _ in range(count - 1)]
-            self.add_module(f"layer{number}", nn.Sequential(first, *others))
+            self.add_module(f"layer{number}", stage(PreActBlock, in_channels, channels, stride, count))
             in_channels = channels
         self.reset_classifier(num_classes)
-
-    def get_classifier(self) -> nn.Module:
-        """Return the layer that makes the logits."""
-        return self.linear
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new, random classifier of ``num_classes`` classes in place; 0 leaves it out."""
-        self.num_classes = num_classes
-        self.linear = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images to the last feature map (B, 512, h/8, w/8)."""
         return self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Average the feature map over its pixels and classify it."""
-        x = x.mean((2, 3))
-        return x if pre_logits else self.linear(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images to logits."""
-        return self.forward_head(self.forward_features(x))
-
-
-# Checkpoints in circulation were trained with different normalisations: none is right by default, so none is given.
-default_cfgs = generate_default_cfgs(
-    {
-        "preact_resnet18_cifar": {
-            "input_size": (3, 32, 32),
-            "pool_size": (4, 4),
-            "num_classes": 10,
-            "mean": None,
-            "std": None,
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "first_conv": "conv1",
-            "classifier": "linear",
-        }
-    }
-)
+default_cfgs = generate_default_cfgs({"preact_resnet18_cifar": description("linear", pool_size=4)})
 
 
 @register_model

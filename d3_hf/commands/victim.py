@@ -1,0 +1,23 @@
+"""``d3-hf victim``: make a victim, or those of a set."""
+
+from typing import Any
+
+from ..victims.sets import make_set, make_victim
+
+
+def run(argv: list[str]) -> dict[str, Any]:
+    """Run ``[CONFIG.yaml] --option value ...`` or, for a set, ``--set FILE.yaml [--only PATTERN ...] --option value ...``.
+
+    Args:
+        argv: Arguments without the program's name.
+
+    Returns:
+        ``folder``, ``attack`` (its description, None without one) and ``measured`` as in ``victim.json``; of a set ``folders``.
+
+    Raises:
+        ValueError: See `make_victim` and `make_set`.
+    """
+    if any(argument.partition("=")[0] == "--set" for argument in argv):
+        return {"folders": make_set(argv)}
+    made = make_victim(argv)
+    return {"folder": made.folder, "attack": made.attack.describe() if made.attack else None, "measured": made.measured}

@@ -1,0 +1,5 @@
+"""Neural Cleanse."""
+
+from .trainer import NeuralCleanseConfig, NeuralCleanseTrainer
+
+__all__ = ["NeuralCleanseConfig", "NeuralCleanseTrainer"]

@@ -1,0 +1,49 @@
+"""What is known of a purification beyond its trainer."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .tables import results_table
+
+REJECTED = "rejected"  # folder below output_dir, and the manifest's entry with the reasons
+
+
+@dataclass(frozen=True)
+class Report:
+    """What goes into manifest and card of a run besides what its trainer knows.
+
+    `workflow.purify` is given one with the names of the images that it measures on, and returns it with what was found.
+
+    Attributes:
+        data: What the images measured on are called, on the Hub or by the last part of their path.
+        split: Which split of them.
+        warnings: What makes the retain set look unfit, said before the start.
+        results: What ``all_results.json`` holds, see `evaluation.measure.results`; empty if nothing was measured, and on all
+            processes but the main one.
+        trigger: Description of the trigger that was measured with.
+        n_images: How many images were measured on.
+        seconds: Of measuring before, of training and of measuring after.
+        guard_rails: Options of `GuardArguments`.
+        rejected: Why a guard rail rejected the model, a line each; empty if none did.
+    """
+
+    data: str | None = None
+    split: str | None = None
+    warnings: tuple[str, ...] = ()
+    results: dict[str, Any] = field(default_factory=dict)
+    trigger: dict[str, Any] | None = None
+    n_images: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    guard_rails: dict[str, Any] | None = None
+    rejected: tuple[str, ...] = ()
+
+    def measured(self) -> dict[str, Any]:
+        """The manifest's entry ``measured``: what is set, without the results, which have a file of their own."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "results"}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v or self._must_show(name)}
+
+    def _must_show(self, name: str) -> bool:
+        return self.n_images is not None and name in ("trigger", "warnings", "guard_rails")
+
+    def __str__(self) -> str:
+        return results_table(self.results)

@@ -1,0 +1,44 @@
+"""Which placement a run has, as it was launched."""
+
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers import Trainer
+
+from .fsdp import Sharded
+from .in_place import InPlace
+
+RECIPE = "recipes/accelerate/fsdp2.yaml"
+USE_DDP = "launch with DDP (recipes/accelerate/ddp.yaml)"
+
+
+def placement_of(trainer: Trainer, model: nn.Module, runs_sharded: bool) -> InPlace:
+    """The placement of a trainer's model.
+
+    Args:
+        trainer: Its accelerator says how the run was launched.
+        model: As handed over, not yet sharded.
+        runs_sharded: Whether the method knows of shards.
+
+    Raises:
+        ValueError: DeepSpeed or FSDP1; on shards, a method or an option that does not work there.
+    """
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(f"DeepSpeed is not supported: shard by FSDP2 ({RECIPE}), or {USE_DDP}")
+    if not trainer.is_fsdp_enabled:
+        return InPlace(model)
+    if not runs_sharded:
+        raise ValueError(f"{type(trainer).__name__} does not run under FSDP, only D3 and fine-tuning do: {USE_DDP}")
+    if whole := [option for option in ("average_last", "sam_rho") if getattr(trainer.args, option)]:
+        raise ValueError(f"{whole[0]} does not run under FSDP: leave it out, or {USE_DDP}")
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"FSDP1 is not supported: set fsdp_version to 2 ({RECIPE}), or {USE_DDP}")
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            f"FSDP would load the suspicious weights in one process: set fsdp_cpu_ram_efficient_loading to false ({RECIPE})"
+        )
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(f"FSDP with parameters on the CPU is not supported: set fsdp_offload_params to false ({RECIPE})")
+    plugin.state_dict_config = plugin.optim_state_dict_config = None  # of the default type, in which no whole model is saved
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    return Sharded(model, trainer.args.device)

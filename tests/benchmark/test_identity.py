@@ -1,0 +1,225 @@
+"""What a grid knows victims, images and cells by: no victim has seen a retain set, and no cell is taken for another."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from places import RECIPES
+
+from d3_hf.benchmark import grid as grid_module
+from d3_hf.benchmark import read_grid, run_grid
+from d3_hf.benchmark.cells import Runner, cells_of
+from d3_hf.benchmark.grid import GridInputs
+from d3_hf.data.labels import retain_indices
+from d3_hf.data.load import load_images
+from d3_hf.options.arguments import DataArguments
+
+HELD_OUT = retain_indices(np.zeros(1437, int), ["any"], count=60)  # of the digits' training split, as `grid` has it
+
+
+def write_digits(folder, change=None, rows=range(0), test="test"):
+    """The digits as parquet files, with the pictures at ``rows`` of a split in place of each other."""
+    folder.mkdir()
+    for name, split in load_images("digits").items():
+        order = np.arange(len(split))
+        if name == change:
+            order[rows] = np.roll(rows, 1)
+        pictures = split.select_columns("image").select(order)
+        file = {"train": "train", "test": test}[name]
+        pictures.add_column("label", split["label"][:]).cast(split.features).to_parquet(folder / f"{file}.parquet")
+    return str(folder)
+
+
+def altered_victims(grid, folder, victim, change):
+    """The grid over copies of its victims, the record of one of them changed."""
+    copies = Path(shutil.copytree(grid.victims_dir, folder / "victims"))
+    file = copies / victim / "victim.json"
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record))
+    return replace(grid, victims_dir=str(copies), output_dir=str(folder / "grid"))
+
+
+# No victim has seen a retain set ----------------------------------------------------------------------------------------
+
+
+def test_no_victim_has_seen_a_retain_set(grid):
+    record = json.loads((Path(grid.victims_dir) / "vit/badnets/victim.json").read_text())
+    drawn = {row for seed in grid.seeds for row in GridInputs(grid).retain("30", seed)["index"]}
+    assert len(drawn) > 30 and not drawn & set(record["planted"]["poisoned_rows"])
+    with pytest.raises(ValueError, match="set held_out"):
+        GridInputs(replace(grid, held_out=50)).folder("vit/badnets")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"retain_balanced": True}, "retain_balanced True, here False"),
+        ({"retain_seed": 1}, "retain_seed 1, here 0"),
+        ({"train_split": "test"}, "train_split test, here train"),
+        ({"retain_count": None, "retain_fraction": 60 / 1437}, "retain_count None, here 60; retain_fraction 0.04"),
+    ],
+)
+@pytest.mark.parametrize("digest", [True, False])
+def test_a_victim_of_another_draw_is_refused(grid, tmp_path, recipe, message, digest):
+    def change(record):
+        record["recipe"] |= recipe
+        if not digest:
+            del record["images_sha256"]
+
+    with pytest.raises(ValueError, match=f"vit/badnets holds other images out than the grid \\({message}") as found:
+        run_grid(altered_victims(grid, tmp_path, "vit/badnets", change))
+    assert "\n" not in str(found.value)
+
+
+def test_a_victim_of_other_images_is_refused_wherever_they_lie(grid, tmp_path):
+    seen = np.setdiff1d(np.arange(1437), HELD_OUT)[:2]
+    other = replace(grid, dataset_name=write_digits(tmp_path / "digits", "train", seen))
+    with pytest.raises(ValueError, match="vit/badnets was trained on other images than .* has besides .*images_sha256"):
+        run_grid(other)
+    same = replace(grid, dataset_name=write_digits(tmp_path / "elsewhere"))
+    assert GridInputs(same).record("vit/badnets")
+
+
+def test_without_a_digest_the_name_of_the_data_set_must_do(grid, tmp_path):
+    for name, fits in (("digits", True), ("/data/digits", True), ("uoft-cs/cifar10", False)):
+        (tmp_path / name.replace("/", "_")).mkdir()
+
+        def change(record, name=name):
+            record["recipe"]["dataset_name"] = name
+            del record["images_sha256"]
+
+        inputs = GridInputs(altered_victims(grid, tmp_path / name.replace("/", "_"), "vit/badnets", change))
+        if fits:
+            assert inputs.record("vit/badnets")
+        else:
+            with pytest.raises(ValueError, match="dataset_name uoft-cs/cifar10, here digits"):
+                inputs.record("vit/badnets")
+
+
+def test_the_rest_of_the_images_is_decoded_once_and_only_for_a_digest(grid, tmp_path, monkeypatch):
+    sizes = []
+    digest = grid_module.images_digest
+    monkeypatch.setattr(grid_module, "images_digest", lambda images: sizes.append(len(images)) or digest(images))
+    runner = Runner(grid)
+    for cell in cells_of(grid):
+        runner.spec(cell)
+    assert sizes.count(1437 - 60) == 1
+    sizes.clear()
+    copies = altered_victims(grid, tmp_path, "vit/badnets", lambda record: record.pop("images_sha256"))
+    Runner(copies).spec(cells_of(copies)[0])
+    assert cells_of(copies)[0].victim == "vit/badnets" and 1437 - 60 not in sizes
+
+
+def test_a_twin_of_another_draw_is_refused_before_the_work(grid, tmp_path):
+    with pytest.raises(ValueError, match="vit/twin holds other images out"):
+        run_grid(altered_victims(grid, tmp_path, "vit/twin", lambda record: record["recipe"].update(retain_seed=1)))
+    assert not (tmp_path / "grid").exists()
+
+
+def test_a_victim_that_was_changed_since_is_not_purified(grid, tmp_path):
+    copies = altered_victims(grid, tmp_path, "vit/badnets", lambda record: None)
+    shutil.copy(f"{grid.victims_dir}/vit/blended/model.safetensors", f"{copies.victims_dir}/vit/badnets")
+    row = Runner(copies).make(cells_of(copies)[0])
+    assert row["victim"] == "vit/badnets" and "model.safetensors is not what victim.json says" in row["error"]
+
+
+# No cell is taken for another -------------------------------------------------------------------------------------------
+
+
+def folders(grid):
+    runner = Runner(grid)
+    return [runner.folder(cell).name for cell in cells_of(grid)]
+
+
+def test_a_data_set_that_moved_keeps_its_cells_and_another_makes_new_ones(grid, tmp_path):
+    moved = replace(grid, dataset_name=write_digits(tmp_path / "moved"))
+    assert folders(moved) == folders(grid)
+    retained = replace(grid, dataset_name=write_digits(tmp_path / "retained", "train", HELD_OUT))
+    tested = replace(grid, dataset_name=write_digits(tmp_path / "tested", "test", range(360)))
+    assert not set(folders(retained)) & set(folders(grid)) and not set(folders(tested)) & set(folders(grid))
+
+
+def test_a_victim_is_measured_anew_on_other_images(grid, tmp_path):
+    moved = write_digits(tmp_path / "moved")
+    other = write_digits(tmp_path / "other", "test", range(360))
+    for place, measured in ((grid.dataset_name, 1), (moved, 1), (other, 2)):
+        Runner(replace(grid, dataset_name=place, output_dir=str(tmp_path))).before("vit/badnets", "vit/badnets")
+        assert len(list((tmp_path / "before").iterdir())) == measured
+
+
+def test_other_data_of_a_retain_set_are_known_by_their_content(grid, tmp_path):
+    def of(place):
+        return replace(grid, retain={"other": {"dataset_name": place, "classes": {"3": "5", "1": "7"}, "count": 25}})
+
+    places = [write_digits(tmp_path / name) for name in ("one", "two")]
+    assert folders(of(places[0])) == folders(of(places[1]))
+    changed = write_digits(tmp_path / "changed", "train", range(1437))
+    assert not set(folders(of(changed))) & set(folders(of(places[0])))
+
+
+def test_other_data_that_are_not_there_fail_their_own_cells_alone(grid, tmp_path):
+    retain = {"30": {"count": 30}, "other": {"dataset_name": str(tmp_path / "none"), "classes": {"3": "5"}}}
+    (tmp_path / "test-only").mkdir()
+    load_images("digits")["test"].to_parquet(tmp_path / "test-only" / "test.parquet")
+    retain["test"] = retain["other"] | {"dataset_name": str(tmp_path / "test-only")}
+    part = replace(grid, retain=retain, output_dir=str(tmp_path / "grid"), seeds=[0], victims=grid.victims[:1])
+    part = replace(part, defences={"FT": {"defence": "fine_tuning"}})
+    rows = run_grid(part).set_index("retain")
+    assert rows.loc["30", "accuracy_after"] >= 0 and "none" in rows.loc["other", "error"]
+    assert "test-only has no split 'train' to draw a retain set from; it has test" in rows.loc["test", "error"]
+
+
+def test_an_option_at_its_default_is_the_same_as_none(grid):
+    said = grid.common | {"bf16": False, "adam_beta1": 0.9, "cutout": 0, "batch_norm": "train"}
+    assert folders(replace(grid, common=said)) == folders(grid)
+    assert not set(folders(replace(grid, common=said | {"bf16": True}))) & set(folders(grid))
+
+
+def test_other_peoples_checkpoints_are_known_by_content_not_by_place(tmp_path):
+    (tmp_path / "one.pth").write_bytes(b"weights")
+    (tmp_path / "two.pth").write_bytes(b"weights")
+    grid = read_grid(str(RECIPES / "grids" / "proof_nad.yaml"))
+    found = []
+    for name in ("one.pth", "two.pth"):
+        grid.checkpoint_at(str(tmp_path / name))
+        found.append(GridInputs(grid).identity("nad_grid"))
+    assert found[0] == found[1] and GridInputs(grid).attack("nad_grid").target_label == 5
+    with pytest.raises(ValueError, match="one checkpoint of other people"):
+        read_grid(str(RECIPES / "grids" / "cpu.yaml")).checkpoint_at("x")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "preprocessor_config.json"])
+def test_a_folder_of_other_people_is_known_by_its_files(grid, tmp_path, file):
+    folders = [shutil.copytree(f"{grid.victims_dir}/vit/badnets", tmp_path / name) for name in ("one", "two", "changed")]
+    (folders[2] / file).write_bytes((folders[2] / file).read_bytes() + b" ")
+    theirs = [replace(grid, victims={"v": {"model_name_or_path": str(f), "attack": {"name": "badnets"}}}) for f in folders]
+    one, two, changed = (GridInputs(grid).identity("v") for grid in theirs)
+    assert one == two != changed
+
+
+# Which images are measured on -------------------------------------------------------------------------------------------
+
+
+def test_test_images_are_drawn_as_purify_draws_them(grid, tmp_path):
+    """Sorted by class, as a folder of images is, and with a split `validation` alone."""
+    (tmp_path / "digits").mkdir()
+    for name, file in (("train", "train"), ("test", "validation")):
+        split = load_images("digits")[name]
+        split.select(np.argsort(split["label"], kind="stable")).to_parquet(tmp_path / "digits" / f"{file}.parquet")
+    inputs = GridInputs(replace(grid, dataset_name=str(tmp_path / "digits"), test_images=30, watch_images=15))
+    assert len(inputs.test) == 30 and len(inputs.test.labels.unique()) > 5
+    assert len(inputs.watched) == 15 and len(inputs.watched.labels.unique()) > 5
+    expected = DataArguments(str(tmp_path / "digits"), retain_count=60, max_test_images=30).load().test
+    assert torch.equal(inputs.test.images, expected.images)
+    assert len(GridInputs(replace(grid, watch_images=1000)).watched) == 40
+
+
+def test_nothing_is_measured_on_what_victims_were_trained_on(grid, tmp_path):
+    load_images("digits")["train"].to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="has no test or validation split"):
+        run_grid(replace(grid, dataset_name=str(tmp_path / "train.parquet")))

@@ -1,0 +1,41 @@
+"""The Markdown tables: one form for all of them, whatever stands in a cell."""
+
+import pandas
+
+from d3_hf.benchmark.tables import failures
+from d3_hf.publishing.tables import markdown_table, rates_table, results_table
+
+
+def rates(key, value, suffix=""):
+    return {f"{key}{suffix}": value, f"{key}{suffix}_ci95": [value - 0.01, value + 0.01], f"{key}{suffix}_n": 360}
+
+
+def test_a_table_has_names_on_the_left_and_numbers_on_the_right():
+    table = markdown_table(["", "before", "n"], [["ACC", "97.2", "360"], ["DER", "", ""]])
+    assert table.splitlines() == ["| | before | n |", "| --- | ---: | ---: |", "| ACC | 97.2 | 360 |", "| DER | | |"]
+
+
+def test_what_stands_in_a_cell_neither_ends_it_nor_its_line():
+    assert markdown_table(["a"], [["x | y\nz"]]).splitlines()[2:] == [r"| x \| y z |"]
+    row = {"victim": "v", "retain": "30", "defence": "ANP", "seed": 0, "error": "ValueError: no BatchNorm|\n  none here"}
+    assert failures(pandas.DataFrame([row])).endswith(r"| v | 30 | ANP | 0 | ValueError: no BatchNorm\| none here |")
+
+
+def test_results_before_and_after():
+    results = rates("accuracy", 0.9, "_before") | rates("accuracy", 0.85, "_after") | {"der": 0.5}
+    assert results_table(results).splitlines() == [
+        "| | before | after | images |",
+        "| --- | ---: | ---: | ---: |",
+        "| ACC | 90.00 % [89.00, 91.00] | 85.00 % [84.00, 86.00] | 360 |",
+        "| DER | | 0.5000 | |",
+    ]
+
+
+def test_rates_of_several_models():
+    columns = {"victim": rates("accuracy", 0.9) | rates("asr", 0.99), "model without backdoor": rates("accuracy", 0.91)}
+    assert rates_table(columns).splitlines() == [
+        "| | victim | model without backdoor | images |",
+        "| --- | ---: | ---: | ---: |",
+        "| ACC | 90.00 % [89.00, 91.00] | 91.00 % [90.00, 92.00] | 360 |",
+        "| ASR | 99.00 % [98.00, 100.00] | | 360 |",
+    ]
