@@ -198,11 +198,11 @@ def test_a_repository_that_does_not_exist_is_a_mistake_and_a_failing_hub_is_none
 
 
 def test_a_broken_rail_ends_with_3_and_its_model_cannot_be_pushed(folder, capfd):
-    argv = ["purify", "purify.yaml", "--min_agreement", "1", "--max_accuracy_drop", "1", "--json"]  # D3 draws the head anew
+    argv = ["purify", "purify.yaml", "--min_class_accuracy", "1", "--max_accuracy_drop", "1", "--json"]
     assert command(*argv, "--output_dir", "ruined") == 3
     shown = capfd.readouterr()
     found = json.loads(shown.out)
-    assert found["folder"] == "ruined/rejected" and "min_agreement" in found["rejected"][0] and "accuracy_after" in found
+    assert found["folder"] == "ruined/rejected" and "min_class_accuracy" in found["rejected"][0] and "accuracy_after" in found
     assert "nothing was pushed" in shown.err.splitlines()[-1] and "Traceback" not in shown.err
     assert command("push", "ruined/rejected", "--hub_model_id", "me/x") == 2
     assert "ruined/rejected was rejected and is not pushed" in capfd.readouterr().err

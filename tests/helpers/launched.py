@@ -13,7 +13,7 @@ from d3_hf.data.images import RawImages
 from d3_hf.defenses.d3.trainer import HINGES, D3Config, D3Trainer
 
 CASES = {hinge: dict(hinge=hinge, epsilon=0.8, max_steps=4, active_set=False) for hinge in HINGES} | {
-    "active": dict(active_set=True, epsilon=1.0, max_steps=10, learning_rate=0.01, weight_decay=0.1)
+    "active": dict(active_set=True, epsilon=1.0, max_steps=24, learning_rate=0.01, weight_decay=0.1)
 }
 
 

@@ -37,8 +37,11 @@ def test_each_process_takes_its_own_active_images(two_processes):
     record = json.loads((two_processes / "active.json").read_text())
     windows = [list(zip(counts[::2], counts[1::2], strict=True)) for counts in record["active"]]
     assert any((one == (0, 0)) != (two == (0, 0)) for one, two in zip(*windows, strict=True))  # one alone has none
-    for active, with_graph in zip(record["active"], record["with_graph"], strict=True):
-        assert with_graph == [2, 2] + [max(count, 1) for count in active[2:]]  # the first window is dense; one takes part
+    shares = [1.0] + [(sum(one) + sum(two)) / 8 for one, two in zip(*windows, strict=True)]  # of both processes' images
+    assert any(share < 2 / 3 for share in shares[:-1])
+    for counts, with_graph in zip(record["active"], record["with_graph"], strict=True):
+        dense = [shares[number // 2] >= 2 / 3 for number in range(len(counts))]  # by the window before
+        assert with_graph == [2 if d else max(count, 1) for count, d in zip(counts, dense, strict=True)]  # one takes part
 
 
 def test_two_processes_hold_the_same_images(two_processes):
