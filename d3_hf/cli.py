@@ -1,7 +1,8 @@
 """The command line: ``d3-hf purify | measure | victim | benchmark | push | info``, and how every command and recipe ends.
 
 Exit codes: 0 done, 1 a failure, 2 the user's mistake, 3 a broken guard rail, 130 interrupted. What went wrong is one line on
-stderr; ``--debug`` adds the traceback. Nothing heavy is imported before a command runs.
+stderr, and with ``--json`` also the object on stdout, as its ``error`` beside its ``code``; ``--debug`` adds the traceback.
+Nothing heavy is imported before a command runs.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ ADVICE = {
     errno.EROFS: "choose another folder",
 }
 COMMON = """\
-  --json     one JSON object on stdout and nothing else there
+  --json     one JSON object on stdout and nothing else there; of a failure its error and code
   --debug    show where an error came from"""
 CODES = """\
 exit codes: 0 done, 1 failure, 2 mistake in what was given, 3 a guard rail broke (the model is in rejected/), 130 interrupted"""
@@ -45,7 +46,11 @@ def main() -> None:
             print(_usage(), flush=True)
         return
     if name not in COMMANDS:
-        print(f"d3-hf: unknown command {name!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        what = "--json goes after the command" if name == "--json" else f"unknown command {name!r}"
+        message = f"{what}: choose one of {', '.join(COMMANDS)}"
+        print(f"d3-hf: {message}", file=sys.stderr)
+        if "--json" in sys.argv:
+            _print_json({"error": message, "code": MISTAKE})
         sys.exit(MISTAKE)
     run(COMMANDS[name], argv)
 
@@ -54,7 +59,8 @@ def run(task: Command | Callable[[list[str]], Any], argv: list[str]) -> NoReturn
     """Run a command or a recipe's function and exit: code as above, an error as one line on stderr.
 
     Args:
-        task: Takes the arguments. What a command returns is all that stdout gets with ``--json``; the rest goes to stderr.
+        task: Takes the arguments. What a command returns, or ``error`` and ``code``, is all that stdout gets with ``--json``;
+            the rest goes to stderr.
         argv: Arguments without the program's name. A ``--debug`` with a value is left in, for `TrainingArguments`.
     """
     if isinstance(task, Command):
@@ -65,11 +71,11 @@ def run(task: Command | Callable[[list[str]], Any], argv: list[str]) -> NoReturn
     as_json = command is not None and "--json" in argv
     if as_json:
         argv = [argument for argument in argv if argument != "--json"]
-    if command and {"-h", "--help", "--help_all"} & set(argv):
-        print(_header(command))
     code, found = 0, None
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            if command and {"-h", "--help", "--help_all"} & set(argv):
+                print(_header(command))
             found = function(argv)
     except KeyboardInterrupt as stop:
         code, message = INTERRUPTED, f"interrupted; {str(stop) or RUN_AGAIN}"
@@ -79,11 +85,16 @@ def run(task: Command | Callable[[list[str]], Any], argv: list[str]) -> NoReturn
             found = error.results | {"rejected": error.reasons, "folder": str(error.folder)}
         if debug:
             traceback.print_exc()
-    if as_json and found is not None and os.environ.get("RANK", "0") == "0":
-        print(json.dumps(found, indent=2))
     if code:
         print(f"{title}: {message}", file=sys.stderr)
+        found = (found or {}) | {"error": message, "code": code}
+    if as_json and found is not None and os.environ.get("RANK", "0") == "0":
+        _print_json(found)
     sys.exit(code)
+
+
+def _print_json(found: dict[str, Any]) -> None:
+    print(json.dumps(found, indent=2))
 
 
 @contextlib.contextmanager

@@ -52,9 +52,10 @@ class Grid:
         save_models: Keep each purified model in its cell's folder, for ``recipes/figures.py``.
 
     Raises:
-        ValueError: No victim, defence, seed or retain set; ``test_images`` or ``watch_images`` below 1; an unknown defence or a
-            wrong key, or one that is called as the tables call the untouched models; or a retain set is larger than
-            ``held_out``, or see `RetainSet`.
+        ValueError: No victim, defence, seed or retain set, or one that is no mapping; a checkpoint of other people lacks one of
+            its two entries or has an option that `ModelArguments` has not; ``test_images`` or ``watch_images`` below 1; an
+            unknown defence or a wrong key, or one that is called as the tables call the untouched models; or a retain set is
+            larger than ``held_out``, or see `RetainSet`.
     """
 
     output_dir: str
@@ -74,6 +75,7 @@ class Grid:
         for name in ("victims", "defences", "retain", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"the grid has no {name}")
+        self._check_mappings()
         for name in ("test_images", "watch_images"):
             if (count := getattr(self, name)) is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, or left out; got {count}")
@@ -90,6 +92,17 @@ class Grid:
             RetainSet(**options)
             if options.get("dataset_name") is None and options.get("count", 0) > self.held_out:
                 raise ValueError(f"retain set {name!r}: count {options['count']} is more than held_out, {self.held_out}")
+
+    def _check_mappings(self) -> None:
+        for kind, entries in (("victim", self.victims), ("defence", self.defences), ("retain set", self.retain)):
+            for name, options in entries.items() if isinstance(entries, dict) else ():
+                if not isinstance(options, dict):
+                    raise ValueError(f"{kind} {name!r} must be a mapping of options to values; got {options!r}")
+        for name, options in self.victims.items() if isinstance(self.victims, dict) else ():
+            if missing := sorted({"model_name_or_path", "attack"} - options.keys()):
+                raise ValueError(f"victim {name!r} has no {' and no '.join(missing)}")
+            if unknown := sorted(options.keys() - {f.name for f in fields(ModelArguments)} - {"attack"}):
+                raise ValueError(f"victim {name!r} has no option {', '.join(unknown)}")
 
     def checkpoint_at(self, place: str) -> None:
         """Say where the grid's one checkpoint of other people lies.

@@ -12,7 +12,7 @@ from ..benchmark.cells import run_grid
 from ..benchmark.grid import read_grid
 from ..benchmark.plots import draw
 from ..benchmark.tables import render
-from ..files import atomic_file
+from ..files import atomic_file, first_line
 from ..options.parser import Parser
 from . import with_option
 
@@ -55,14 +55,14 @@ def run_benchmark(argv: list[str]) -> pandas.DataFrame:
 
     Raises:
         FileNotFoundError: The grid, a victim or an image folder is not there.
-        ValueError: The grid does not hold together, or more than one process was launched.
+        ValueError: The grid does not hold together, the table is none of a benchmark, or more than one process was launched.
     """
     (options,) = Parser([BenchmarkArguments]).read(with_option("grid", argv))
     if PartialState().num_processes > 1:
         raise ValueError("a cell runs in one process: launch one for each share of the grid, with --shard i/n")
     if options.grid.endswith(".parquet"):
         folder = Path(options.grid).parent
-        rows = pandas.read_parquet(options.grid)
+        rows = read_rows(Path(options.grid))
     else:
         given = {name: getattr(options, name) for name in ("dataset_name", "victims_dir", "output_dir", "watch_images")}
         grid = read_grid(options.grid, **given)
@@ -75,4 +75,22 @@ def run_benchmark(argv: list[str]) -> pandas.DataFrame:
         beside.write_text(table + "\n")
     draw(rows, folder)
     print(table)
+    return rows
+
+
+def read_rows(file: Path) -> pandas.DataFrame:
+    """Read the ``results.parquet`` of a grid.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no parquet file, or not one of a benchmark.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no table {file}: name the results.parquet in a grid's output_dir")
+    try:
+        rows = pandas.read_parquet(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is no parquet file ({first_line(error)}): run the grid again") from error
+    if missing := [name for name in ("victim", "retain", "defence") if name not in rows]:
+        raise ValueError(f"{file} has no column {', '.join(missing)}: name the results.parquet that a benchmark wrote")
     return rows

@@ -178,17 +178,26 @@ def read_set(file: str) -> dict[str, dict[str, Any]]:
     """The options of each victim of a set, by ``GROUP/VICTIM``.
 
     Raises:
-        ValueError: The file lacks ``output_dir`` or ``groups``, or a group lacks ``base`` or ``victims``.
+        ValueError: The file lacks ``output_dir`` or ``groups``, a group lacks ``base`` or ``victims``, or one of these or a
+            victim's options are no mapping.
     """
     content = read_yaml(file)
     if not content.keys() >= {"output_dir", "groups"}:
         raise ValueError(f"{file} must hold output_dir and groups")
     victims = {}
-    for group, parts in content["groups"].items():
-        if not parts.keys() >= {"base", "victims"}:
+    for group, parts in _mapping(content["groups"], f"{file}: groups").items():
+        if not _mapping(parts, f"{file}: group {group}").keys() >= {"base", "victims"}:
             raise ValueError(f"{file}: group {group} must hold base and victims")
-        victims |= {f"{group}/{name}": parts["base"] | (own or {}) for name, own in parts["victims"].items()}
+        base = _mapping(parts["base"], f"{file}: base of group {group}")
+        for name, own in _mapping(parts["victims"], f"{file}: victims of group {group}").items():
+            victims[f"{group}/{name}"] = base | _mapping(own or {}, f"{file}: victim {group}/{name}")
     return victims
+
+
+def _mapping(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} must be a mapping; got a {type(value).__name__}")
+    return value
 
 
 def is_made(folder: Path, options: dict[str, Any], argv: list[str] = ()) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas
 import pytest
 import yaml
+from command_line import command
 from fake_hub import logged_in
 from places import ROOT
 from tiny import FAST, NEW_VIT
@@ -28,15 +29,6 @@ from d3_hf.errors import GuardRailBroken
 from d3_hf.options.parser import parse_arguments
 
 IMAGES = {"dataset_name": "digits", "retain_count": 60, "max_test_images": 40}
-
-
-def command(*argv):
-    """Run `d3-hf` in this process; returns its exit code."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sys, "argv", ["d3-hf", *map(str, argv)])
-        cli.main()
-        pytest.fail("main returned")
-    return stop.value.code
 
 
 @pytest.mark.parametrize("name", DEFENCES)
@@ -157,7 +149,6 @@ def test_measure_shows_what_was_recorded(folder, capsys):
         (["benchmark", "grid.yaml", "--shard", "4/4"], 2, "shard must be i/n"),
         (["info"], 2, "name a Hub id, a folder or a file"),
         (["info", "absent.safetensors"], 2, "no such file or folder: absent.safetensors"),
-        (["info", "nobody/unheard", "--json"], 1, "nobody/unheard is no local path"),
         (["push", VICTIM, "--hub_model_id", "me/x"], 2, "holds no purification.json: it is no folder of a purified model"),
         (["push", "purified", "--hub_model_id", "me/x", "--token", "hf_x"], 2, "hf auth login"),
     ],
@@ -202,6 +193,7 @@ def test_a_broken_rail_ends_with_3_and_its_model_cannot_be_pushed(folder, capfd)
     assert command(*argv, "--output_dir", "ruined") == 3
     shown = capfd.readouterr()
     found = json.loads(shown.out)
+    assert found["code"] == 3 and shown.err.splitlines()[-1] == f"d3-hf purify: {found['error']}"
     assert found["folder"] == "ruined/rejected" and "min_class_accuracy" in found["rejected"][0] and "accuracy_after" in found
     assert "nothing was pushed" in shown.err.splitlines()[-1] and "Traceback" not in shown.err
     assert command("push", "ruined/rejected", "--hub_model_id", "me/x") == 2

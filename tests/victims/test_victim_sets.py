@@ -306,6 +306,14 @@ def test_set_file_is_checked(tmp_path):
     (tmp_path / "set.yaml").write_text("output_dir: out\ngroups: {one: {base: {}}}\n")
     with pytest.raises(ValueError, match="group one must hold base and victims"):
         make_set(["--set", str(tmp_path / "set.yaml")])
+    for groups, what in (
+        ("[one]", "groups"),
+        ("{one: x}", "group one"),
+        ("{one: {base: {}, victims: {a: 1}}}", "victim one/a"),
+    ):
+        (tmp_path / "set.yaml").write_text(f"output_dir: out\ngroups: {groups}\n")
+        with pytest.raises(ValueError, match=f"{what} must be a mapping; got a"):
+            make_set(["--set", str(tmp_path / "set.yaml")])
 
 
 def test_set_table_lists_what_is_there(victim_set):
