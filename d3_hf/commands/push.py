@@ -31,7 +31,7 @@ def run(argv: list[str]) -> dict[str, Any]:
         argv: Arguments without the program's name.
 
     Returns:
-        ``folder``, ``commit``, ``url`` and, for a pull request, ``pull_request``.
+        ``folder``, ``commit``, ``url``, for a pull request ``pull_request``, and ``description``, which names what was deleted.
 
     Raises:
         ValueError: A token is given, or see `push_folder`.
@@ -43,4 +43,5 @@ def run(argv: list[str]) -> dict[str, Any]:
 
     done = push_folder(options.folder, options.hub_model_id, private=options.hub_private_repo, create_pr=options.hub_create_pr)
     print(f"{options.folder} is pushed: {done.pr_url or done.commit_url}")
-    return {"folder": options.folder, "commit": done.oid, "url": done.commit_url, "pull_request": done.pr_url}
+    pushed = {"folder": options.folder, "commit": done.oid, "url": done.commit_url, "pull_request": done.pr_url}
+    return pushed | {"description": done.commit_description}

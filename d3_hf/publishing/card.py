@@ -43,7 +43,13 @@ def render_victim_card(facts: dict, model_name: str) -> ModelCard:
     )
 
 
-def render_card(facts: dict, results: dict | None, model_name: str, hub_model_id: str | None = None) -> ModelCard:
+def render_card(
+    facts: dict,
+    results: dict | None,
+    model_name: str,
+    hub_model_id: str | None = None,
+    licence: dict | None = None,
+) -> ModelCard:
     """Model card of a purified model.
 
     Args:
@@ -51,6 +57,7 @@ def render_card(facts: dict, results: dict | None, model_name: str, hub_model_id
         results: As `measure.results` makes it; ``None`` if nothing was measured.
         model_name: Title of the card.
         hub_model_id: Repository the card is for, if any.
+        licence: The source's, see `source_licence`.
 
     Returns:
         A card whose metadata carry the lineage and, when measured, a ``model-index``.
@@ -64,6 +71,7 @@ def render_card(facts: dict, results: dict | None, model_name: str, hub_model_id
         tags=["image-classification", "backdoor-defense", "purified", "d3_hf"],
         model_name=model_name,
         eval_results=_eval_results(results, facts["measured"]) if results else None,
+        **(licence or {}),
     )
     return ModelCard.from_template(
         card_data,
@@ -73,6 +81,15 @@ def render_card(facts: dict, results: dict | None, model_name: str, hub_model_id
         results_table=results_table(results) if results else None,
         place=hub_model_id or FOLDER,
     )
+
+
+def name_deleted(card: str, deleted: list[str]) -> str:
+    """The card with a section about the files that are deleted from the repository when it goes there; as it is if none are."""
+    if not deleted:
+        return card
+    files = "\n".join(f"- `{name}`" for name in deleted)
+    why = "They hold other weights than the purified ones, or go with them, and many programs would load them first:"
+    return f"{card.rstrip()}\n\n## Deleted from this repository\n\n{why}\n\n{files}\n"
 
 
 def _eval_results(results: dict, measured: dict) -> list[EvalResult]:

@@ -3,20 +3,23 @@
 import contextlib
 import logging
 import re
+import shlex
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
-from huggingface_hub.utils import get_session
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.utils import HfHubHTTPError, get_session
 from picklescan.scanner import scan_file_path
 from transformers import TrainingArguments
 
 from ..files import first_line, read_mapping
 from ..models.weights import PICKLED
-from .card import FOLDER
+from .card import FOLDER, name_deleted
+from .leftovers import leftovers
 from .manifest import CARD, MANIFEST, PUBLISHED, read_manifest
+from .readme import merge_card
 from .report import REJECTED
 
 logger = logging.getLogger(__name__)
@@ -94,6 +97,9 @@ def push_folder(
 ) -> CommitInfo:
     """Upload the folder of a purified model, in one commit; running it again finishes what failed.
 
+    The same commit deletes what must not stay beside the purified weights, see `leftovers`; card, commit and log name it. Of a
+    README that is there the owner's text and licence stay, see `merge_card`.
+
     Args:
         folder: What a purification wrote.
         repo: Model repository, with or without its namespace; made if it does not exist.
@@ -103,7 +109,7 @@ def push_folder(
         message: Of the commit.
 
     Returns:
-        The commit, with ``pr_url`` of the pull request.
+        The commit, with ``pr_url`` of the pull request; its ``commit_description`` names what was deleted.
 
     Raises:
         FileNotFoundError: The folder holds no purified model.
@@ -122,24 +128,55 @@ def push_folder(
     if create_pr:
         if source["kind"] != "hub":
             raise ValueError(f"hub_create_pr opens a pull request on the source's repository, but {source['name']} is none")
-        repo, parent, place = source["name"], source["revision"], "--hub_create_pr"
+        repo, revision, again = source["name"], None, ["--hub_create_pr"]
     else:
-        parent, place = None, f"--hub_model_id {repo}" + ("" if private else " --hub_private_repo false")
+        again = ["--hub_model_id", repo, *([] if private else ["--hub_private_repo", "false"])]
     api = HfApi(library_name="d3_hf")
     try:
         with _timeout(TIMEOUT):
             if not create_pr:
                 repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
-            card = (folder / CARD).read_text(encoding="utf-8").replace(FOLDER, repo)
-            contents = {file.name: file for file in files} | {CARD: card.encode()}
+            there = api.model_info(repo, revision=source["revision"] if create_pr else revision)
+            names = [file.rfilename for file in there.siblings]
+            deleted = leftovers(names, {file.name for file in files})
+            card = name_deleted((folder / CARD).read_text(encoding="utf-8").replace(FOLDER, repo), deleted)
+            theirs = api.hf_hub_download(repo, CARD, revision=there.sha) if CARD in names else None
+            readme = merge_card(card, Path(theirs).read_text(encoding="utf-8") if theirs else None, repo)
+            contents = {file.name: file for file in files} | {CARD: readme.encode()}
             operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
-            return api.create_commit(
-                repo, operations, commit_message=message, create_pr=create_pr, parent_commit=parent, revision=revision
+            operations += [CommitOperationDelete(name, is_folder=False) for name in deleted]
+            done = api.create_commit(
+                repo,
+                operations,
+                commit_message=message,
+                commit_description=_description(deleted),
+                create_pr=create_pr,
+                parent_commit=there.sha,
+                revision=revision,
             )
     except Exception as error:  # a network can fail in any way; none of them is recovered from
-        raise OSError(
-            f"the push to {repo} failed ({first_line(error)}); {folder} is whole. Finish it with: d3-hf push {folder} {place}"
-        ) from error
+        command = shlex.join(["d3-hf", "push", str(folder), *again])
+        advice = f"{_no_right(error, create_pr)}Finish it with: {command}"
+        raise OSError(f"the push to {repo} failed ({first_line(error)}); {folder} is whole. {advice}") from error
+    if deleted:
+        logger.warning("%s: deleted in the same commit, as no part of the purified model: %s", repo, ", ".join(deleted))
+    return done
+
+
+def _description(deleted: list[str]) -> str:
+    """What a commit and a pull request say beside their title."""
+    if not deleted:
+        return ""
+    files = "\n".join(f"- `{name}`" for name in deleted)
+    return f"Deleted, since programs that prefer these would go on with the weights from before the purification:\n\n{files}"
+
+
+def _no_right(error: Exception, create_pr: bool) -> str:
+    """What to do first, where the Hub says that this account may not write."""
+    if not isinstance(error, HfHubHTTPError) or error.response.status_code not in (401, 403):
+        return ""
+    other = "" if create_pr else ", or leave the repository to its owner and give --hub_create_pr"
+    return f"Log in with an account that may write there (`hf auth login`){other}. "
 
 
 def source_checks(source: dict[str, Any]) -> dict[str, Any] | None:

@@ -38,8 +38,9 @@ PUBLISHED = (
     "reversed_triggers.safetensors",  # of Neural Cleanse
     "model.sig",  # of model-signing
 )
-# Patterns of all that may lie there, of a purified model or of a victim: what goes before the files of another run come.
-MODEL_FILES = (*PUBLISHED, VICTIM_FILE, "attack.json", "trigger.safetensors")
+# Patterns of all that may lie there, of a purified model or of a victim: what goes before the files of another run come. The
+# last is no file of ours: transformers reads an image processor there before preprocessor_config.json.
+MODEL_FILES = (*PUBLISHED, VICTIM_FILE, "attack.json", "trigger.safetensors", "processor_config.json")
 PACKAGES = ("d3_hf", "transformers", "accelerate", "torch", "timm", "datasets", "safetensors")
 # Where a run wrote and whom it told about it is no part of what it computed.
 PLACES = (

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..files import flush_all, sha256
+from ..publishing.leftovers import other_weights
 from ..publishing.manifest import MANIFEST, VICTIM_FILE
 from ..publishing.report import REJECTED
 
@@ -31,15 +32,21 @@ def check_output(args: TrainingArguments, source: Any) -> None:
         source: The `Source` of the model, or None.
 
     Raises:
-        ValueError: The folder is the model's own, or it or its ``rejected`` holds the results of another run and is not to be
-            overwritten.
+        ValueError: The folder is the model's own; it holds weights that no run replaces; or it or its ``rejected`` holds the
+            results of another run and is not to be overwritten.
         OSError: It cannot be written to.
     """
-    folder = Path(args.output_dir)
+    folder, lies = Path(args.output_dir), None
     if source is not None and source.kind in ("folder", "file"):
+        lies = Path(source.name).expanduser().resolve()
         replaced = [place / file for place in (folder, folder / REJECTED) for file in ("", SAFE_WEIGHTS_NAME)]
-        if Path(source.name).expanduser().resolve() in [place.resolve() for place in replaced]:
+        if lies in [place.resolve() for place in replaced]:
             raise ValueError(f"output_dir {folder} is where the suspicious model lies, which must stay: choose another")
+    if others := other_weights(file.name for file in folder.glob("*") if file.resolve() != lies):
+        raise ValueError(
+            f"output_dir {folder} holds other weights ({', '.join(others)}), which many programs would load in place of the "
+            "new ones: choose another folder, or move them away"
+        )
     found = results_in(folder) or results_in(folder / REJECTED)
     if found and not (args.overwrite_output_dir or is_asked_to_resume(args.resume_from_checkpoint)):
         raise ValueError(

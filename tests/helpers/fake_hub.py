@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,9 +29,12 @@ class Repository:
     private: bool
     commits: list[tuple[str, dict[str, bytes]]]
     pulls: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)  # (commit that a pull request is on top of, files)
+    headers: list[dict[str, str]] = field(default_factory=list)  # of all commits sent to it: summary, description, parentCommit
+    pulled_away: list[list[str]] = field(default_factory=list)  # the paths that each pull request deletes
 
-    def commit(self, changes: dict[str, bytes]) -> str:
-        files = {**(self.commits[-1][1] if self.commits else {}), **changes}
+    def commit(self, changes: dict[str, bytes], deleted: Collection[str] = ()) -> str:
+        before = self.commits[-1][1] if self.commits else {}
+        files = {name: data for name, data in before.items() if name not in deleted} | changes
         state = json.dumps([len(self.commits), {name: blob_id(data) for name, data in files.items()}])
         self.commits.append((hashlib.sha1(state.encode()).hexdigest(), files))
         return self.commits[-1][0]
@@ -64,7 +67,8 @@ class FakeHub(ThreadingHTTPServer):
     def publish(self, repo: str, folder: Path) -> str:
         """Make a public repository of a folder's files, without the network; returns its commit."""
         self.repos[repo] = Repository(private=False, commits=[])
-        return self.repos[repo].commit({file.name: file.read_bytes() for file in folder.iterdir()})
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        return self.repos[repo].commit({file.relative_to(folder).as_posix(): file.read_bytes() for file in files})
 
     def __enter__(self) -> "FakeHub":
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -170,6 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repo in self.server.repos:
             raise _Refused(409, "RepoExists", answer)
         self.server.repos[repo] = Repository(asked.get("visibility") == "private", [])
+        self.server.repos[repo].commit({})  # the Hub's own first one, here without its .gitattributes
         return answer
 
     def validate(self, body):
@@ -188,14 +193,23 @@ class _Handler(BaseHTTPRequestHandler):
         lines = [json.loads(line) for line in body.splitlines()]
         header = next(line["value"] for line in lines if line["key"] == "header")
         files = [line["value"] for line in lines if line["key"] == "file"]
+        deleted = [line["value"]["path"] for line in lines if line["key"] == "deletedFile"]
         contents = {file["path"]: base64.b64decode(file["content"]) for file in files}
         answer, place = {"success": True}, f"{self.server.endpoint}/{repo}"
-        if parse_qs(urlsplit(self.path).query).get("create_pr") == ["1"]:
-            pulls = self.repository(repo).pulls
-            pulls.append((header["parentCommit"], contents))
-            answer["pullRequestUrl"], sha = f"{place}/discussions/{len(pulls)}", "1" * 40
+        as_pull = parse_qs(urlsplit(self.path).query).get("create_pr") == ["1"]
+        found = self.repository(repo, write=not as_pull)
+        parent, there = self.at(repo, header.get("parentCommit") if as_pull else None)
+        if header.get("parentCommit") not in (None, parent):
+            raise _Refused(412, "PreconditionFailed", {})
+        if missing := [path for path in deleted if path not in there]:
+            raise _Refused(404, "EntryNotFound", {"error": f"A file with this name doesn't exist: {missing[0]}"})
+        found.headers.append(header)
+        if as_pull:
+            found.pulls.append((header["parentCommit"], contents))
+            found.pulled_away.append(deleted)
+            answer["pullRequestUrl"], sha = f"{place}/discussions/{len(found.pulls)}", "1" * 40
         else:
-            sha = self.repository(repo, write=True).commit(contents)
+            sha = found.commit(contents, deleted)
         return answer | {"commitOid": sha, "commitUrl": f"{place}/commit/{sha}"}
 
     def info(self, body, repo, revision=None):

@@ -64,5 +64,5 @@ def test_all_that_a_defence_adds_goes_up(name, tmp_path):
 
 
 def test_of_a_victim_its_record_and_its_attack_stay_at_home():
-    at_home = {train.VICTIM_FILE, attacks.ATTACK_FILE, attacks.LEARNED_FILE}
+    at_home = {train.VICTIM_FILE, attacks.ATTACK_FILE, attacks.LEARNED_FILE, "processor_config.json"}
     assert set(MODEL_FILES) - set(PUBLISHED) == at_home and train.VICTIM_FILE == VICTIM_FILE

@@ -6,10 +6,9 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
-from fake_hub import FakeHub, Repository
+from fake_hub import Repository
 from hub_session import FAST, MODEL_FILES, TOKEN, suspicious_model
 from safetensors.torch import load_file
 from tiny import tiny_samples, tiny_vit
@@ -19,36 +18,6 @@ from d3_hf import D3Config, D3Trainer, load_classifier
 from d3_hf.commands.push import run as push_command
 from d3_hf.files import sha256
 from d3_hf.publishing import hub as pushing
-
-
-@pytest.fixture
-def own_hub(tmp_path, monkeypatch):
-    """A Hub that this process talks to, without waiting between retries."""
-    with FakeHub(TOKEN) as hub:
-        url = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        for name, value in {
-            "ENDPOINT": hub.endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": url, "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True,
-        }.items():  # fmt: skip
-            monkeypatch.setattr(huggingface_hub.constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-        monkeypatch.setattr(pushing, "TIMEOUT", 0.3)
-        yield hub
-    huggingface_hub.close_session()
-
-
-@pytest.fixture(scope="module")
-def purified(tmp_path_factory):
-    """A purified model's folder, with things beside it that nobody should get."""
-    folder = tmp_path_factory.mktemp("purified") / "run"
-    options = dict(save_strategy="steps", save_steps=1, **FAST)
-    trainer = D3Trainer(tiny_vit(), D3Config(str(folder), **options), tiny_samples())
-    trainer.train()
-    trainer.save_model()
-    for name in ("training_args.bin", "weights.pth", "notes.txt", ".env", "other.safetensors", "path.png"):
-        (folder / name).write_text(TOKEN)
-    return folder
 
 
 def contents(folder):
@@ -82,7 +51,7 @@ def test_a_card_that_shows_what_does_not_go_up_is_refused(purified, tmp_path, na
         pushing.published_files(folder)
 
 
-REQUESTS = ("create", "validate", "preupload", "commit")
+REQUESTS = ("create", "info", "validate", "preupload", "commit")
 
 
 def test_these_are_all_the_requests_of_a_push(own_hub, purified):
