@@ -22,6 +22,7 @@ from ..evaluation.metrics import Proportion
 from ..files import atomic_file, sha256
 from ..publishing import manifest
 from ..publishing.report import Report
+from ..training.config import launched_precision
 from .grid import Grid, GridInputs
 from .meters import PassMeter, hardware, peak_memory, reset_peak_memory
 from .tables import MISSING, RATES, UNTOUCHED
@@ -29,6 +30,7 @@ from .watch import Watch
 
 RESULTS = "results.parquet"
 CELL = "cell.json"
+OPTIONS_IN_FILES = ("accelerator_config", "fsdp_config", "deepspeed")  # a file of them, a mapping, or a mapping as JSON
 
 
 @dataclass(frozen=True)
@@ -82,20 +84,27 @@ class Runner:
         self.grid, self.inputs, self.root = grid, GridInputs(grid), Path(grid.output_dir)
 
     def options(self, cell: Cell) -> dict[str, Any]:
-        """What the grid says of the cell's defence: ``defence`` and options of its Config."""
+        """What the grid says of the cell's defence, ``defence`` and options of its Config; the launcher may add a precision."""
         own = {name: value for name, value in self.grid.defences[cell.defence].items() if name != "curve"}
-        return self.grid.common | own
+        options = self.grid.common | own
+        launched = launched_precision()
+        if launched in ("bf16", "fp16") and not (options.get("bf16") or options.get("fp16")):
+            options[launched] = True
+        return options
 
     def spec(self, cell: Cell) -> dict[str, Any]:
         """All that defines what a cell computes; two cells with the same one are the same cell.
 
-        Images and weights are known by their content, wherever they lie. Options have their defaults filled in, so that a cell
-        that was made with other ones is not taken for this one. Versions and hardware are written into the row and not
-        compared: each release of a package would throw away weeks of work, and which of them matters nobody knows beforehand.
+        Images and weights are known by their content, wherever they lie, and so is a file that an option names. Options have
+        their defaults filled in, so that a cell that was made with other ones is not taken for this one. Versions and hardware
+        are written into the row and not compared: each release of a package would throw away weeks of work, and which of them
+        matters nobody knows beforehand.
         """
         config_class, _ = load_defence(self.grid.defences[cell.defence]["defence"])
         own, declared = manifest.own_defaults(config_class), {f.name: f.default for f in fields(config_class)}
         given = {name: value for name, value in self.options(cell).items() if name in own or value != declared.get(name)}
+        named = [n for n in OPTIONS_IN_FILES if isinstance(given.get(n), str) and not given[n].startswith("{")]
+        given |= {name: sha256(Path(given[name])) for name in named if Path(given[name]).is_file()}
         drawn = self.grid.retain[cell.retain].items()
         spec = asdict(cell) | {
             "weights": self.inputs.identity(cell.victim),
@@ -165,6 +174,7 @@ class Runner:
         row |= {"clean_loss": last.get("clean_loss"), "distance": last.get("distance"), "hardware": hardware()}
         versions = {f"version_{name}": version for name, version in manifest.versions().items()}
         row |= versions | {"arguments": json.dumps(manifest.arguments_of(args))}
+        row |= {"execution": json.dumps(trainer.execution), "source": json.dumps(manifest.source_facts(model))}
         if self.grid.save_models:
             found = results(before, after)
             trainer.record(Report(results=found, trigger=attack.describe(), n_images=len(self.inputs.test)))

@@ -16,6 +16,7 @@ from ..defenses import defence as load_defence
 from ..files import sha256
 from ..models import load_classifier
 from ..models.folder import weights_files
+from ..models.load import HUB_FILES
 from ..options.arguments import DataArguments, ModelArguments
 from ..options.parser import check_types, read_yaml
 from ..publishing.manifest import VICTIM_FILE
@@ -288,6 +289,6 @@ def _content(place: str) -> Any:
     if path.is_file():
         return sha256(path)
     if path.is_dir():
-        files = [path / "config.json", path / "preprocessor_config.json", *weights_files(path, place)]
-        return {file.name: sha256(file) for file in files if file.is_file()}
+        files = {*weights_files(path, place), *(file for pattern in HUB_FILES for file in path.glob(pattern))}
+        return {file.name: sha256(file) for file in sorted(files)}
     return place

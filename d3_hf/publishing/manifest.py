@@ -1,7 +1,7 @@
 """``purification.json``: the facts in it that come from the environment, and the files that lie beside it."""
 
 import importlib.metadata
-import os
+import logging
 import platform
 import shutil
 import sys
@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..data.streaming import StreamedImages
 from ..data.training_images import TrainingImages
 from ..files import read_mapping
 from ..models.source import source_of
+from .execution import SECRET, others, plain, resumed
+from .names import is_local, public_name
 from .report import REJECTED
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "purification.json"
 VICTIM_FILE = "victim.json"  # a victim's manifest
@@ -54,6 +59,9 @@ PLACES = (
     "project",
     "disable_tqdm",
     "logging_steps",
+    "trackio_space_id",
+    "trackio_bucket_id",
+    "trackio_static_space_id",
 )
 
 
@@ -79,17 +87,6 @@ def source_facts(model: PreTrainedModel) -> dict[str, Any]:
     return asdict(source) | {"name": source.name if source.kind == "hub" else public_name(source.name)}
 
 
-def is_local(place: str) -> bool:
-    """Whether a place is a path on this machine, and no name on the Hub."""
-    path = os.path.expanduser(place)
-    return os.path.isabs(path) or os.path.exists(path)
-
-
-def public_name(place: str) -> str:
-    """What published files call a place: a path by its last name, without this machine's folders; a Hub id as it is."""
-    return os.path.basename(os.path.abspath(os.path.expanduser(place))) if is_local(place) else place
-
-
 def own_defaults(kind: type[TrainingArguments]) -> dict[str, Any]:
     """The declared defaults of a defence's `PurifyConfig.own_options`, those of where a run writes left out."""
     own = set(kind.own_options()) - set(PLACES)
@@ -98,19 +95,47 @@ def own_defaults(kind: type[TrainingArguments]) -> dict[str, Any]:
 
 
 def arguments_of(args: TrainingArguments) -> dict[str, Any]:
-    """The options that define a run: `PurifyConfig.own_options`, the seed, and every other one that is not at its default."""
+    """The options that define a run: `PurifyConfig.own_options`, the seed, and every other one that is not at its default.
+
+    Lists and mappings are among them; of ``accelerator_config`` what is not at its default. JSON-able.
+    """
     own = [*args.own_options(), "seed"]
-    values = args.to_dict()
+    values = args.to_dict() | {"accelerator_config": _changed(args.accelerator_config)}
+    if args.parallelism_config is not None:
+        values["parallelism_config"] = args.parallelism_config  # of which to_dict makes None
     # Against the declared defaults, not a second instance: making one would reset the running accelerator's state.
-    changed = [
-        f.name for f in fields(args) if _is_plain(values.get(f.name)) and (values[f.name] or None) != (f.default or None)
-    ]
-    names = [n for n in dict.fromkeys(own + changed) if n not in PLACES and not n.startswith("hub_")]
-    return {name: public_name(values[name]) if isinstance(values[name], str) else values[name] for name in names}
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)}
+    changed = [name for name, value in values.items() if (value or None) != (defaults[name] or None)]
+    names = [n for n in dict.fromkeys(own + changed) if n not in PLACES and not n.startswith("hub_") and not SECRET.search(n)]
+    return {name: plain(values[name]) for name in names}
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str)
+def _changed(config: AcceleratorConfig) -> dict[str, Any]:
+    """The entries that are not at their defaults; the number of micro-batches is an option of its own."""
+    changed = {n: v for n, v in others(config.to_dict(), AcceleratorConfig().to_dict()).items() if v is not None}
+    accumulation = {
+        key: v for key, v in (changed.pop("gradient_accumulation_kwargs", None) or {}).items() if key != "num_steps"
+    }
+    return changed | ({"gradient_accumulation_kwargs": accumulation} if accumulation else {})
+
+
+def read_earlier(file: Path, args: TrainingArguments) -> dict[str, Any]:
+    """Read the manifest of a checkpoint that a run goes on from, and warn of options that were others there.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged.
+    """
+    earlier = read_mapping(file, "manifest of a checkpoint", "begin the run anew", {"arguments": {}, "steps": None})
+    if different := others(earlier["arguments"], arguments_of(args)):
+        logger.warning(
+            "%s was trained with other %s: optimizer and schedule go on as they were there, and the manifest says what was "
+            "different up to step %s",
+            file.parent,
+            ", ".join(different),
+            earlier["steps"],
+        )
+    return earlier
 
 
 def versions() -> dict[str, str]:
@@ -146,14 +171,21 @@ class Purification(Protocol):
     batch_norms: list[Any]
     report: Any
     state: Any
+    source_checks: dict[str, Any] | None
+    earlier: dict[str, Any] | None
+    execution: dict[str, Any]
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Images per update."""
 
 
 def facts_of(run: Purification) -> dict[str, Any]:
-    """What every manifest holds: the run's method, source, retain set, options, steps, report and versions; JSON-able."""
-    return {
+    """What every manifest holds: the run's method, source, retain set, options, execution, steps, report and versions.
+
+    JSON-able. ``resumed`` only where a checkpoint was trained otherwise, see `execution.resumed`.
+    """
+    facts = {"source_checks": run.source_checks} if run.source_checks else {}
+    facts |= {
         "method": run.method,
         "paper": run.paper,
         "source": source_facts(run.plain),
@@ -162,10 +194,13 @@ def facts_of(run: Purification) -> dict[str, Any]:
         "preprocessing": {name: getattr(run.preprocessing, name) for name in ("size", "mean", "std")},
         "batch_norm": run.args.batch_norm if run.batch_norms else "none in this model",
         "arguments": arguments_of(run.args),
+        "execution": run.execution,
         "steps": run.state.global_step,
         "measured": run.report.measured(),
         "versions": versions(),
     }
+    parts = resumed(run.earlier, facts)
+    return facts | ({"resumed": parts} if parts else {})
 
 
 def _retain_facts(run: Purification) -> dict[str, Any]:

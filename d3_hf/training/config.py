@@ -1,6 +1,7 @@
 """What every defence shares: `PurifyConfig`, a `transformers.TrainingArguments` with the field's defaults."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -65,6 +66,11 @@ def check_declared(args: TrainingArguments) -> None:
     for name, choices in declared(type(args), "choices").items():
         if getattr(args, name) not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {getattr(args, name)!r}")
+
+
+def launched_precision() -> str:
+    """What ``accelerate launch --mixed_precision`` asks for, which holds where neither ``bf16`` nor ``fp16`` is given."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 @dataclass
@@ -196,14 +202,25 @@ class PurifyConfig(TrainingArguments):
             raise ValueError("label_smoothing_factor must stay 0: the defence computes its own loss")
         if self.optim_args == SGD_ARGUMENTS and self.optim != "sgd":
             self.optim_args = None  # the default of another optimizer
+        if not (self.bf16 or self.fp16):  # so that whatever an option would refuse is refused, and what ran is recorded
+            self.bf16, self.fp16 = launched_precision() == "bf16", launched_precision() == "fp16"
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # or every loader warns
             self.use_cpu = self.use_cpu or self.bf16  # TrainingArguments wants to be told before it lets a CPU run in bf16
         super().__post_init__()
+        self._take_accumulation()
         if self.average_last and self.save_strategy != SaveStrategy.NO:
             raise ValueError("average_last with checkpoints: they would not hold the mean; leave save_strategy at 'no'")
         if self.sam_rho and (self.gradient_accumulation_steps > 1 or self.fp16):
             raise ValueError("sam_rho needs whole, unscaled gradients: leave gradient_accumulation_steps at 1 and fp16 off")
+
+    def _take_accumulation(self) -> None:
+        """Make an option of the steps that accelerator_config may hold, as the Trainer does later, when nothing is checked."""
+        given = self.accelerator_config.gradient_accumulation_kwargs
+        if given and self.gradient_accumulation_steps == 1:
+            self.gradient_accumulation_steps = given.get("num_steps", 1)
+            kept = {name: value for name, value in given.items() if name != "num_steps"}
+            self.accelerator_config.gradient_accumulation_kwargs = kept
 
     @classmethod
     def own_options(cls) -> list[str]:

@@ -72,6 +72,7 @@ class PurifyTrainer(Defence, DurableTrainer):
         batch_number: Number of the micro-batch in the whole run, to draw by: a resumed run repeats it.
         reference_sha256: Fingerprint of the model as it was handed over, by which a resumed run knows it.
         report: What is known of the run besides, see `record`.
+        earlier, execution: Manifest of the checkpoint that the run went on from, if any; how it is executed, by `Lifecycle`.
     """
 
     # Our loss is normalised over the whole window: the Trainer must not divide it by the number of micro-batches again.
@@ -91,7 +92,7 @@ class PurifyTrainer(Defence, DurableTrainer):
         **kwargs,
     ):
         self._check(model, args, kwargs)
-        self.report, self.data_source = Report(), data_source
+        self.report, self.data_source, self.earlier = Report(), data_source, None
         self.in_training_step, self.batch_number = False, 0
         processing_class = processing_class or image_processor_of(model)
         if processing_class is None:
@@ -284,9 +285,8 @@ class PurifyTrainer(Defence, DurableTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As the base class; a stream shares itself out among the processes."""
-        images = self.train_dataset
-        if isinstance(images, StreamedImages):
-            return images.loader(self.args, self.data_collator)
+        if isinstance(self.train_dataset, StreamedImages):
+            return self.train_dataset.loader(self.args, self.data_collator)
         return super().get_train_dataloader()
 
     def get_optimizer_cls_and_kwargs(self, args, model=None) -> tuple[Any, dict[str, Any]]:
@@ -332,6 +332,7 @@ class PurifyTrainer(Defence, DurableTrainer):
         if any(folder.glob("optimizer.*")) and not (folder / file).exists():
             raise ValueError(f"{folder} holds no {file}: with FSDP resume what FSDP began, without it what was begun without")
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.earlier = manifest.read_earlier(folder / self.manifest_name, self.args)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -354,7 +355,6 @@ class PurifyTrainer(Defence, DurableTrainer):
         """The manifest: everything needed to repeat the run and all that the card says of it; JSON-able."""
         added = {"teacher_sha256": self.distiller.sha256} if self.distiller else {}
         added |= {"averaged_epochs": self.average.snapshots} if self.average else {}
-        added |= {"source_checks": checks} if (checks := self.source_checks) else {}
         return added | manifest.facts_of(self)
 
     def write_files(self, folder: Path, state_dict: dict | None = None) -> None:

@@ -58,12 +58,12 @@ class VictimConfig(PurifyConfig):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         # The heads step by gradients of their own, which nothing adds up, unscales or takes anew.
         if self.random_heads and (self.sam_rho or self.fp16 or self.gradient_accumulation_steps > 1):
             raise ValueError("random_heads need one plain pass an update: no sam_rho, no fp16, no gradient_accumulation_steps")
         if self.random_heads and is_asked_to_resume(self.resume_from_checkpoint):
             raise ValueError("random_heads cannot resume: no checkpoint holds them; run it from the beginning")
-        super().__post_init__()
 
 
 class PoisonedImages(TrainingImages):

@@ -180,6 +180,24 @@ def test_an_option_at_its_default_is_the_same_as_none(grid):
     assert not set(folders(replace(grid, common=said | {"bf16": True}))) & set(folders(grid))
 
 
+def test_a_precision_of_the_launcher_is_that_of_the_option(grid, monkeypatch):
+    plain, asked = folders(grid), folders(replace(grid, common=grid.common | {"bf16": True}))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert folders(grid) == asked and not set(asked) & set(plain)
+    runner = Runner(grid)
+    assert runner.options(cells_of(grid)[0])["bf16"] and "bf16" not in grid.common
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert folders(grid) == plain
+
+
+def test_a_file_of_options_is_known_by_its_content(grid, tmp_path):
+    found = []
+    for name, content in (("one", "{}"), ("two", "{}"), ("two", '{"split_batches": true}')):
+        (tmp_path / name).write_text(content)
+        found.append(folders(replace(grid, common=grid.common | {"accelerator_config": str(tmp_path / name)})))
+    assert found[0] == found[1] and not set(found[1]) & set(found[2])
+
+
 def test_other_peoples_checkpoints_are_known_by_content_not_by_place(tmp_path):
     (tmp_path / "one.pth").write_bytes(b"weights")
     (tmp_path / "two.pth").write_bytes(b"weights")
