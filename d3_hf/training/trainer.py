@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import CommitInfo, ModelCard
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
@@ -22,36 +21,36 @@ from ..data import retain
 from ..data.preprocessing import Preprocessing
 from ..data.streaming import StreamedImages
 from ..evaluation.metrics import compute_metrics
-from ..files import atomic_file
 from ..models.batch_norm import batch_norms
 from ..models.source import image_processor_of, source_of
 from ..publishing import hub, manifest
-from ..publishing.folder import card_of, write_purified
-from ..publishing.report import Report
 from . import reference
 from .averaging import WeightAverage
 from .checkpoints import check_output
 from .config import PurifyConfig
 from .contract import Defence
 from .distillation import Teacher
-from .durable import DurableTrainer, load_weights
+from .durable import load_weights
 from .images import check_same_images, evaluation_images, training_images
 from .lifecycle import Lifecycle
 from .placement.choose import placement_of
+from .published import PublishingTrainer
 from .sam import at_highest_loss, running_statistics_kept
 from .unsupported import refuse_unsupported
 
 
-class PurifyTrainer(Defence, DurableTrainer):
+class PurifyTrainer(Defence, PublishingTrainer):
     """A `Trainer` that fine-tunes a classifier on a few trusted images; the defences subclass it, see `contract`.
 
     Args:
         model: A `PreTrainedModel` image classifier; `load_classifier` makes one of any source.
         args: The defence's configuration.
-        train_dataset: The retain set: a `datasets.Dataset` with one Image and one ClassLabel column; a
-            `datasets.IterableDataset` with these, read while the model trains (see `StreamedImages`; needs ``max_steps``); or a
-            dataset that yields ``pixel_values`` and ``labels`` ready for the model.
-        eval_dataset: Images to measure ACC on, in either form; optional.
+        train_dataset: The retain set: a `datasets.Dataset` with one Image and one ClassLabel column, or any other data set of
+            pictures and labels (see `data.samples`); a `datasets.IterableDataset` with these, read while the model trains (see
+            `StreamedImages`; needs ``max_steps``); or a data set that yields ``pixel_values`` and ``labels`` ready for the
+            model, by its columns, by its transform or as pairs.
+        eval_dataset: Images to measure ACC on, in any form but a stream, or a dict of these by name; optional. `evaluate` and
+            `predict` take the same.
         processing_class: The checkpoint's image processor. Default: the one `load_classifier` left on the model.
         data_source: What the retain set was loaded from, as ``uoft-cs/cifar10`` or a path, for manifest and card.
         kwargs: Further arguments of `Trainer`.
@@ -76,8 +75,6 @@ class PurifyTrainer(Defence, DurableTrainer):
 
     # Our loss is normalised over the whole window: the Trainer must not divide it by the number of micro-batches again.
     loss_is_scaled_for_ga = True
-    last_file = manifest_name = manifest.MANIFEST
-    replaced_files = manifest.MODEL_FILES
 
     def __init__(
         self,
@@ -91,7 +88,7 @@ class PurifyTrainer(Defence, DurableTrainer):
         **kwargs,
     ):
         self._check(model, args, kwargs)
-        self.report, self.data_source = Report(), data_source
+        self.data_source = data_source
         self.in_training_step, self.batch_number = False, 0
         processing_class = processing_class or image_processor_of(model)
         if processing_class is None:
@@ -338,11 +335,7 @@ class PurifyTrainer(Defence, DurableTrainer):
         if self.args.should_save:
             self.placement.optimizer_saved(Path(output_dir))
 
-    # What is published -------------------------------------------------------------------------------------------------
-
-    def record(self, report: Report) -> None:
-        """Take in what is known of the run besides: manifest, results and card say it from the next saving on."""
-        self.report = report
+    # The record -------------------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def source_checks(self) -> dict[str, Any] | None:  # asked once
@@ -356,45 +349,3 @@ class PurifyTrainer(Defence, DurableTrainer):
         added |= {"averaged_epochs": self.average.snapshots} if self.average else {}
         added |= {"source_checks": checks} if (checks := self.source_checks) else {}
         return added | manifest.facts_of(self)
-
-    def write_files(self, folder: Path, state_dict: dict | None = None) -> None:
-        """Write the model and what belongs to it; the card too, except into checkpoints. Override to add files."""
-        write_purified(self, folder, state_dict)
-        if not self.is_writing_checkpoint:
-            self.card().save(folder / manifest.CARD)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and not self.is_writing_checkpoint and not self.report.rejected:
-            manifest.remove_rejected(Path(output_dir or self.args.output_dir))  # of an earlier run, see `check_output`
-
-    def card(self, model_name: str | None = None) -> ModelCard:
-        """The model card, from the manifest and, if `purify` measured, the results."""
-        return card_of(self, model_name)
-
-    def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
-        """Write ``README.md``. Arguments other than the title are not used."""
-        file = Path(self.args.output_dir) / manifest.CARD
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(file) as beside:
-            beside.write_text(str(self.card(model_name)), encoding="utf-8")
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Say at the start what would stop the push; the repository is made when there is something to put into it."""
-        hub.check_push(self.args, manifest.source_facts(self.model), self.manifest_name)
-
-    def push_to_hub(self, commit_message: str = "Purified model", revision: str | None = None) -> CommitInfo | None:
-        """Save, then push what was saved; see `hub.push_folder`. None on all but the main process.
-
-        Raises:
-            ValueError: A guard rail has rejected the model, or see `hub.check_push`.
-        """
-        self.init_hf_repo()
-        if self.report.rejected:
-            raise ValueError(f"the model was rejected and is not pushed ({'; '.join(self.report.rejected)})")
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        args, repo = self.args, None if self.args.hub_create_pr else hub.repository(self.args)
-        options = dict(private=args.hub_private_repo is not False, create_pr=args.hub_create_pr, revision=revision)
-        return hub.push_folder(args.output_dir, repo, message=commit_message, **options)
