@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..data import retain
 from ..data.preprocessing import Preprocessing
+from ..data.samples import Collator
 from ..data.streaming import StreamedImages
 from ..evaluation.metrics import compute_metrics
 from ..models.batch_norm import batch_norms
@@ -31,7 +32,15 @@ from .config import PurifyConfig
 from .contract import Defence
 from .distillation import Teacher
 from .durable import load_weights
-from .images import check_same_images, evaluation_images, training_images
+from .images import (
+    check_evaluation,
+    check_same_images,
+    check_samples,
+    evaluation_images,
+    every_row_in_order,
+    prediction_images,
+    training_images,
+)
 from .lifecycle import Lifecycle
 from .placement.choose import placement_of
 from .published import PublishingTrainer
@@ -59,8 +68,9 @@ class PurifyTrainer(Defence, PublishingTrainer):
         OSError: ``output_dir`` cannot be written.
         ValueError: ``output_dir`` holds another run's results (see `check_output`); the images' labels are not the model's; no
             image processor is known; the run would use `nn.DataParallel`, FSDP or DeepSpeed where `placement_of` refuses it, a
-            PEFT model or `model_init`, or push checkpoints to the Hub; a training batch has no tensor ``labels``; an addition
-            (``distillation``, ``average_last``, ``sam_rho``, ``cutout``) does not fit the defence or the images.
+            PEFT model or `model_init`, or push checkpoints to the Hub; a data set is of no form that is known here; a training
+            batch has no tensor ``labels``; an addition (``distillation``, ``average_last``, ``sam_rho``, ``cutout``) does not
+            fit the defence or the images; an argument or an option of `Trainer` cannot be honoured (see `refuse_unsupported`).
         FloatingPointError: The clean loss of a step is NaN or infinite.
         RuntimeError: After training, when no trained weight has moved.
 
@@ -97,19 +107,26 @@ class PurifyTrainer(Defence, PublishingTrainer):
             )
         self.preprocessing = Preprocessing.from_processor(processing_class)
         self.retain_indices = retain.column(train_dataset, "index")
-        images = training_images(train_dataset, self, model.config, args, self.preprocessing)
         kwargs.setdefault("compute_metrics", compute_metrics)
-        kwargs.setdefault("data_collator", retain.collate)
+        check_evaluation(args, eval_dataset, kwargs["compute_metrics"] is compute_metrics)
+        images = training_images(train_dataset, self, model.config, args, self.preprocessing)
+        measured_on = evaluation_images(eval_dataset, model.config, self.preprocessing)
+        own = kwargs.pop("data_collator", None)
+        collator = own if isinstance(own, Collator) else Collator(model.config.num_labels, own)
+        for name, found in (("train_dataset", images), ("eval_dataset", measured_on)):
+            check_samples(found, collator, self.preprocessing, name)
         folder_is_new = not Path(args.output_dir).exists()
         super().__init__(
             model,
             args,
-            train_dataset=images,
-            eval_dataset=evaluation_images(eval_dataset, model.config, self.preprocessing),
-            processing_class=processing_class,
+            collator,
+            images,
+            measured_on,
+            processing_class,
             compute_loss_func=self.clean_loss,
             **kwargs,
         )
+        self.label_names = ["labels"]  # of every batch, whatever the network calls its own
         if folder_is_new and args.should_save:
             Path(args.output_dir).rmdir()  # the Trainer makes it at once; here it comes with the first file
         self.placement = placement_of(self, model, self.runs_sharded)
@@ -126,6 +143,9 @@ class PurifyTrainer(Defence, PublishingTrainer):
         self.prepare()
 
     def _check(self, model: nn.Module, args: PurifyConfig, kwargs: dict[str, Any]) -> None:
+        if not isinstance(args, PurifyConfig):
+            wanted = type(self).__name__.replace("Trainer", "Config")
+            raise ValueError(f"args is a {type(args).__name__}, which lacks the defence's options: pass a {wanted}")
         refuse_unsupported(model, args, kwargs)
         check_output(args, source_of(model))
         if unfit := [n for n in ("distillation", "average_last", "sam_rho") if getattr(args, n) and n not in self.additions]:
@@ -209,8 +229,8 @@ class PurifyTrainer(Defence, PublishingTrainer):
         """
         if not self.in_training_step:
             return F.cross_entropy(outputs.logits.float(), labels)
-        if labels is None or num_items_in_batch is None:
-            raise ValueError(f"{type(self).__name__} needs a tensor column `labels` in every training batch")
+        if labels is None or num_items_in_batch is None or labels.ndim != 1:
+            raise ValueError(f"{type(self).__name__} needs a tensor column `labels` in every training batch, int64 (B,)")
         cross_entropy = F.cross_entropy(outputs.logits.float(), labels, reduction="none")
         losses, sums = self.sample_loss(cross_entropy), self.sample_statistics(cross_entropy.detach())
         if self.distiller:
@@ -275,9 +295,15 @@ class PurifyTrainer(Defence, PublishingTrainer):
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
+        if "pixel_values" not in inputs:
+            raise ValueError(f"the collator must make batches of pixel_values and labels; found {', '.join(inputs)}")
         if inputs["pixel_values"].dtype == torch.uint8:
             inputs["pixel_values"] = self.preprocessing.normalize(inputs["pixel_values"])
         return inputs
+
+    def hyperparameter_search(self, *args, **kwargs):
+        """Not here: it makes a new model for every trial, by ``model_init``."""
+        raise ValueError("hyperparameter_search makes models by model_init: try options in runs of their own (d3-hf benchmark)")
 
     def get_train_dataloader(self) -> DataLoader:
         """As the base class; a stream shares itself out among the processes."""
@@ -285,6 +311,21 @@ class PurifyTrainer(Defence, PublishingTrainer):
         if isinstance(images, StreamedImages):
             return images.loader(self.args, self.data_collator)
         return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As the base class; a data set is taken in every form that the constructor takes, and no image is left out."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            return self._loader_of(evaluation_images(eval_dataset, self.model.config, self.preprocessing))
+        with every_row_in_order(self.args):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As `get_eval_dataloader`, also of images without labels."""
+        return self._loader_of(prediction_images(test_dataset, self.model.config, self.preprocessing))
+
+    def _loader_of(self, images: Any) -> DataLoader:
+        with every_row_in_order(self.args):
+            return super().get_test_dataloader(images)  # of evaluation it would keep the first, with persistent workers
 
     def get_optimizer_cls_and_kwargs(self, args, model=None) -> tuple[Any, dict[str, Any]]:
         """As the base class, with the defence's ``amsgrad``."""
