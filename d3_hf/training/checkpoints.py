@@ -36,13 +36,11 @@ def check_output(args: TrainingArguments, source: Any) -> None:
             results of another run and is not to be overwritten.
         OSError: It cannot be written to.
     """
-    folder, lies = Path(args.output_dir), None
-    if source is not None and source.kind in ("folder", "file"):
-        lies = Path(source.name).expanduser().resolve()
-        replaced = [place / file for place in (folder, folder / REJECTED) for file in ("", SAFE_WEIGHTS_NAME)]
-        if lies in [place.resolve() for place in replaced]:
-            raise ValueError(f"output_dir {folder} is where the suspicious model lies, which must stay: choose another")
-    if others := other_weights(file.name for file in folder.glob("*") if file.resolve() != lies):
+    folder = Path(args.output_dir)
+    for place in (folder, folder / REJECTED):
+        check_not_source(place, source)
+    own = Path(source.name).expanduser().resolve() if source is not None and source.kind == "file" else None
+    if others := other_weights(file.name for file in folder.glob("*") if file.resolve() != own):
         raise ValueError(
             f"output_dir {folder} holds other weights ({', '.join(others)}), which many programs would load in place of the "
             "new ones: choose another folder, or move them away"
@@ -58,6 +56,15 @@ def check_output(args: TrainingArguments, source: Any) -> None:
         raise NotADirectoryError(f"output_dir {folder} cannot be made: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"output_dir {folder} cannot be written: no permission in {existing}")
+
+
+def check_not_source(folder: Path, source: Any) -> None:
+    """Raise a ValueError where writing into a folder would replace the model of a `Source`."""
+    if source is None or source.kind not in ("folder", "file"):
+        return
+    replaced = (folder, folder / SAFE_WEIGHTS_NAME)
+    if Path(source.name).expanduser().resolve() in [place.resolve() for place in replaced]:
+        raise ValueError(f"output_dir {folder} is where the suspicious model lies, which must stay: choose another")
 
 
 def results_in(folder: Path) -> Path | None:

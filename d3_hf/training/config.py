@@ -123,8 +123,9 @@ class PurifyConfig(TrainingArguments):
     Raises:
         ValueError: An option is not what its field declares, see `check_declared`; ``hub_token`` is given (it would be written
             into logs: log in or set ``HF_TOKEN``); ``hub_create_pr`` without ``push_to_hub`` or with ``hub_model_id``;
-            ``label_smoothing_factor`` is not 0 (the loss is the method's own); ``average_last`` is combined with checkpoints,
-            which would not hold the mean; ``sam_rho`` with accumulated gradients or fp16.
+            ``optim_args`` is not name=value; ``label_smoothing_factor`` is not 0 (the loss is the method's own);
+            ``average_last`` is combined with checkpoints, which would not hold the mean; ``sam_rho`` with accumulated
+            gradients or fp16.
     """
 
     output_dir: str | None = field(
@@ -202,6 +203,8 @@ class PurifyConfig(TrainingArguments):
             raise ValueError("label_smoothing_factor must stay 0: the defence computes its own loss")
         if self.optim_args == SGD_ARGUMENTS and self.optim != "sgd":
             self.optim_args = None  # the default of another optimizer
+        if self.optim_args and any(pair.count("=") != 1 for pair in self.optim_args.split(",")):  # as the Trainer splits it
+            raise ValueError(f"optim_args must be name=value, or several with commas between them; got {self.optim_args!r}")
         if not (self.bf16 or self.fp16):  # so that whatever an option would refuse is refused, and what ran is recorded
             self.bf16, self.fp16 = launched_precision() == "bf16", launched_precision() == "fp16"
         if not torch.accelerator.is_available():

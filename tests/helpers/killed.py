@@ -24,7 +24,7 @@ from d3_hf.files import PARTIAL, sha256
 from d3_hf.training.checkpoints import find_damage, last_whole_checkpoint
 
 FORWARD, UPDATED, HALF_WRITTEN = "before a forward pass", "after an update", "a file is half written"
-FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir"}  # not os.mkdir: how often two processes try it is a race
 
 
 class Clock:
