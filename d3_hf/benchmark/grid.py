@@ -15,7 +15,7 @@ from ..data.load import LoadedImages
 from ..defenses import defence as load_defence
 from ..files import sha256
 from ..models import load_classifier
-from ..models.folder import weights_files
+from ..models.checkpoint_files import defining_files
 from ..options.arguments import DataArguments, ModelArguments
 from ..options.parser import check_types, read_yaml
 from ..publishing.manifest import VICTIM_FILE
@@ -275,6 +275,5 @@ def _content(place: str) -> Any:
     if path.is_file():
         return sha256(path)
     if path.is_dir():
-        files = [path / "config.json", path / "preprocessor_config.json", *weights_files(path, place)]
-        return {file.name: sha256(file) for file in files if file.is_file()}
+        return {file.name: sha256(file) for file in defining_files(path, place)}
     return place
