@@ -1,5 +1,6 @@
 """Errors with an exit code of their own, and what messages share."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,3 +23,13 @@ class GuardRailBroken(RuntimeError):
 def join_names(names: Sequence[str]) -> str:
     """Join names for a message, the first eight of them."""
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def go_online(is_offline: bool) -> str:
+    """What to do where something has to come from the Hub and cannot.
+
+    Args:
+        is_offline: Whether the library that failed was told not to try.
+    """
+    named = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(name)]
+    return f"{' and '.join(named) or 'HF_HUB_OFFLINE'} keeps it offline: unset it" if is_offline else "go online once"

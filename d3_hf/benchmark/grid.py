@@ -15,8 +15,7 @@ from ..data.load import LoadedImages
 from ..defenses import defence as load_defence
 from ..files import sha256
 from ..models import load_classifier
-from ..models.folder import weights_files
-from ..models.load import HUB_FILES
+from ..models.checkpoint_files import defining_files
 from ..options.arguments import DataArguments, ModelArguments
 from ..options.parser import check_types, read_yaml
 from ..publishing.manifest import VICTIM_FILE
@@ -289,6 +288,5 @@ def _content(place: str) -> Any:
     if path.is_file():
         return sha256(path)
     if path.is_dir():
-        files = {*weights_files(path, place), *(file for pattern in HUB_FILES for file in path.glob(pattern))}
-        return {file.name: sha256(file) for file in sorted(files)}
+        return {file.name: sha256(file) for file in defining_files(path, place)}
     return place

@@ -16,6 +16,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from ..errors import go_online
+from ..files import first_line
+
 ImageSource = str | Path | Mapping[str, str | Path | list[str | Path]] | Dataset | DatasetDict
 
 
@@ -89,10 +92,10 @@ def _open_hub(name: str, revision: str | None) -> DatasetDict:
     try:
         return datasets.load_dataset(name, revision=revision)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        offline = f"; {go_online(True)}" if datasets.config.HF_HUB_OFFLINE else ""
         raise OSError(
-            f"cannot load {name!r}, which is no local path, from the Hub: {reason}. Check the name, the revision and "
-            "the network, or pass a folder, parquet files or a loaded DatasetDict"
+            f"cannot load {name!r}, which is no local path, from the Hub: {first_line(error)}{offline}. Check the name, the "
+            "revision and the network, or pass a folder, parquet files or a loaded DatasetDict"
         ) from error
 
 

@@ -14,6 +14,7 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 from ..files import first_line
 from .class_names import check_label_names, set_label_names
 from .source import attach
+from .weight_names import told
 from .weights import load_pretrained
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,8 @@ def classes_in(weights: dict[str, Tensor], architecture: str, where: str) -> int
     names = {f"{classifier}.weight", f"timm_model.{classifier}.weight"} & weights.keys()
     if len(names) != 1:
         raise ValueError(
-            f"{where}: cannot tell the number of classes of this {architecture}: give their names, or in Python num_labels"
+            f"{where}: cannot tell the number of classes of this {architecture}, whose classifier is {classifier}, where the "
+            f"weights are {told(weights)}: give the classes' names, or in Python num_labels"
         )
     name = names.pop()
     logger.info("%s: %d classes, from the shape of %s", where, len(weights[name]), name)

@@ -11,33 +11,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 
-from ..files import first_line, sha256
-from . import architectures, wrapper
+from ..files import sha256
+from . import architectures, hub, wrapper
+from .checkpoint_files import HUB_FILES as HUB_FILES  # what is fetched from a Hub repository
+from .checkpoint_files import SAFE, defining_files, read_file, read_files, tell_of_others
 from .class_names import check_label_names, set_label_names
-from .folder import open_folder, read_processor, weights_files
+from .config import settle
+from .folder import open_folder
+from .processors import read_processor
 from .source import Source, attach, image_processor_of, source_of
-from .weights import PICKLED, load_module, load_pretrained, read_weights, refuse_non_finite
+from .weight_names import from_mmpretrain, unwrapped
+from .weights import PICKLED, load_module, load_pretrained, refuse_non_finite
 
 logger = logging.getLogger(__name__)
 
-# Everything that is fetched from a Hub repository: no pickles and no code.
-HUB_FILES = (
-    "config.json",
-    "preprocessor_config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
-)
 # Which arguments go with which kind of source; the others are settled by the source itself.
 OPTIONS = {
     "hub": {"revision", "module", "num_labels", "label_names", "image_processor"},
@@ -83,8 +73,8 @@ def load_classifier(
               ``timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k``); safetensors only;
             - a folder that ``save_pretrained`` or timm wrote; ``pytorch_model.bin`` is opened with the restricted
               unpickler;
-            - a ``.safetensors`` file, or a ``.pth``, ``.pt``, ``.th``, ``.tar``, ``.bin`` or ``.ckpt`` state dict,
-              together with ``architecture`` or ``module``;
+            - a ``.safetensors`` file, a ``.pth``, ``.pt``, ``.th``, ``.tar``, ``.bin`` or ``.ckpt`` state dict, or the
+              ``.index.json`` of shards, together with ``architecture`` or ``module``;
             - a module that maps normalised images (B, 3, h, w) to logits (B, C), which becomes a `WrappedClassifier`;
               the network itself, not inside DataParallel or torch.compile;
             - a transformers model, which is kept.
@@ -110,10 +100,11 @@ def load_classifier(
         FileNotFoundError: No such file, folder, Hub id or revision; a folder without ``config.json`` or weights.
         OSError: A Hub id that is neither cached nor within reach.
         ValueError: A file that is damaged, of another format, or wants to run code; weights that are missing,
-            superfluous, of another shape, NaN, infinite or quantised; a link out of the folder; an unknown
-            architecture; a number of classes that is not the source's, or below 2; a checkpoint that needs a
-            repository's own code, is quantised or an adapter; a missing normalisation or image processor; an argument that
-            the kind of source has no use for.
+            superfluous, of another shape, NaN, infinite or quantised; an index that contradicts its shards, or two copies
+            of the weights that differ; a link out of the folder; an unknown architecture; another task than one class for
+            each image; a number of classes that is not the source's, or below 2; a checkpoint that needs a repository's own
+            code, is quantised or an adapter; a missing normalisation or image processor; an argument that the kind of source
+            has no use for.
         TypeError: ``source`` is none of the above.
     """
     given = {name: value for name, value in locals().items() if name != "source" and value is not None}
@@ -131,8 +122,7 @@ def load_classifier(
         "model": _from_model,
     }[kind]
     model, processor, origin = loader(source, **given)
-    if model.config.num_labels < 2:
-        raise ValueError(f"{_name(source)} has {model.config.num_labels} class: a classifier tells at least 2 apart")
+    settle(model.config, _name(source))
     if num_labels is not None and model.config.num_labels != num_labels:
         raise ValueError(f"{_name(source)} has {model.config.num_labels} classes, not num_labels={num_labels}")
     return attach(model.eval(), processor, origin)
@@ -151,7 +141,7 @@ def _kind(source: Any) -> str:
     if path.is_file():
         return "file"
     is_name = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)
-    if not is_name or path.suffix in (".safetensors", *PICKLED):
+    if not is_name or path.suffix in (".safetensors", ".json", *PICKLED):
         raise FileNotFoundError(f"no such file or folder: {source}")
     return "hub"
 
@@ -161,29 +151,18 @@ def _name(source: Any) -> str:
 
 
 def _from_hub(repo: str, revision: str | None = None, **options) -> Loaded:
-    try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(HUB_FILES)))
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{repo} is no local path, and no model on the Hub that you may read: check the name"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{repo} has no branch, tag or commit {revision}: check --revision") from error
-    except LocalEntryNotFoundError as error:
-        raise OSError(
-            f"{repo} is no local path and not in the Hub cache, and the Hub cannot be reached: go online once"
-        ) from error
-    except (HfHubHTTPError, ValueError) as error:  # among the latter: a file name that leads out of the folder
-        raise OSError(f"{repo} at revision {revision or 'main'}: {first_line(error)}") from error
-    model, processor = open_folder(folder, repo, **options)
+    folder = hub.fetch(repo, revision)
+    # Of the cache's folder no pickle counts, which another program may have put there.
+    model, processor = open_folder(folder, repo, formats=(SAFE,), **options)
     return model, processor, Source("hub", repo, revision=folder.name)  # a snapshot's folder is named after its commit
 
 
 def _from_folder(source: str | Path, **options) -> Loaded:
     folder = Path(source).expanduser()
     model, processor = open_folder(folder, str(source), **options)
-    files = [folder / "config.json", *weights_files(folder, str(source))]
-    return model, processor, Source("folder", str(source), sha256={file.name: sha256(file) for file in files})
+    tell_of_others(str(source), [file.name for file in folder.iterdir()])
+    digests = {file.name: sha256(file) for file in defining_files(folder, str(source))}
+    return model, processor, Source("folder", str(source), sha256=digests)
 
 
 def _from_file(
@@ -199,23 +178,25 @@ def _from_file(
 ) -> Loaded:
     path, name = Path(source).expanduser(), str(source)
     if (architecture is None) == (module is None):
+        folder = f"; or load its folder, {path.parent}" if (path.parent / "config.json").is_file() else ""
         raise ValueError(
-            f"{name} holds weights without their network: give its architecture, a timm name, or in Python its module"
+            f"{name} holds weights without their network: give its architecture, a timm name, or in Python its module{folder}"
         )
     if architecture is not None:
         architectures.architecture_cfg(architecture)  # a wrong name is told before a large file is read
-    weights = read_weights(path)
+    weights = read_file(path)
     if module is not None:
         if model_args is not None:
             raise ValueError("model_args goes with architecture, not with module")
-        load_module(module, weights, name)
+        load_module(module, unwrapped(weights, name, module.state_dict().keys()), name)
         model, processor, _ = _from_module(module, label_names, image_mean, image_std, image_size)
     else:
+        weights = from_mmpretrain(unwrapped(weights, name), architectures.architecture_cfg(architecture).classifier)
         count = check_label_names(label_names, num_labels) or architectures.classes_in(weights, architecture, name)
         config = architectures.timm_config(architecture, count, label_names, image_mean, image_std, image_size, model_args)
         model = load_pretrained(TimmWrapperForImageClassification, config, weights, name)
         processor = architectures.processor_of(config)
-    return model, processor, Source("file", name, sha256={path.name: sha256(path)})
+    return model, processor, Source("file", name, sha256={file.name: sha256(file) for file in read_files(path)})
 
 
 def _from_module(
@@ -252,12 +233,20 @@ def _from_model(
     image_processor: BaseImageProcessor | None = None,
 ) -> Loaded:
     name = model.name_or_path or type(model).__name__
+    _refuse_additions(model, name)
     refuse_non_finite(model.state_dict(), name)
     if label_names is not None:
         check_label_names(label_names, model.config.num_labels)
         set_label_names(model.config, label_names)
     processor = image_processor or image_processor_of(model) or _find_processor(model, name)
     return model, processor, source_of(model) or Source("module", name)
+
+
+def _refuse_additions(model: PreTrainedModel, name: str) -> None:
+    if getattr(model, "_hf_peft_config_loaded", False):  # only of models with PEFT's mixin
+        raise ValueError(f"{name} carries a PEFT adapter: merge it into the model first (merge_and_unload())")
+    if getattr(model, "is_quantized", False):
+        raise ValueError(f"{name} is quantised, and quantised weights cannot be purified: load the original")
 
 
 def _find_processor(model: PreTrainedModel, name: str) -> BaseImageProcessor:

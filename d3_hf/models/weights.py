@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..files import first_line
+from .weight_names import told
 
 logger = logging.getLogger(__name__)
 
@@ -34,22 +35,20 @@ PICKLED = (".pth", ".pt", ".tar", ".th", ".bin", ".ckpt")
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "net", "model_state_dict")
 
 
-# What DataParallel and torch.compile put before every name.
-PREFIXES = ("module.", "_orig_mod.")
-
-
 # Types that hold a weight as it is; integers and eight bits need scales to mean anything, complex ones another network.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-SHOWN = 4
+SHOWN = 4  # entries of a foreign file, in a message
+
+# In torch's errors that advise to load without restriction, or that speak of loading a program.
+ADVICE = ("weights_only", "torch.jit")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the weights of one file, without running anything that it may contain.
 
-    A state dict inside a training checkpoint is taken out of it, and prefixes of wrappers are removed where all names
-    have them.
+    A state dict inside a training checkpoint is taken out of it; names are as the file has them.
 
     Args:
         path: A ``.safetensors`` file, or a state dict that `torch.save` wrote.
@@ -75,17 +74,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     strange = [f"{name} ({tensor.dtype})" for name, tensor in contents.items() if _is_strange(name, tensor)]
     if strange:
         raise ValueError(
-            f"{path}: quantised or complex weights, {_some(strange)}, cannot be purified: load the original in float32, "
+            f"{path}: quantised or complex weights, {told(strange)}, cannot be purified: load the original in float32, "
             "float16 or bfloat16"
         )
-    return _without_prefixes(contents)
+    return contents
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            written_by = (file.metadata() or {}).get("format", "pt")
+        if written_by == "pt":
+            return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is no complete safetensors file ({first_line(error)}): fetch it again") from error
+    raise ValueError(f"{path} has the layout of another library (format {written_by!r}): ask its author for PyTorch's")
 
 
 def _is_strange(name: str, tensor: Tensor) -> bool:
@@ -94,6 +97,11 @@ def _is_strange(name: str, tensor: Tensor) -> bool:
 
 
 def _read_pickle(path: Path) -> Any:
+    if _is_torchscript(path):
+        raise ValueError(
+            f"{path} is TorchScript, a program with its weights, and was not opened: ask its author for safetensors or a state "
+            "dict (module.state_dict())"
+        )
     try:
         claimed = _unpacked_size(path)
         if claimed <= path.stat().st_size:
@@ -112,13 +120,22 @@ def _read_pickle(path: Path) -> Any:
             "its author for safetensors, or convert it inside a sandbox"
         ) from error
     except Exception as error:  # a damaged or foreign file can fail in any way; none of them is recovered from
+        advises = any(word in str(error) for word in ADVICE)
+        reason = type(error).__name__ + ("" if advises else f": {first_line(error)}")
         raise ValueError(
-            f"{path} is no complete state dict that torch.save wrote ({type(error).__name__}: {first_line(error)})"
+            f"{path} is no complete state dict that torch.save wrote ({reason}): ask its author for safetensors"
         ) from error
     raise ValueError(
         f"{path} was not opened: it unpacks to {claimed:,} bytes from {path.stat().st_size:,}, which torch.save does not; ask "
         "its author for safetensors"
     )
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(entry.endswith("constants.pkl") for entry in archive.namelist())
 
 
 def _unpacked_size(path: Path) -> int:
@@ -132,7 +149,7 @@ def _unpacked_size(path: Path) -> int:
 
 def _unpack(contents: Any, path: Path) -> dict[str, Tensor]:
     if isinstance(contents, dict):
-        container = next((key for key in CONTAINERS if isinstance(contents.get(key), dict)), None)
+        container = next((key for key in CONTAINERS if isinstance(contents.get(key), dict)), None) or _only_state_dict(contents)
         if container is not None:
             logger.info("%s: weights taken from its entry %r", path, container)
             contents = contents[container]
@@ -140,24 +157,29 @@ def _unpack(contents: Any, path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds a {type(contents).__name__}, not a state dict (a dict of tensors by name)")
     others = [
         f"{key!r} ({type(value).__name__})"
-        for key, value in contents.items()
+        for key, value in sorted(contents.items(), key=lambda entry: not isinstance(entry[1], dict))  # where weights may be
         if not isinstance(value, Tensor) or not isinstance(key, str) or value.layout != torch.strided or value.is_meta
     ]
     if others:
+        found = ", ".join(others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
         raise ValueError(
-            f"{path} is no state dict, which holds tensors by name; found {_some(others)}; weights are looked for at the "
-            f"top and under {', '.join(CONTAINERS)}"
+            f"{path} is no state dict, which holds tensors by name; found {found}; weights are looked for at the top and under "
+            f"{', '.join(CONTAINERS)}"
         )
     size = path.stat().st_size
     if claims := [key for key, value in contents.items() if value.numel() * value.element_size() > size]:
-        raise ValueError(f"{path}: {_some(claims)} would fill more memory than the file's {size:,} bytes: ask for safetensors")
+        raise ValueError(f"{path}: {told(claims)} would fill more memory than the file's {size:,} bytes: ask for safetensors")
     return dict(contents)
 
 
-def _without_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in weights)), None):
-        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    return weights
+def _only_state_dict(contents: dict[Any, Any]) -> str | None:
+    """Key of the one entry that is a dict of tensors by name, in a checkpoint without any of the known keys."""
+    found = [
+        key
+        for key, value in contents.items()
+        if isinstance(value, dict) and value and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in value.items())
+    ]
+    return found[0] if len(found) == 1 and not any(isinstance(value, Tensor) for value in contents.values()) else None
 
 
 def load_pretrained(
@@ -215,17 +237,17 @@ def refuse_non_finite(weights: dict[str, Tensor], where: str) -> None:
     """Raise a ValueError that names the weights with a NaN or an infinity."""
     bad = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
-        raise ValueError(f"{where}: NaN or infinite values in {_some(bad)}")
+        raise ValueError(f"{where}: NaN or infinite values in {told(bad)}")
 
 
 def _refuse_mismatch(where: str, missing: Iterable[str], extra: Iterable[str], mismatched: Iterable[tuple]) -> None:
     # BatchNorm's counter is younger than some checkpoints and changes no logit; torch's own strict loading lets it be
     # absent.
-    missing = sorted(name for name in missing if not name.endswith("num_batches_tracked"))
-    shapes = [f"{name} {tuple(found)} instead of {tuple(needed)}" for name, found, needed in sorted(mismatched)]
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    shapes = [f"{name} {tuple(found)} instead of {tuple(needed)}" for name, found, needed in mismatched]
     faults = [
-        f"{len(names)} {what}: {_some(names)}"
-        for what, names in (("missing", missing), ("unexpected", sorted(extra)), ("of the wrong shape", shapes))
+        f"{len(names)} {what}: {told(names)}"
+        for what, names in (("missing", missing), ("unexpected", list(extra)), ("of the wrong shape", shapes))
         if names
     ]
     if faults:
@@ -233,10 +255,6 @@ def _refuse_mismatch(where: str, missing: Iterable[str], extra: Iterable[str], m
             f"{where}: the weights are not those of this network ({'; '.join(faults)}): check the architecture and "
             "the number of classes"
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..models.config import settle
 from .config import PurifyConfig
 
 # Options of `TrainingArguments` by name: the values that fit, and why no other does.
@@ -27,8 +28,9 @@ def refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict[str, A
         kwargs: Further arguments of `Trainer`.
 
     Raises:
-        ValueError: ``model_init``; another loss; no transformers model; checkpoints pushed to the Hub; `nn.DataParallel`; an
-            optimizer that steps within the backward pass; a PEFT or device-mapped model; an option of `UNFIT`.
+        ValueError: ``model_init``; another loss; no transformers model; one of another task, see `settle`; checkpoints pushed
+            to the Hub; `nn.DataParallel`; an optimizer that steps within the backward pass; a PEFT or device-mapped model; an
+            option of `UNFIT`.
     """
     if kwargs.get("model_init") is not None:
         raise ValueError("model_init would replace the suspicious model inside train(); pass model= instead")
@@ -39,6 +41,7 @@ def refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict[str, A
             f"{type(model).__name__} is no transformers model: wrap it with d3_hf.load_classifier(module, num_labels=..., "
             "image_mean=..., image_std=...)"
         )
+    settle(model.config, type(model).__name__)
     if args.push_to_hub and args.save_strategy != "no" and args.hub_strategy != "end":
         raise ValueError(
             "push_to_hub with checkpoints would upload pickles and half-purified weights on the way: set hub_strategy='end'"

@@ -40,7 +40,7 @@ def test_file(tmp_path, network, suffix, prefix):
     assert model.config.num_labels == 10 and not model.training and model.dtype == torch.float32
 
 
-@pytest.mark.parametrize("container", ["state_dict", "model", "net", "state_dict_ema", "model_state_dict"])
+@pytest.mark.parametrize("container", ["state_dict", "model", "net", "state_dict_ema", "model_state_dict", "params"])
 def test_container(tmp_path, network, container):
     path = saved(tmp_path, {"epoch": 3, "optimizer": {"lr": 0.1}, container: network.state_dict()})
     assert torch.equal(logits(load_classifier(path, **WRN, **NORM)), network(IMAGES))
@@ -99,13 +99,19 @@ def test_file_into_a_module(tmp_path):
 # Folders and the Hub -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["vit_folder", "timm_folder"])
-def test_folder(kind, request, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "files"),
+    [
+        ("vit_folder", ("config.json", "preprocessor_config.json", "model.safetensors")),
+        ("timm_folder", ("config.json", "model.safetensors")),
+    ],
+)
+def test_folder(kind, files, request, tmp_path):
     folder = request.getfixturevalue(kind)
     expected = logits(AutoModelForImageClassification.from_pretrained(folder))
     model = load_classifier(folder)
     assert torch.equal(logits(model), expected)
-    hashes = {name: sha256(folder / name) for name in ("config.json", "model.safetensors")}
+    hashes = {name: sha256(folder / name) for name in files}
     assert model.source == Source("folder", str(folder), sha256=hashes)
     model.save_pretrained(tmp_path)
     model.image_processor.save_pretrained(tmp_path)

@@ -86,7 +86,11 @@ def broken_weights(network: nn.Module) -> dict:
         ("inf", {}, r"NaN or infinite values in bn1.running_var"),
         ("good", {"num_labels": 7}, r"fc.weight \(10, 64\) instead of \(7, 64\).*number of classes"),
         ("good", {"label_names": ["a", "b"]}, r"fc.weight \(10, 64\) instead of \(2, 64\)"),
-        ("good", {"model_args": {"depth": 16, "width": 1}}, r"\d+ missing: .*, \.\.\."),
+        (
+            "good",
+            {"model_args": {"depth": 16, "width": 1}},
+            r"30 missing: 10 of timm_model.block1\.\* \(as timm_model.block1.layer.1.bn1.bias\), 10 of",
+        ),
         ("good", {"model_args": {"depth": 10, "width": 1, "nonsense": 1}}, "nonsense"),
         ("good", {"num_labels": 1}, "at least 2 classes"),
         ("good", {"num_labels": 10, "label_names": ["a", "b"]}, "num_labels=10 but label_names has 2"),
@@ -138,7 +142,7 @@ def test_number_of_classes_is_not_guessed(tmp_path):
         ("a.pth", "truncated", ValueError, "no complete state dict"),
         ("a.pth", {}, ValueError, "holds no weights"),
         ("a.pth", [torch.zeros(2)], ValueError, "holds a list"),
-        ("a.pth", {"epoch": 3, "weights": {}}, ValueError, r"found 'epoch' \(int\), 'weights' \(dict\)"),
+        ("a.pth", {"epoch": 3, "weights": {}}, ValueError, r"found 'weights' \(dict\), 'epoch' \(int\)"),
         ("a.pth", {0: torch.zeros(2)}, ValueError, r"found 0 \(Tensor\)"),
         ("a.npz", b"", ValueError, "unknown suffix '.npz'"),
         ("a.safetensors", None, FileNotFoundError, "no such file or folder"),
@@ -158,6 +162,35 @@ def test_damaged_files(tmp_path, network, name, contents, error, message):
     with pytest.raises(error, match=message) as caught:
         load_classifier(path, **WRN, **NORM)
     assert "\n" not in str(caught.value) and name.split("/")[-1] in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda module: torch.jit.trace(module, torch.zeros(1, 2))])
+def test_torchscript_is_named_and_not_opened(tmp_path, make):
+    make(nn.Linear(2, 2)).save(str(tmp_path / "weights.pt"))
+    with pytest.raises(
+        ValueError, match="weights.pt is TorchScript, .* was not opened: ask its author for safetensors"
+    ) as caught:
+        load_classifier(tmp_path / "weights.pt", **WRN, **NORM)
+    assert "weights_only" not in str(caught.value) and "torch.jit" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Cannot use ``weights_only=True`` with files saved in the legacy .tar format"),
+        RuntimeError("Please use torch.jit.load"),
+    ],
+)
+def test_advice_to_load_without_restriction_is_not_passed_on(tmp_path, monkeypatch, network, error):
+    path = saved(tmp_path, network.state_dict())
+
+    def load(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(ValueError, match=r"is no complete state dict that torch.save wrote \(RuntimeError\): ask its author"):
+        load_classifier(path, **WRN, **NORM)
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing-here", "nothing-here"])

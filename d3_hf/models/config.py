@@ -1,0 +1,139 @@
+"""``config.json``, checked before transformers sees it: only what describes an image classifier of one label passes."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TimmWrapperConfig,
+)
+
+from ..files import first_line
+from .architectures import architecture_cfg
+
+logger = logging.getLogger(__name__)
+
+# Entries that lead to other files of the repository, past what is read and checked here.
+DETOURS = ("configuration_files", "transformers_weights")
+
+QUANTISED = ("quantization_config", "compression_config")
+
+# Values of problem_type by which an image has one class of several; transformers decides by the labels where there is none.
+ONE_CLASS = (None, "single_label_classification")
+
+# Arguments of timm.create_model that load other weights or descriptions, or leave no logits.
+TIMM_DETOURS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
+
+
+def read_config(folder: Path, name: str) -> PreTrainedConfig:
+    """Read a folder's ``config.json``.
+
+    Args:
+        folder: Where it is.
+        name: What to call the folder in messages.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged, of another task or kind of model, of quantised weights or of an adapter; needs code; or leads
+            to other files.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{name} holds a PEFT adapter{_base_of(folder)}: merge it first (merge_and_unload()), and load the result"
+        )
+    file = folder / "config.json"
+    if not file.is_file():
+        inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        advice = f"there is one in {', '.join(inner)}" if inner else "bare weights load by their file, with their architecture"
+        raise FileNotFoundError(f"{name} holds no config.json; {advice}")
+    try:
+        contents = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: config.json is no JSON ({first_line(error)})") from error
+    _refuse_unusable(contents, name)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a config can be wrong in any way; none of them is recovered from
+        raise ValueError(f"{name}: config.json cannot be used ({first_line(error)})") from error
+    # A config may name an attention kernel on the Hub, which is code: let transformers choose.
+    config._attn_implementation = None
+    if isinstance(config, TimmWrapperConfig):
+        _repair_timm(config, name)
+    settle(config, name)
+    return config
+
+
+def settle(config: PreTrainedConfig, name: str) -> None:
+    """Refuse a configuration of another task, and let its network return one output with logits and nothing else.
+
+    Raises:
+        ValueError: The network tells no classes apart, or is trained for several labels of an image or for numbers.
+    """
+    if config.problem_type not in ONE_CLASS:
+        raise ValueError(
+            f"{name} is trained for another task (problem_type {config.problem_type!r}): a classifier here gives an image one "
+            "class, by softmax; set problem_type to null if that is what it does"
+        )
+    if not config.num_labels or config.num_labels < 2:
+        raise ValueError(f"{name} has {config.num_labels or 0} class: a classifier tells at least 2 apart")
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the class of image classifier that a configuration describes."""
+    found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    candidates = found if isinstance(found, tuple) else (found,)
+    named = [candidate for candidate in candidates if candidate.__name__ in (config.architectures or [])]
+    return (named or candidates)[0]
+
+
+def _base_of(folder: Path) -> str:
+    try:
+        return f" of {json.loads((folder / 'adapter_config.json').read_text(encoding='utf-8'))['base_model_name_or_path']}"
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return ""
+
+
+def _refuse_unusable(contents: Any, name: str) -> None:
+    if not isinstance(contents, dict):
+        raise ValueError(f"{name}: config.json holds a {type(contents).__name__}, not a configuration")
+    if detours := [entry for entry in DETOURS if contents.get(entry)]:
+        raise ValueError(
+            f"{name}: config.json leads to other files ({', '.join(detours)}), which are not read: give the "
+            "one that is meant its usual name, and remove the entry"
+        )
+    inner = [part for part in contents.values() if isinstance(part, dict)]
+    if any(part.get(entry) for part in (contents, *inner) for entry in QUANTISED):
+        raise ValueError(f"{name} is quantised, and quantised weights cannot be purified: load the original")
+    # timm's own files have no model_type; transformers recognises them by this entry.
+    model_type = contents.get("model_type", "timm_wrapper" if "pretrained_cfg" in contents else None)
+    if model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        if contents.get("auto_map"):
+            logger.warning("%s: the Python code that its auto_map names is not run, but transformers' %s", name, model_type)
+        if model_type == "timm_wrapper" and "num_classes" not in contents:
+            raise ValueError(f"{name}: config.json gives no num_classes: add how many the network has")
+        return
+    if "auto_map" in contents and model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{name} needs Python code of its repository (auto_map in config.json), which is never run: build the "
+            "network yourself and pass it with its weights, load_classifier(weights_file, module=...)"
+        )
+    raise ValueError(f"{name}: model_type {model_type!r} in config.json is no image classifier that transformers knows")
+
+
+def _repair_timm(config: TimmWrapperConfig, name: str) -> None:
+    architecture_cfg(config.architecture)
+    # timm 1.0.31 writes num_classes a second time, into model_args, where TimmWrapper trips over it.
+    model_args = dict(config.model_args or {})
+    if detours := sorted(TIMM_DETOURS & model_args.keys()):
+        raise ValueError(f"{name}: {', '.join(detours)} in model_args of config.json is no part of a classifier: remove it")
+    declared = model_args.pop("num_classes", config.num_labels)
+    if declared != config.num_labels:
+        raise ValueError(f"{name}: config.json says {config.num_labels} classes, and {declared} in model_args")
+    config.model_args = model_args or None
