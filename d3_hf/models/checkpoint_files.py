@@ -29,9 +29,8 @@ SHARD = re.compile(r"(model|pytorch_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
 # Everything that is fetched from a Hub repository: no pickles and no code.
 HUB_FILES = (*SETTINGS, SAFE, SAFE + INDEX, "model-*-of-*.safetensors")
 
-# Endings of files that hold weights for other programs; some of the same endings that hold none.
-WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".h5", ".keras", ".msgpack", ".onnx", ".gguf", ".tflite")
-NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states\w*)\.(bin|pt|pth)|d3_.*")
+# Names of files from which other programs load weights.
+OTHERS = re.compile(r".*model.*\.(safetensors|bin|pth|pt|tar)|.*\.(ckpt|h5|keras|msgpack|onnx|gguf|tflite)")
 
 
 def weights_files(folder: Path, name: str, formats: Iterable[str] = (SAFE, PICKLED)) -> list[Path]:
@@ -120,11 +119,7 @@ def tell_of_others(name: str, files: Iterable[str], formats: Iterable[str] = (SA
 
 
 def _others(files: Iterable[str], formats: Iterable[str]) -> list[str]:
-    return [
-        file
-        for file in sorted(files)
-        if file.endswith(WEIGHTS) and file not in formats and not SHARD.fullmatch(file) and not NO_WEIGHTS.fullmatch(file)
-    ]
+    return [file for file in sorted(files) if OTHERS.fullmatch(file) and not (file in formats or SHARD.fullmatch(file))]
 
 
 def _copies(folder: Path, name: str, formats: Iterable[str]) -> list[list[Path]]:

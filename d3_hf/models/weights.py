@@ -132,10 +132,11 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(entry.endswith("constants.pkl") for entry in archive.namelist())
+    except zipfile.BadZipFile:  # another kind of file, or a damaged one, of which torch.load tells
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(entry.endswith("constants.pkl") for entry in archive.namelist())
 
 
 def _unpacked_size(path: Path) -> int:

@@ -198,7 +198,8 @@ def test_copies_in_two_formats_that_disagree(vit_folder, tmp_path, changes, mess
 
 def test_other_programs_weights_are_told(vit_folder, tmp_path, caplog):
     shutil.copytree(vit_folder, tmp_path, dirs_exist_ok=True)
-    for name in ("tf_model.h5", "model.fp16.safetensors", "training_args.bin", "optimizer.pt", "rng_state_0.pth"):
+    others = ["model.fp16.safetensors", "tf_model.h5"]
+    for name in (*others, "training_args.bin", "optimizer.pt", "rng_state_0.pth", "trigger.safetensors"):
         (tmp_path / name).touch()
     load_classifier(tmp_path)
     assert "also holds model.fp16.safetensors, tf_model.h5: not compared with the weights" in caplog.text

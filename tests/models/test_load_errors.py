@@ -139,6 +139,7 @@ def test_number_of_classes_is_not_guessed(tmp_path):
         ("a.safetensors", {}, ValueError, "holds no weights"),
         ("a.pth", b"", ValueError, "no complete state dict"),
         ("a.pth", b"hello world", ValueError, "no complete state dict"),
+        ("a.pth", b"PK\5\6" + bytes([1] * 16) + bytes(2), ValueError, "no complete state dict"),  # a zip of nothing
         ("a.pth", "truncated", ValueError, "no complete state dict"),
         ("a.pth", {}, ValueError, "holds no weights"),
         ("a.pth", [torch.zeros(2)], ValueError, "holds a list"),
