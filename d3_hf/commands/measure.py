@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ..attacks import load_attack
-from ..data.labels import check_labels
 from ..data.preprocessing import Preprocessing
 from ..evaluation.measure import measure, rates
+from ..labels import check_labels
 from ..models import load_classifier
 from ..options.parser import Parser
 from ..publishing.tables import rates_table

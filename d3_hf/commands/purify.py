@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.labels import check_labels
 from ..defenses import defence
 from ..errors import GuardRailBroken
 from ..evaluation.guard import GuardArguments
 from ..evaluation.retain_check import FEW_IMAGES
+from ..labels import check_labels
 from ..options.arguments import NO_IMAGES, AttackArguments, DataArguments, ModelArguments
 from ..options.parser import parse_arguments
 from ..publishing.manifest import public_name

@@ -1,13 +1,9 @@
-"""Labels: their class names and numbers, whether they mean what a model's outputs mean, and rows drawn by them."""
+"""Label columns: their classes, their numbers, and rows drawn by them."""
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
-from transformers import PretrainedConfig
-
-from ..errors import join_names
 
 WITHHELD = -1  # a label that is not given, by the convention of the Hub's data sets
 
@@ -67,44 +63,6 @@ def split_of(dataset: Dataset) -> str:
     return "the dataset" if dataset.split is None else f"split {str(dataset.split)!r}"
 
 
-def check_labels(class_names: Sequence[str], config: PretrainedConfig) -> None:
-    """Refuse a dataset whose labels do not mean what the model's outputs mean.
-
-    Names are compared without regard to case, spaces, underscores and hyphens; ImageNet's comma-separated synonyms
-    agree when one of them does. Placeholders (``LABEL_3``, ``3``) on either side agree with anything, since nothing
-    can be compared.
-
-    Args:
-        class_names: The dataset's classes in the order of their numbers.
-        config: The model's; ``num_labels`` and ``id2label`` are read.
-
-    Raises:
-        ValueError: The numbers of classes differ, or a class number has different names.
-    """
-    theirs = [str(config.id2label[number]) for number in range(config.num_labels)]
-    if len(class_names) != len(theirs):
-        raise ValueError(
-            f"the dataset has {len(class_names)} classes ({join_names(class_names)}), the model {len(theirs)} "
-            f"({join_names(theirs)}): purify with images of the model's own classes, or load the model that fits them"
-        )
-    if _are_placeholders(class_names) or _are_placeholders(theirs):
-        return
-    ours, known = ([_spellings(name) for name in names] for names in (class_names, theirs))
-    for number, (mine, its) in enumerate(zip(ours, known, strict=True)):
-        if mine & its:
-            continue
-        permuted = all(any(mine & its for its in known) for mine in ours)
-        way_out = (
-            "the order differs: dataset.align_labels_with_mapping({name: number for number, name in "
-            "model.config.id2label.items()}, 'label') puts it right"
-            if permuted
-            else "purify with images of the model's own classes, or rename the dataset's if they mean the same"
-        )
-        raise ValueError(
-            f"class {number} is {class_names[number]!r} in the dataset and {theirs[number]!r} in the model; {way_out}"
-        )
-
-
 def retain_indices(
     labels: np.ndarray,
     class_names: Sequence[str],
@@ -151,11 +109,3 @@ def retain_indices(
             f"{count} takes {quota[short[0]]} of it: ask for fewer or set balanced=False"
         )
     return np.sort(np.concatenate([order[labels[order] == number][: quota[number]] for number in range(classes)]))
-
-
-def _are_placeholders(names: Sequence[str]) -> bool:
-    return all(re.fullmatch(r"(label[_ ]?)?\d+", name.strip().lower()) for name in names)
-
-
-def _spellings(name: str) -> set[str]:
-    return {" ".join(re.split(r"[\s_-]+", synonym.strip().lower())) for synonym in name.split(",")}

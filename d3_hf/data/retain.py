@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, default_data_collator
 
+from ..labels import check_labels
 from .augmentation import Augmentation
 from .images import RawImages
-from .labels import check_labels
 from .preprocessing import Preprocessing
 from .streaming import StreamedImages
 from .training_images import TrainingImages, without_augmentation

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from ..files import first_line
+from ..labels import check_label_names, set_label_names
 from .architectures import architecture_cfg
-from .class_names import check_label_names, set_label_names
 from .weights import load_module, load_pretrained, read_weights
 from .wrapper import WrappedClassifier, WrappedClassifierConfig, class_name, count_classes, processor_of
 

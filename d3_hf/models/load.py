@@ -22,8 +22,8 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 
 from ..files import first_line, sha256
+from ..labels import check_label_names, set_label_names
 from . import architectures, wrapper
-from .class_names import check_label_names, set_label_names
 from .folder import open_folder, read_processor, weights_files
 from .source import Source, attach, image_processor_of, source_of
 from .weights import PICKLED, load_module, load_pretrained, read_weights, refuse_non_finite

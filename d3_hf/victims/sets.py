@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, set_seed
 
 from ..attacks import Attack
 from ..data.images import RawImages
-from ..data.labels import check_labels
 from ..files import atomic_file
+from ..labels import check_labels
 from ..models import load_classifier, new_model, with_new_head
 from ..options.arguments import RETAIN_FRACTION, ModelArguments
 from ..options.parser import Parser, parse_arguments, read_yaml
