@@ -22,7 +22,7 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 
 from ..files import first_line, sha256
-from ..labels import check_label_names, set_label_names
+from ..labels import check_label_names, label_names_of, set_label_names
 from . import architectures, wrapper
 from .folder import open_folder, read_processor, weights_files
 from .source import Source, attach, image_processor_of, source_of
@@ -131,6 +131,7 @@ def load_classifier(
         "model": _from_model,
     }[kind]
     model, processor, origin = loader(source, **given)
+    set_label_names(model.config, label_names_of(model.config, _name(source)))  # so that all of a configuration says the same
     if model.config.num_labels < 2:
         raise ValueError(f"{_name(source)} has {model.config.num_labels} class: a classifier tells at least 2 apart")
     if num_labels is not None and model.config.num_labels != num_labels:
