@@ -124,7 +124,7 @@ class Case:
 
     def images(self) -> tuple[RawImages, Dataset]:
         """(test, retain): the test images, and up to 2,000 of the recorded retain set, which the victim has not seen."""
-        images = self.data.load()
+        images = self.data.load(self.models[VICTIM].config)
         for model in self.models.values():
             check_labels(images.test.class_names, model.config)
         return images.test, images.retain.select(range(min(RETAINED, len(images.retain))))
