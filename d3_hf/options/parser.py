@@ -21,7 +21,6 @@ FREQUENT = {
     "image_std",
     "class_names",
     "dataset_name",
-    "dataset_config",
     "class_map",
     "retain_fraction",
     "retain_count",
