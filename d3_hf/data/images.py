@@ -71,21 +71,13 @@ class RawImages:
                 f"the data set has no column {' or '.join(sorted(missing))}, only {', '.join(dataset.column_names)}: "
                 "load_images(dataset) finds pictures and labels by their types and names them so"
             )
+        if dataset.format["type"] == "custom":
+            raise ValueError(
+                "the data set has a transform, which decoding the pictures would pass over: with_format(None) takes it off"
+            )
         labels = torch.from_numpy(labels_of(dataset))
-        batches = dataset.select_columns("image").with_format("arrow").iter(1000)
-        pictures = (picture for batch in batches for picture in batch["image"].to_pylist())
-        images = []
-        for row, picture in enumerate(tqdm(pictures, "Decoding images", len(dataset), unit="image")):
-            try:
-                images.append(decode(picture))
-            except Exception as error:  # image decoders raise anything, from OSError to SyntaxError
-                file = f" ({picture['path']})" if picture and picture["path"] else ""
-                raise ValueError(
-                    f"cannot decode row {row} of {split_of(dataset)}{file}: {error!r}; replace the picture or leave it out"
-                ) from error
-        uniform = len({image.shape for image in images}) == 1
-        index = torch.tensor(dataset["index"][:]) if "index" in dataset.column_names else None
-        return cls(torch.stack(images) if uniform else images, labels, dataset.features["label"].names, index)
+        index = torch.tensor(dataset.with_format(None)["index"][:]) if "index" in dataset.column_names else None
+        return cls(stacked(decode_rows(dataset)), labels, dataset.features["label"].names, index)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -136,6 +128,27 @@ def content_hashes(images: RawImages) -> list[bytes]:
     return [hashlib.sha256(repr(tuple(image.shape)).encode() + image.numpy().tobytes()).digest() for image in images.images]
 
 
+def stacked(images: list[Tensor]) -> Tensor | list[Tensor]:
+    """Images (3, H, W) as one tensor, where they are of one size."""
+    return torch.stack(images) if len({image.shape for image in images}) == 1 else images
+
+
+def decode_rows(dataset: Dataset) -> list[Tensor]:
+    """`decode` the column ``image``, showing progress; a ValueError names the row that cannot be decoded."""
+    batches = dataset.select_columns("image").with_format("arrow").iter(1000)
+    pictures = (picture for batch in batches for picture in batch["image"].to_pylist())
+    images = []
+    for row, picture in enumerate(tqdm(pictures, "Decoding images", len(dataset), unit="image")):
+        try:
+            images.append(decode(picture))
+        except Exception as error:  # image decoders raise anything, from OSError to SyntaxError
+            file = f" ({picture['path']})" if picture and picture["path"] else ""
+            raise ValueError(
+                f"cannot decode row {row} of {split_of(dataset)}{file}: {error!r}; replace the picture or leave it out"
+            ) from error
+    return images
+
+
 def decode(picture: dict[str, bytes | str | None] | None) -> Tensor:
     """Decode one entry of a `datasets.Image` column, see `RawImages.from_dataset`: uint8 (3, H, W). Decoders raise anything."""
     if picture is None:
@@ -143,7 +156,11 @@ def decode(picture: dict[str, bytes | str | None] | None) -> Tensor:
     if picture["bytes"] is None and Path(picture["path"]).is_file():
         # PIL keeps a file open that it cannot decode, or that has further frames.
         picture = {"bytes": Path(picture["path"]).read_bytes(), "path": picture["path"]}
-    image = datasets.Image().decode_example(picture)  # loads all of it, and applies the EXIF orientation
+    return pixels_of(datasets.Image().decode_example(picture))  # loads all of it, and applies the EXIF orientation
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """The pixels of a picture as RGB, see `RawImages.from_dataset`: uint8 (3, H, W); a ValueError if they have no range."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"):

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PretrainedConfig, default_data_collator
+from transformers import PretrainedConfig
 
 from ..labels import check_labels
+from . import samples
 from .augmentation import Augmentation
-from .images import RawImages
+from .images import RawImages, decode_rows, stacked
 from .preprocessing import Preprocessing
 from .streaming import StreamedImages
 from .training_images import TrainingImages, without_augmentation
@@ -24,24 +25,68 @@ def held_images(
     preprocessing: Preprocessing,
     augmentation: Augmentation | None = None,
     images_class: type[TrainingImages] = TrainingImages,
+    name: str = "the data set",
 ) -> Any:
     """Bring a data set into memory at the model's size; samples that are ready for the model stay as they are.
 
     Args:
-        dataset: A `datasets.Dataset` or `RawImages`; anything else is returned itself.
+        dataset: `RawImages`; a `datasets.Dataset` of pictures, or one whose column ``pixel_values`` or transform is ready for
+            the model; any other data set of the samples that `samples` describes. None stays None.
         config: Of the model whose classes the labels must be.
         preprocessing: Of the model.
         augmentation: What to do to the images; None for evaluation.
         images_class: What holds them.
+        name: What errors call the data set.
 
     Raises:
-        ValueError: The labels are not the model's, or see `RawImages.from_dataset`.
+        ValueError: The labels are not the model's; it is no such data set, or see `RawImages.from_dataset`.
     """
-    raw = RawImages.from_dataset(dataset) if isinstance(dataset, datasets.Dataset) else dataset
-    if not isinstance(raw, RawImages):
+    if dataset is None or isinstance(dataset, TrainingImages):
         return dataset
-    check_labels(raw.class_names, config)
-    return images_class.from_raw(raw, preprocessing, augmentation)
+    if not isinstance(dataset, RawImages):
+        samples.check_kind(dataset, name)
+        dataset = ready_or_raw(dataset, config, name)
+    if not isinstance(dataset, RawImages):
+        return dataset
+    check_labels(dataset.class_names, config)
+    return images_class.from_raw(dataset, preprocessing, augmentation)
+
+
+def ready_or_raw(dataset: Any, config: PretrainedConfig, name: str) -> Any:
+    """A data set as it is where its samples are ready for the model, `RawImages` where they are pictures; see `held_images`."""
+    if isinstance(dataset, datasets.Dataset):
+        is_transformed = dataset.format["type"] == "custom"
+        if not is_transformed and "pixel_values" not in dataset.column_names:
+            return RawImages.from_dataset(dataset)
+        if not is_transformed:
+            used = [column for column in dataset.column_names if column in ("pixel_values", *samples.LABELS)]
+            dataset = dataset.with_format("torch", columns=used)
+    for class_names in samples.known_class_names(dataset):
+        check_labels(class_names, config)
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        return dataset
+    if len(dataset) == 0:
+        raise ValueError(f"{name} holds no images")
+    # A transform is asked for every sample anew; what it makes is never kept.
+    if isinstance(dataset, datasets.Dataset) or not samples.is_picture(dataset[0]):
+        return dataset
+    class_names = next(samples.known_class_names(dataset), None) or [str(number) for number in range(config.num_labels)]
+    return samples.read_pictures(dataset, class_names)
+
+
+def unlabelled_images(dataset: Any, preprocessing: Preprocessing) -> "UnlabelledImages":
+    """Pictures without labels, to predict: a `datasets.Dataset` with a column ``image``."""
+    images = stacked(decode_rows(dataset))
+    nothing = torch.zeros(len(dataset), dtype=torch.int64)
+    return UnlabelledImages.from_raw(RawImages(images, nothing, ["unknown"]), preprocessing)
+
+
+class UnlabelledImages(TrainingImages):
+    """Images whose batches carry no labels."""
+
+    def __getitems__(self, positions: list[int]) -> dict[str, Tensor]:
+        """Return one batch: ``pixel_values`` uint8 (B, 3, h, w)."""
+        return {"pixel_values": super().__getitems__(positions)["pixel_values"]}
 
 
 def streamed_images(
@@ -68,15 +113,15 @@ def streamed_images(
     return images
 
 
-def collate(batch: Any) -> dict[str, Tensor]:
-    """A batch that `TrainingImages` made whole stays as it is; single samples of other datasets are stacked."""
-    return batch if isinstance(batch, dict) else default_data_collator(batch)
+def yields_ready(stream: datasets.IterableDataset) -> bool:
+    """Whether a stream, as one that was mapped, yields ``pixel_values``; one that does not name its columns is looked into."""
+    return "pixel_values" in (stream.column_names or next(iter(stream), ()))
 
 
 def column(dataset: Any, name: str) -> list[int] | None:
-    """A column of a `datasets.Dataset`, where there is one."""
+    """A column of a `datasets.Dataset`, where there is one, whatever format or transform is set."""
     if isinstance(dataset, datasets.Dataset) and name in dataset.column_names:
-        return list(dataset[name])
+        return list(dataset.with_format(None)[name])
     return None
 
 
@@ -101,7 +146,7 @@ def retain_batches(
     Raises:
         ValueError: The retain set is a stream, which has no end.
     """
-    if isinstance(dataset, StreamedImages):
+    if isinstance(dataset, torch.utils.data.IterableDataset):
         raise ValueError(f"{purpose} takes the retain set as a whole: load it without streaming=True")
     images = dataset if augmented else without_augmentation(dataset)
     how = {"batch_size": batches} if isinstance(batches, int) else {"batch_sampler": batches}

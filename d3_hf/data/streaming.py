@@ -67,7 +67,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
                 "ClassLabel(names=[...]))"
             )
         self.class_names: list[str] = features[self.label_column].names
-        columns = self.stream.select_columns([self.image_column, self.label_column])
+        columns = self.stream.with_format(None).select_columns([self.image_column, self.label_column])
         self._undecoded = columns.cast_column(self.image_column, datasets.Image(decode=False))
         self._own = self._undecoded.shuffle(self.seed, buffer_size=SHUFFLE_BUFFER)
         if self.world_size > 1:

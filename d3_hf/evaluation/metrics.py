@@ -121,12 +121,15 @@ def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
     """ACC for a Trainer's ``compute_metrics``: ``{"accuracy": share}``.
 
     Args:
-        eval_prediction: ``predictions`` are logits (N, C), ``label_ids`` true classes (N,).
+        eval_prediction: ``predictions`` are logits (N, C), or the first of what the model returned, or classes (N,) where
+            ``preprocess_logits_for_metrics`` made them; ``label_ids`` true classes (N,).
 
     Raises:
         ValueError: A logit is not finite.
     """
-    logits = np.asarray(eval_prediction.predictions)
+    found = eval_prediction.predictions
+    logits = np.asarray(found[0] if isinstance(found, tuple) else found)  # beside them, hidden states
     if not np.isfinite(logits).all():
         raise ValueError("the model's logits are not finite (NaN or infinite): its weights are broken")
-    return {"accuracy": accuracy(logits.argmax(-1), eval_prediction.label_ids).value}
+    predicted = logits if logits.ndim == 1 else logits.argmax(-1)
+    return {"accuracy": accuracy(predicted, eval_prediction.label_ids).value}

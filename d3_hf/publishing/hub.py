@@ -27,7 +27,7 @@ TIMEOUT = 120.0  # seconds that a server may be silent; huggingface_hub itself w
 UNKNOWN = "not available"
 
 
-def check_push(args: TrainingArguments, source: dict[str, Any], manifest_name: str) -> None:
+def check_push(args: TrainingArguments, source: dict[str, Any], manifest_name: str, token: str | None = None) -> None:
     """Say before the training what would stop the push after it, without the network.
 
     Raises:
@@ -36,7 +36,7 @@ def check_push(args: TrainingArguments, source: dict[str, Any], manifest_name: s
     """
     if manifest_name != MANIFEST:
         raise ValueError("push_to_hub is for purified models: a deliberately backdoored one stays here")
-    if get_token() is None:
+    if (token or get_token()) is None:
         raise ValueError("push_to_hub needs an account: log in with `hf auth login` or set HF_TOKEN")
     if args.hub_create_pr and source["kind"] != "hub":
         raise ValueError(f"hub_create_pr opens a pull request on the source's repository, but {source['name']} is none")
@@ -91,6 +91,7 @@ def push_folder(
     create_pr: bool = False,
     revision: str | None = None,
     message: str = "Purified model",
+    token: str | None = None,
 ) -> CommitInfo:
     """Upload the folder of a purified model, in one commit; running it again finishes what failed.
 
@@ -101,6 +102,7 @@ def push_folder(
         create_pr: Open a pull request on the repository that the model came from, on top of the commit that was purified.
         revision: Branch, with ``repo``.
         message: Of the commit.
+        token: Of the account, in place of the one that is logged in.
 
     Returns:
         The commit, with ``pr_url`` of the pull request.
@@ -125,7 +127,7 @@ def push_folder(
         repo, parent, place = source["name"], source["revision"], "--hub_create_pr"
     else:
         parent, place = None, f"--hub_model_id {repo}" + ("" if private else " --hub_private_repo false")
-    api = HfApi(library_name="d3_hf")
+    api = HfApi(library_name="d3_hf", token=token)
     try:
         with _timeout(TIMEOUT):
             if not create_pr:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import has_length
 
-from ..data.streaming import StreamedImages
 from ..data.training_images import TrainingImages
 from ..files import read_mapping
 from ..models.source import source_of
@@ -169,13 +169,12 @@ def facts_of(run: Purification) -> dict[str, Any]:
 
 def _retain_facts(run: Purification) -> dict[str, Any]:
     source, images = run.data_source, run.train_dataset
-    streamed = isinstance(images, StreamedImages)
     drawn = run.state.global_step * run.get_total_train_batch_size(run.args)
-    count = drawn if streamed else 0 if images is None else len(images)
+    count = 0 if images is None else len(images) if has_length(images) else drawn
     facts = {"n": count, "source": source and public_name(source)}
     if source and is_local(source) and isinstance(images, TrainingImages):
         facts["sha256"] = images.fingerprint()  # a last name alone says little
-    if streamed:
+    if images is not None and not has_length(images):
         facts["streamed"] = True
     if run.retain_indices is not None:
         facts["indices_file"] = RETAIN_INDICES

@@ -36,10 +36,8 @@ def check_output(args: TrainingArguments, source: Any) -> None:
         OSError: It cannot be written to.
     """
     folder = Path(args.output_dir)
-    if source is not None and source.kind in ("folder", "file"):
-        replaced = [place / file for place in (folder, folder / REJECTED) for file in ("", SAFE_WEIGHTS_NAME)]
-        if Path(source.name).expanduser().resolve() in [place.resolve() for place in replaced]:
-            raise ValueError(f"output_dir {folder} is where the suspicious model lies, which must stay: choose another")
+    for place in (folder, folder / REJECTED):
+        check_not_source(place, source)
     found = results_in(folder) or results_in(folder / REJECTED)
     if found and not (args.overwrite_output_dir or is_asked_to_resume(args.resume_from_checkpoint)):
         raise ValueError(
@@ -51,6 +49,15 @@ def check_output(args: TrainingArguments, source: Any) -> None:
         raise NotADirectoryError(f"output_dir {folder} cannot be made: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"output_dir {folder} cannot be written: no permission in {existing}")
+
+
+def check_not_source(folder: Path, source: Any) -> None:
+    """Raise a ValueError where writing into a folder would replace the model of a `Source`."""
+    if source is None or source.kind not in ("folder", "file"):
+        return
+    replaced = (folder, folder / SAFE_WEIGHTS_NAME)
+    if Path(source.name).expanduser().resolve() in [place.resolve() for place in replaced]:
+        raise ValueError(f"output_dir {folder} is where the suspicious model lies, which must stay: choose another")
 
 
 def results_in(folder: Path) -> Path | None:

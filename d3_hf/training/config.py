@@ -117,8 +117,9 @@ class PurifyConfig(TrainingArguments):
     Raises:
         ValueError: An option is not what its field declares, see `check_declared`; ``hub_token`` is given (it would be written
             into logs: log in or set ``HF_TOKEN``); ``hub_create_pr`` without ``push_to_hub`` or with ``hub_model_id``;
-            ``label_smoothing_factor`` is not 0 (the loss is the method's own); ``average_last`` is combined with checkpoints,
-            which would not hold the mean; ``sam_rho`` with accumulated gradients or fp16.
+            ``optim_args`` is not name=value; ``label_smoothing_factor`` is not 0 (the loss is the method's own);
+            ``average_last`` is combined with checkpoints, which would not hold the mean; ``sam_rho`` with accumulated
+            gradients or fp16.
     """
 
     output_dir: str | None = field(
@@ -196,6 +197,8 @@ class PurifyConfig(TrainingArguments):
             raise ValueError("label_smoothing_factor must stay 0: the defence computes its own loss")
         if self.optim_args == SGD_ARGUMENTS and self.optim != "sgd":
             self.optim_args = None  # the default of another optimizer
+        if self.optim_args and any(pair.count("=") != 1 for pair in self.optim_args.split(",")):  # as the Trainer splits it
+            raise ValueError(f"optim_args must be name=value, or several with commas between them; got {self.optim_args!r}")
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # or every loader warns
             self.use_cpu = self.use_cpu or self.bf16  # TrainingArguments wants to be told before it lets a CPU run in bf16

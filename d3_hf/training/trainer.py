@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import CommitInfo, ModelCard
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
@@ -20,38 +19,47 @@ from transformers import PreTrainedModel
 
 from ..data import retain
 from ..data.preprocessing import Preprocessing
+from ..data.samples import Collator
 from ..data.streaming import StreamedImages
 from ..evaluation.metrics import compute_metrics
-from ..files import atomic_file
 from ..models.batch_norm import batch_norms
 from ..models.source import image_processor_of, source_of
 from ..publishing import hub, manifest
-from ..publishing.folder import card_of, write_purified
-from ..publishing.report import Report
 from . import reference
 from .averaging import WeightAverage
 from .checkpoints import check_output
 from .config import PurifyConfig
 from .contract import Defence
 from .distillation import Teacher
-from .durable import DurableTrainer, load_weights
-from .images import check_same_images, evaluation_images, training_images
+from .durable import load_weights
+from .images import (
+    check_evaluation,
+    check_same_images,
+    check_samples,
+    evaluation_images,
+    every_row_in_order,
+    prediction_images,
+    training_images,
+)
 from .lifecycle import Lifecycle
 from .placement.choose import placement_of
+from .published import PublishingTrainer
 from .sam import at_highest_loss, running_statistics_kept
 from .unsupported import refuse_unsupported
 
 
-class PurifyTrainer(Defence, DurableTrainer):
+class PurifyTrainer(Defence, PublishingTrainer):
     """A `Trainer` that fine-tunes a classifier on a few trusted images; the defences subclass it, see `contract`.
 
     Args:
         model: A `PreTrainedModel` image classifier; `load_classifier` makes one of any source.
         args: The defence's configuration.
-        train_dataset: The retain set: a `datasets.Dataset` with one Image and one ClassLabel column; a
-            `datasets.IterableDataset` with these, read while the model trains (see `StreamedImages`; needs ``max_steps``); or a
-            dataset that yields ``pixel_values`` and ``labels`` ready for the model.
-        eval_dataset: Images to measure ACC on, in either form; optional.
+        train_dataset: The retain set: a `datasets.Dataset` with one Image and one ClassLabel column, or any other data set of
+            pictures and labels (see `data.samples`); a `datasets.IterableDataset` with these, read while the model trains (see
+            `StreamedImages`; needs ``max_steps``); or a data set that yields ``pixel_values`` and ``labels`` ready for the
+            model, by its columns, by its transform or as pairs.
+        eval_dataset: Images to measure ACC on, in any form but a stream, or a dict of these by name; optional. `evaluate` and
+            `predict` take the same.
         processing_class: The checkpoint's image processor. Default: the one `load_classifier` left on the model.
         data_source: What the retain set was loaded from, as ``uoft-cs/cifar10`` or a path, for manifest and card.
         kwargs: Further arguments of `Trainer`.
@@ -60,8 +68,9 @@ class PurifyTrainer(Defence, DurableTrainer):
         OSError: ``output_dir`` cannot be written.
         ValueError: ``output_dir`` holds another run's results (see `check_output`); the images' labels are not the model's; no
             image processor is known; the run would use `nn.DataParallel`, FSDP or DeepSpeed where `placement_of` refuses it, a
-            PEFT model or `model_init`, or push checkpoints to the Hub; a training batch has no tensor ``labels``; an addition
-            (``distillation``, ``average_last``, ``sam_rho``, ``cutout``) does not fit the defence or the images.
+            PEFT model or `model_init`, or push checkpoints to the Hub; a data set is of no form that is known here; a training
+            batch has no tensor ``labels``; an addition (``distillation``, ``average_last``, ``sam_rho``, ``cutout``) does not
+            fit the defence or the images; an argument or an option of `Trainer` cannot be honoured (see `refuse_unsupported`).
         FloatingPointError: The clean loss of a step is NaN or infinite.
         RuntimeError: After training, when no trained weight has moved.
 
@@ -76,8 +85,6 @@ class PurifyTrainer(Defence, DurableTrainer):
 
     # Our loss is normalised over the whole window: the Trainer must not divide it by the number of micro-batches again.
     loss_is_scaled_for_ga = True
-    last_file = manifest_name = manifest.MANIFEST
-    replaced_files = manifest.MODEL_FILES
 
     def __init__(
         self,
@@ -91,7 +98,7 @@ class PurifyTrainer(Defence, DurableTrainer):
         **kwargs,
     ):
         self._check(model, args, kwargs)
-        self.report, self.data_source = Report(), data_source
+        self.data_source = data_source
         self.in_training_step, self.batch_number = False, 0
         processing_class = processing_class or image_processor_of(model)
         if processing_class is None:
@@ -100,19 +107,26 @@ class PurifyTrainer(Defence, DurableTrainer):
             )
         self.preprocessing = Preprocessing.from_processor(processing_class)
         self.retain_indices = retain.column(train_dataset, "index")
-        images = training_images(train_dataset, self, model.config, args, self.preprocessing)
         kwargs.setdefault("compute_metrics", compute_metrics)
-        kwargs.setdefault("data_collator", retain.collate)
+        check_evaluation(args, eval_dataset, kwargs["compute_metrics"] is compute_metrics)
+        images = training_images(train_dataset, self, model.config, args, self.preprocessing)
+        measured_on = evaluation_images(eval_dataset, model.config, self.preprocessing)
+        own = kwargs.pop("data_collator", None)
+        collator = own if isinstance(own, Collator) else Collator(model.config.num_labels, own)
+        for name, found in (("train_dataset", images), ("eval_dataset", measured_on)):
+            check_samples(found, collator, self.preprocessing, name)
         folder_is_new = not Path(args.output_dir).exists()
         super().__init__(
             model,
             args,
-            train_dataset=images,
-            eval_dataset=evaluation_images(eval_dataset, model.config, self.preprocessing),
-            processing_class=processing_class,
+            collator,
+            images,
+            measured_on,
+            processing_class,
             compute_loss_func=self.clean_loss,
             **kwargs,
         )
+        self.label_names = ["labels"]  # of every batch, whatever the network calls its own
         if folder_is_new and args.should_save:
             Path(args.output_dir).rmdir()  # the Trainer makes it at once; here it comes with the first file
         self.placement = placement_of(self, model, self.runs_sharded)
@@ -129,6 +143,9 @@ class PurifyTrainer(Defence, DurableTrainer):
         self.prepare()
 
     def _check(self, model: nn.Module, args: PurifyConfig, kwargs: dict[str, Any]) -> None:
+        if not isinstance(args, PurifyConfig):
+            wanted = type(self).__name__.replace("Trainer", "Config")
+            raise ValueError(f"args is a {type(args).__name__}, which lacks the defence's options: pass a {wanted}")
         refuse_unsupported(model, args, kwargs)
         check_output(args, source_of(model))
         if unfit := [n for n in ("distillation", "average_last", "sam_rho") if getattr(args, n) and n not in self.additions]:
@@ -212,8 +229,8 @@ class PurifyTrainer(Defence, DurableTrainer):
         """
         if not self.in_training_step:
             return F.cross_entropy(outputs.logits.float(), labels)
-        if labels is None or num_items_in_batch is None:
-            raise ValueError(f"{type(self).__name__} needs a tensor column `labels` in every training batch")
+        if labels is None or num_items_in_batch is None or labels.ndim != 1:
+            raise ValueError(f"{type(self).__name__} needs a tensor column `labels` in every training batch, int64 (B,)")
         cross_entropy = F.cross_entropy(outputs.logits.float(), labels, reduction="none")
         losses, sums = self.sample_loss(cross_entropy), self.sample_statistics(cross_entropy.detach())
         if self.distiller:
@@ -278,9 +295,15 @@ class PurifyTrainer(Defence, DurableTrainer):
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
+        if "pixel_values" not in inputs:
+            raise ValueError(f"the collator must make batches of pixel_values and labels; found {', '.join(inputs)}")
         if inputs["pixel_values"].dtype == torch.uint8:
             inputs["pixel_values"] = self.preprocessing.normalize(inputs["pixel_values"])
         return inputs
+
+    def hyperparameter_search(self, *args, **kwargs):
+        """Not here: it makes a new model for every trial, by ``model_init``."""
+        raise ValueError("hyperparameter_search makes models by model_init: try options in runs of their own (d3-hf benchmark)")
 
     def get_train_dataloader(self) -> DataLoader:
         """As the base class; a stream shares itself out among the processes."""
@@ -288,6 +311,21 @@ class PurifyTrainer(Defence, DurableTrainer):
         if isinstance(images, StreamedImages):
             return images.loader(self.args, self.data_collator)
         return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As the base class; a data set is taken in every form that the constructor takes, and no image is left out."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            return self._loader_of(evaluation_images(eval_dataset, self.model.config, self.preprocessing))
+        with every_row_in_order(self.args):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As `get_eval_dataloader`, also of images without labels."""
+        return self._loader_of(prediction_images(test_dataset, self.model.config, self.preprocessing))
+
+    def _loader_of(self, images: Any) -> DataLoader:
+        with every_row_in_order(self.args):
+            return super().get_test_dataloader(images)  # of evaluation it would keep the first, with persistent workers
 
     def get_optimizer_cls_and_kwargs(self, args, model=None) -> tuple[Any, dict[str, Any]]:
         """As the base class, with the defence's ``amsgrad``."""
@@ -338,11 +376,7 @@ class PurifyTrainer(Defence, DurableTrainer):
         if self.args.should_save:
             self.placement.optimizer_saved(Path(output_dir))
 
-    # What is published -------------------------------------------------------------------------------------------------
-
-    def record(self, report: Report) -> None:
-        """Take in what is known of the run besides: manifest, results and card say it from the next saving on."""
-        self.report = report
+    # The record -------------------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def source_checks(self) -> dict[str, Any] | None:  # asked once
@@ -356,45 +390,3 @@ class PurifyTrainer(Defence, DurableTrainer):
         added |= {"averaged_epochs": self.average.snapshots} if self.average else {}
         added |= {"source_checks": checks} if (checks := self.source_checks) else {}
         return added | manifest.facts_of(self)
-
-    def write_files(self, folder: Path, state_dict: dict | None = None) -> None:
-        """Write the model and what belongs to it; the card too, except into checkpoints. Override to add files."""
-        write_purified(self, folder, state_dict)
-        if not self.is_writing_checkpoint:
-            self.card().save(folder / manifest.CARD)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and not self.is_writing_checkpoint and not self.report.rejected:
-            manifest.remove_rejected(Path(output_dir or self.args.output_dir))  # of an earlier run, see `check_output`
-
-    def card(self, model_name: str | None = None) -> ModelCard:
-        """The model card, from the manifest and, if `purify` measured, the results."""
-        return card_of(self, model_name)
-
-    def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
-        """Write ``README.md``. Arguments other than the title are not used."""
-        file = Path(self.args.output_dir) / manifest.CARD
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(file) as beside:
-            beside.write_text(str(self.card(model_name)), encoding="utf-8")
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Say at the start what would stop the push; the repository is made when there is something to put into it."""
-        hub.check_push(self.args, manifest.source_facts(self.model), self.manifest_name)
-
-    def push_to_hub(self, commit_message: str = "Purified model", revision: str | None = None) -> CommitInfo | None:
-        """Save, then push what was saved; see `hub.push_folder`. None on all but the main process.
-
-        Raises:
-            ValueError: A guard rail has rejected the model, or see `hub.check_push`.
-        """
-        self.init_hf_repo()
-        if self.report.rejected:
-            raise ValueError(f"the model was rejected and is not pushed ({'; '.join(self.report.rejected)})")
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        args, repo = self.args, None if self.args.hub_create_pr else hub.repository(self.args)
-        options = dict(private=args.hub_private_repo is not False, create_pr=args.hub_create_pr, revision=revision)
-        return hub.push_folder(args.output_dir, repo, message=commit_message, **options)

@@ -7,6 +7,16 @@ from transformers import PreTrainedModel
 
 from .config import PurifyConfig
 
+# Options of `TrainingArguments` by name: the values that fit, and why no other does.
+UNFIT = {
+    "auto_find_batch_size": ((False,), "it would begin again from weights that have moved; set per_device_train_batch_size"),
+    "bf16_full_eval": ((False,), "an evaluation would leave the weights rounded; bf16=True computes in bf16 and keeps them"),
+    "fp16_full_eval": ((False,), "an evaluation would leave the weights rounded; fp16=True computes in fp16 and keeps them"),
+    "label_names": ((None, ["labels"]), "batches name their labels `labels`; leave it out"),
+    "remove_unused_columns": ((False,), "the trainer takes what it needs of the columns; leave it out"),
+    "train_sampling_strategy": (("random", "sequential"), "images have no lengths; use random or sequential"),
+}
+
 
 def refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict[str, Any]) -> None:
     """Refuse a combination that would train something else than what was handed over, or leak it.
@@ -17,11 +27,13 @@ def refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict[str, A
         kwargs: Further arguments of `Trainer`.
 
     Raises:
-        ValueError: ``model_init``; no transformers model; checkpoints pushed to the Hub; `nn.DataParallel`; an optimizer that
-            steps within the backward pass; a PEFT or device-mapped model.
+        ValueError: ``model_init``; another loss; no transformers model; checkpoints pushed to the Hub; `nn.DataParallel`; an
+            optimizer that steps within the backward pass; a PEFT or device-mapped model; an option of `UNFIT`.
     """
     if kwargs.get("model_init") is not None:
         raise ValueError("model_init would replace the suspicious model inside train(); pass model= instead")
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError("compute_loss_func has no place: the defence computes its own loss; override compute_loss")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"{type(model).__name__} is no transformers model: wrap it with d3_hf.load_classifier(module, num_labels=..., "
@@ -31,6 +43,9 @@ def refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict[str, A
         raise ValueError(
             "push_to_hub with checkpoints would upload pickles and half-purified weights on the way: set hub_strategy='end'"
         )
+    for option, (fits, why) in UNFIT.items():
+        if (value := getattr(args, option)) not in fits:
+            raise ValueError(f"{option}={value} does not fit: {why}")
     if args.n_gpu > 1:
         raise ValueError(f"one process would drive {args.n_gpu} GPUs by nn.DataParallel; start it with `accelerate launch`")
     optimizer = str(getattr(args.optim, "value", args.optim))

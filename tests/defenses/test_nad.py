@@ -178,12 +178,12 @@ def test_resumed_in_its_own_folder_equals_uninterrupted(tmp_path, overwrite):
     options |= dict(attention_weights=WEIGHTS["tiny_vit"], overwrite_output_dir=overwrite)
 
     def begun(read):
-        samples = Interrupting(tiny_samples())
-        samples.left = read
-        return NADTrainer(tiny_vit(), config(tmp_path / "run", **options), samples)
+        made = NADTrainer(tiny_vit(), config(tmp_path / "run", **options), Interrupting(tiny_samples()))
+        made.train_dataset.left = read
+        return made
 
     with pytest.raises(KeyboardInterrupt, match="the last whole checkpoint is .*checkpoint-3"):
-        begun(16 + 16 + 1).train()  # after one epoch of the teacher and one of the student
+        begun(2 + 16 + 16 + 1).train()  # after looking at the first twice, one epoch of the teacher and one of the student
     resumed = begun(13)
     with pytest.raises(KeyboardInterrupt, match="at step 3: the last whole checkpoint is .*checkpoint-3"):
         resumed.train(resume_from_checkpoint=True)  # while the teacher is made again

@@ -260,7 +260,10 @@ def test_checkpoints_that_are_refused(tmp_path, defence, wrote, options, make, m
 def test_the_momentum_of_sgd_is_for_sgd(tmp_path):
     folder = str(tmp_path)
     assert D3Config(folder).optim_args == "momentum=0.9" and D3Config(folder, optim="adamw_torch").optim_args is None
-    assert D3Config(folder, optim="adamw_torch", optim_args="betas=(0.8, 0.9)").optim_args == "betas=(0.8, 0.9)"
+    assert D3Config(folder, optim="adamw_torch", optim_args="eps=1e-7").optim_args == "eps=1e-7"
+    for wrong in ("null", "betas=(0.8, 0.9)"):
+        with pytest.raises(ValueError, match="optim_args must be name=value"):
+            D3Config(folder, optim="adamw_torch", optim_args=wrong)
 
 
 def test_a_strategy_that_needs_evaluation_images_is_refused_before_the_training(tmp_path):
