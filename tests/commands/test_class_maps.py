@@ -83,3 +83,22 @@ def test_the_command_line_takes_a_class_map(class_map, tmp_path):
         (tmp_path / "map.json").write_text(class_map)
         class_map = str(tmp_path / "map.json")
     assert run([*argv, "--class_map", class_map])["accuracy_after_n"] == 9
+
+
+def test_manifest_and_card_say_which_configuration(tmp_path):
+    for name in ("small", "large"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for part, each in (("train", 8), ("test", 3)):
+            split(each, ["cat", "dog", "frog"]).to_parquet(tmp_path / "data" / name / f"{part}.parquet")
+    entries = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("small", "large"))
+    (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n{entries}---\n")
+    model = tiny_vit()
+    for part in (model, model.image_processor):
+        part.save_pretrained(tmp_path / "model")
+    argv = ["--defence", "fine_tuning", "--retain_count", "12", "--max_steps", "1", "--use_cpu", "--max_accuracy_drop", "1"]
+    for option, place in (("model_name_or_path", "model"), ("dataset_name", "data"), ("output_dir", "out")):
+        argv += [f"--{option}", str(tmp_path / place)]
+    run([*argv, "--dataset_config", "large"])
+    measured = json.loads((tmp_path / "out" / "purification.json").read_text())["measured"]
+    assert (measured["data"], measured["configuration"], measured["split"]) == ("data", "large", "test")
+    assert "Images: data, configuration large (test)." in (tmp_path / "out" / "README.md").read_text()
