@@ -48,6 +48,7 @@ _HOMES = {
     "from_description": "attacks",
     "load_classifier": "models.load",
     "load_images": "data.load",
+    "map_classes": "data.labels",
     "measure": "evaluation.measure",
     "purify": "workflow",
     "retain_split": "data.load",
@@ -60,6 +61,7 @@ registration.install()
 if TYPE_CHECKING:
     from .attacks import from_description as from_description
     from .data.images import RawImages as RawImages
+    from .data.labels import map_classes as map_classes
     from .data.load import load_images as load_images
     from .data.load import retain_split as retain_split
     from .data.preprocessing import Preprocessing as Preprocessing

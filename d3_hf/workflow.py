@@ -10,9 +10,11 @@ from accelerate.utils import broadcast_object_list
 from .attacks import Attack
 from .data.images import RawImages
 from .errors import GuardRailBroken
+from .evaluation.class_order import order_contradiction
 from .evaluation.guard import GuardArguments, broken_rails
 from .evaluation.measure import measure_trainer, results
 from .evaluation.retain_check import retain_warnings
+from .labels import check_labels
 from .publishing.report import REJECTED, Report
 from .training.trainer import PurifyTrainer
 
@@ -46,10 +48,17 @@ def purify(
     Raises:
         GuardRailBroken: A guard rail is broken. The model is then in ``rejected`` below ``output_dir``, with the reasons in its
             card and its manifest, and nothing was pushed.
+        ValueError: The classes of ``test`` are not the model's, by their names or by what it predicts, see `check_labels` and
+            `order_contradiction`.
         KeyboardInterrupt: It was interrupted; the message says how to go on.
     """
     report = report or Report()
+    check_labels(test.class_names, trainer.plain.config)
     before = measure_trainer(trainer, test, attack)
+    contradiction = before and order_contradiction(before.predictions, test.labels, test.class_names, trainer.plain.config)
+    (contradiction,) = broadcast_object_list([contradiction])
+    if contradiction:
+        raise ValueError(contradiction)
     if trainer.is_world_process_zero():
         found = retain_warnings(
             trainer.train_dataset,

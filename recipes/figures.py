@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 from d3_hf.attacks import Attack, load_attack
 from d3_hf.cli import run
 from d3_hf.data.images import RawImages
-from d3_hf.data.labels import check_labels
 from d3_hf.data.preprocessing import Preprocessing
 from d3_hf.evaluation.landscape import path, penultimate_features, per_class, silhouette, triggered_images, weight_changes
+from d3_hf.labels import check_labels
 from d3_hf.models import load_classifier
 from d3_hf.models.head import find_head
 from d3_hf.options.arguments import DataArguments
@@ -124,7 +124,7 @@ class Case:
 
     def images(self) -> tuple[RawImages, Dataset]:
         """(test, retain): the test images, and up to 2,000 of the recorded retain set, which the victim has not seen."""
-        images = self.data.load()
+        images = self.data.load(self.models[VICTIM].config)
         for model in self.models.values():
             check_labels(images.test.class_names, model.config)
         return images.test, images.retain.select(range(min(RETAINED, len(images.retain))))

@@ -36,6 +36,7 @@ FLOORS = [
     },
     {"models": "load, wrap and make classifiers"},
     {"data": "images, labels and batches"},
+    {"labels": "class names: ordered, set on a model, read from it and compared"},
     {"files": "whole files and their digests", "errors": "exceptions and how they are worded"},
 ]
 

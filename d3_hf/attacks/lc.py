@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data.images import RawImages
-from ..data.labels import check_labels
+from ..labels import check_labels
 from .base import LearnedAttack, check_range, whole_scale
 from .differentiable import pixels_to_logits
 

@@ -17,9 +17,11 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..data.preprocessing import Preprocessing
 from ..defenses import defence as load_defence
+from ..evaluation.class_order import order_contradiction
 from ..evaluation.measure import Measurement, measure, measure_trainer, results
 from ..evaluation.metrics import Proportion
 from ..files import atomic_file, sha256
+from ..labels import check_labels
 from ..publishing import manifest
 from ..publishing.report import Report
 from ..training.config import launched_precision
@@ -31,6 +33,7 @@ from .watch import Watch
 RESULTS = "results.parquet"
 CELL = "cell.json"
 OPTIONS_IN_FILES = ("accelerator_config", "fsdp_config", "deepspeed")  # a file of them, a mapping, or a mapping as JSON
+PLACES = ("dataset_name", "dataset_config")  # of a retain set, which is known by its images
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class Runner:
         spec = asdict(cell) | {
             "weights": self.inputs.identity(cell.victim),
             "options": own | given,
-            "retain_set": {name: value for name, value in drawn if value is not None and name != "dataset_name"},
+            "retain_set": {name: value for name, value in drawn if value is not None and name not in PLACES},
             "retain_sha256": self.inputs.retain_sha256(cell.retain, cell.seed),
             "test_sha256": self.inputs.test_sha256,
         }
@@ -193,9 +196,12 @@ class Runner:
         if counts := _verified(file):
             shares = {key: Proportion(**counts[key]) for key in ("accuracy", "asr", "ra")}
             return Measurement(**shares, seconds=counts["seconds"], forward_images=counts["forward_images"])
-        model = self.inputs.model(model_of)
+        model, test = self.inputs.model(model_of), self.inputs.test
         preprocessing = Preprocessing.from_processor(model.image_processor)
-        found = measure(model, self.inputs.test, preprocessing, attack, device=PartialState().device)
+        check_labels(test.class_names, model.config)
+        found = measure(model, test, preprocessing, attack, device=PartialState().device)
+        if said := order_contradiction(found.predictions, test.labels, test.class_names, model.config):
+            raise ValueError(said)
         _write(file, {"spec": spec}, asdict(replace(found, predictions=None)))
         return found
 

@@ -36,11 +36,13 @@ class Grid:
     Args:
         output_dir: Where cells, ``results.parquet``, tables and plots go.
         dataset_name: Images, see `load_images`.
+        dataset_config: Its configuration, where it has several.
         victims: Folders below ``victims_dir`` that ``make_victim.py --set`` made, as ``GROUP/NAME``; or, for checkpoints of
             other people, per name the options of `ModelArguments` and ``attack``. Give the ``revision`` of a Hub id: what its
             branch holds may change without a cell being made anew.
         defences: Per name ``defence`` (a key of `d3_hf.defenses.DEFENCES`) and options of its Config; entries with the same
             ``curve`` are joined by a line in the plot of ACC against ASR, in their order.
+        class_map: See `DataArguments`, where other people's checkpoints, all alike, count their classes in another order.
         victims_dir: See ``victims``.
         retain: Per name one retain set, see `RetainSet`. Default 5 % of CIFAR-10, 2,500 images.
         held_out: Training images that no victim has seen, from which every retain set is drawn: the victims' ``retain_count``.
@@ -62,6 +64,8 @@ class Grid:
     dataset_name: str
     victims: list[str] | dict[str, dict[str, Any]]
     defences: dict[str, dict[str, Any]]
+    dataset_config: str | None = None
+    class_map: dict | str | None = None
     victims_dir: str = "outputs/victims"
     retain: dict[str, dict[str, Any]] = field(default_factory=lambda: {"5 %": {"count": 2500}})
     held_out: int = 7500
@@ -143,12 +147,18 @@ class GridInputs:
     def __init__(self, grid: Grid):
         self.grid = grid
         # As `make_victim` draws them: what a victim holds out for the defender is what the grid may draw retain sets from.
-        self.data = DataArguments(grid.dataset_name, retain_count=grid.held_out, max_test_images=grid.test_images)
+        self.data = DataArguments(
+            grid.dataset_name,
+            grid.dataset_config,
+            class_map=grid.class_map,
+            retain_count=grid.held_out,
+            max_test_images=grid.test_images,
+        )
         self._retain_digests: dict[tuple[str, int], str | None] = {}
 
     @cached_property
     def _images(self) -> LoadedImages:
-        images = self.data.load()
+        images = self.data.load(self.model(next(iter(self.grid.victims))).config if self.grid.class_map else None)
         if images.split == f"rest of {self.data.train_split}":
             raise ValueError(f"{self.grid.dataset_name} has no test or validation split, and victims were trained on the rest")
         return images

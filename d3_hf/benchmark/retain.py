@@ -9,6 +9,7 @@ from torchvision.transforms import v2
 
 from ..data.images import RawImages
 from ..data.load import load_images, retain_split
+from ..labels import composed
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class RetainSet:
     Args:
         count: Images; default all there are.
         dataset_name: Another data set in place of the victim's: its split ``train``.
+        dataset_config: Its configuration, where it has several.
         classes: Per class of that data set the victim's class of the same meaning; other classes are left out. Needed with
             ``dataset_name``.
         transform: Per name of a `torchvision.transforms.v2` class its arguments, applied once to each image, in their order:
@@ -29,6 +31,7 @@ class RetainSet:
 
     count: int | None = None
     dataset_name: str | None = None
+    dataset_config: str | None = None
     classes: dict[str, str] | None = None
     transform: dict[str, dict[str, Any]] | None = None
 
@@ -57,21 +60,25 @@ class RetainSet:
             return images
         raw = RawImages.from_dataset(images)
         if self.dataset_name:
-            theirs = raw.class_names
-            mapped = torch.tensor([names.index(self.classes[name]) if name in self.classes else -1 for name in theirs])
+            known = {composed(name): number for number, name in enumerate(names)}
+            meant = self._composed_classes()
+            mapped = torch.tensor([known.get(meant.get(composed(name)), -1) for name in raw.class_names])
             raw = RawImages(raw.images, mapped[raw.labels], names, raw.index)
         return self._transformed(raw, seed) if self.transform else raw
 
     def _relabelled(self, names: list[str]) -> Dataset:
-        splits = load_images(self.dataset_name)
+        splits = load_images(self.dataset_name, configuration=self.dataset_config)
         if "train" not in splits:
             raise ValueError(f"{self.dataset_name} has no split 'train' to draw a retain set from; it has {', '.join(splits)}")
         images = splits["train"]
-        theirs = images.features["label"].names
-        if unknown := sorted((self.classes.keys() - set(theirs)) | (set(self.classes.values()) - set(names))):
+        theirs, meant = [composed(name) for name in images.features["label"].names], self._composed_classes()
+        if unknown := sorted((meant.keys() - set(theirs)) | (set(meant.values()) - set(map(composed, names)))):
             raise ValueError(f"classes names what neither data set has: {', '.join(unknown)}")
-        wanted = {theirs.index(name) for name in self.classes}
+        wanted = {theirs.index(name) for name in meant}
         return images.select([row for row, label in enumerate(images["label"]) if label in wanted])
+
+    def _composed_classes(self) -> dict[str, str]:
+        return {composed(theirs): composed(ours) for theirs, ours in self.classes.items()}
 
     def _transformed(self, raw: RawImages, seed: int) -> RawImages:
         transform = v2.Compose([getattr(v2, name)(**arguments) for name, arguments in self.transform.items()])

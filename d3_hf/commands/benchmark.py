@@ -26,6 +26,7 @@ class BenchmarkArguments:
         shard: ``i/n``: make the i-th of n shares of the cells, i from 0.
         only: Patterns of cells, as ``VICTIM | RETAIN | DEFENCE | SEED``; default all.
         dataset_name: Data set in place of the file's.
+        dataset_config: Its configuration, in place of the file's.
         victims_dir: Folder of the victims in place of the file's.
         output_dir: Folder in place of the file's.
         watch_images: See `Grid`, in place of the file's.
@@ -36,6 +37,7 @@ class BenchmarkArguments:
     shard: str = field(default="0/1", metadata={"help": "i/n: the i-th of n shares of the cells, i from 0."})
     only: list[str] = field(default_factory=lambda: ["*"], metadata={"help": "'VICTIM | RETAIN | DEFENCE | SEED' patterns."})
     dataset_name: str | None = field(default=None, metadata={"help": "Data set in place of the file's."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, in place of the file's."})
     victims_dir: str | None = field(default=None, metadata={"help": "Folder of the victims in place of the file's."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder in place of the file's."})
     watch_images: int | None = field(default=None, metadata={"help": "After each epoch measure ASR on so many test images."})
@@ -64,7 +66,8 @@ def run_benchmark(argv: list[str]) -> pandas.DataFrame:
         folder = Path(options.grid).parent
         rows = read_rows(Path(options.grid))
     else:
-        given = {name: getattr(options, name) for name in ("dataset_name", "victims_dir", "output_dir", "watch_images")}
+        over = ("dataset_name", "dataset_config", "victims_dir", "output_dir", "watch_images")
+        given = {name: getattr(options, name) for name in over}
         grid = read_grid(options.grid, **given)
         if options.model_name_or_path:
             grid.checkpoint_at(options.model_name_or_path)

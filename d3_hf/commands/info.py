@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from ..data.preprocessing import Preprocessing
 from ..defenses.shared.selection import select_weights
 from ..files import read_mapping
+from ..labels import label_names_of
 from ..models.batch_norm import batch_norms
 from ..models.head import find_head
 from ..options.arguments import ModelArguments
@@ -50,7 +51,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         "source": source_facts(model),
         "class": type(model).__name__,
         "architecture": getattr(model.config, "architecture", None) or model.config.model_type,
-        "classes": [str(model.config.id2label[number]) for number in range(model.config.num_labels)],
+        "classes": label_names_of(model.config),
         "image_size": list(preprocessing.size),
         "image_mean": list(preprocessing.mean),
         "image_std": list(preprocessing.std),
@@ -88,7 +89,8 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
         measured = facts["measured"]
         kept = {f"{rate}_{when}" for rate in RATES for when in ("before", "after")} | {"der"}
         said = {"method": facts.get("method"), "measured": {key: rates[key] for key in rates if key in kept}}
-        said |= {key: measured[key] for key in ("data", "split", "trigger", "warnings", REJECTED) if measured.get(key)}
+        shown = ("data", "configuration", "split", "trigger", "warnings", REJECTED)
+        said |= {key: measured[key] for key in shown if measured.get(key)}
         return {"file": MANIFEST} | said
     if (folder / VICTIM_FILE).is_file():
         facts = read_mapping(folder / VICTIM_FILE, "record of make_victim", "make the victim again", {"measured": {}})

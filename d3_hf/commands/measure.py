@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ..attacks import load_attack
-from ..data.labels import check_labels
 from ..data.preprocessing import Preprocessing
 from ..evaluation.measure import measure, rates
+from ..labels import check_labels
 from ..models import load_classifier
 from ..options.parser import Parser
 from ..publishing.tables import rates_table
@@ -47,8 +47,8 @@ def run(argv: list[str]) -> dict[str, Any]:
     folder = Path(options.folder)
     record = read_record(folder)
     images = recorded_images(record, dataset_name=options.dataset_name, max_test_images=options.max_test_images)
-    test = images.load().test
     model = load_classifier(str(folder))
+    test = images.load(model.config).test
     check_labels(test.class_names, model.config)
     attack = load_attack(folder) if record["planted"] else None
     found = rates(measure(model, test, Preprocessing.from_processor(model.image_processor), attack))

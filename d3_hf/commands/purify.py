@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.labels import check_labels
 from ..defenses import defence
 from ..errors import GuardRailBroken
 from ..evaluation.guard import GuardArguments
 from ..evaluation.retain_check import FEW_IMAGES
+from ..labels import check_labels
 from ..options.arguments import NO_IMAGES, AttackArguments, DataArguments, ModelArguments
 from ..options.parser import parse_arguments
 from ..publishing.manifest import public_name
@@ -66,12 +66,12 @@ def run(argv: list[str]) -> dict[str, Any]:
         victim = make_victim([drill.victim_config])
         model_args.model_name_or_path, attack = victim.folder, victim.attack
     model = model_args.load()
-    images = data_args.load()
+    images = data_args.load(model.config)
     if data_args.is_default_size:
         _refuse_few(len(images.retain), len(images.retain) + len(images.rest), len(images.test.class_names))
     check_labels(images.test.class_names, model.config)
     trainer = trainer_class(model=model, args=args, train_dataset=images.retain, data_source=images.source)
-    report = Report(data=public_name(images.source), split=images.split)
+    report = Report(data=public_name(images.source), configuration=images.configuration, split=images.split)
     try:
         report = purify(trainer, images.test, attack, guard, report)
     except GuardRailBroken as broken:

@@ -1,19 +1,19 @@
-"""Labels: their class names and numbers, whether they mean what a model's outputs mean, and rows drawn by them."""
+"""Label columns: their classes, their numbers, and rows drawn by them."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
-from transformers import PretrainedConfig
+from transformers import PreTrainedConfig
 
-from ..errors import join_names
+from ..labels import composed, distinct, in_order, label_names_of, numbers_in_model
 
 WITHHELD = -1  # a label that is not given, by the convention of the Hub's data sets
 
 
-def class_names_of(source: DatasetDict, column: str) -> list[str]:
-    """Class names of a label column that all splits share; see `load_images` for those of plain columns.
+def with_class_labels(source: DatasetDict, column: str) -> DatasetDict:
+    """The splits with a label column of one `ClassLabel`; see `load_images` for the classes of plain columns.
 
     Rows without a label, null or -1, name no class: the Hub's data sets withhold the labels of a test split so.
     """
@@ -21,19 +21,51 @@ def class_names_of(source: DatasetDict, column: str) -> list[str]:
     if any(other != first for other in others):
         raise ValueError(f"the splits {', '.join(source)} disagree about the classes of {column!r}; give all the same feature")
     if isinstance(first, ClassLabel):
-        return list(first.names)
-    values = {value for split in source.values() for value in split.unique(column)} - {None}
-    classes = sorted(values - {WITHHELD})
-    if not classes:
+        return source
+    found = {value for split in source.values() for value in split.unique(column)} - {None}
+    values = found - {WITHHELD}
+    if not values:
         raise ValueError(f"label column {column!r} holds no labels: choose another with label_column=, or fill it in")
     if first.dtype.endswith("string"):
-        return classes
-    if classes != list(range(len(classes))):
+        names = in_order(map(composed, values))
+        numbers = {value: names.index(composed(value)) for value in values}
+    elif sorted(values) == list(range(len(values))):
+        names, numbers = [str(value) for value in sorted(values)], {value: value for value in values}
+    else:
         raise ValueError(
-            f"label column {column!r} holds integers other than 0..k-1 ({len(values)} different from {min(values)} "
-            f"to {max(values)}): cast it to a datasets.ClassLabel that names them, or fill in missing labels"
+            f"label column {column!r} holds integers other than 0..k-1 ({len(found)} different from {min(found)} "
+            f"to {max(found)}): cast it to a datasets.ClassLabel that names them, or fill in missing labels"
         )
-    return [str(value) for value in classes]
+    return DatasetDict({name: _numbered(split, column, numbers, names) for name, split in source.items()})
+
+
+def map_classes(images: DatasetDict, config: PreTrainedConfig, class_map: Mapping[str, str | int] | None = None) -> DatasetDict:
+    """Number the labels of a dataset as a model numbers its outputs: classes in another order, or under other names.
+
+    Args:
+        images: Splits that `load_images` made.
+        config: The model's.
+        class_map: Which of the model's classes, by name or number, each of the dataset's is: every one of these by its name,
+            no two the same. The model may have others. Default: the one that is called alike, without regard to case, spaces,
+            underscores and hyphens.
+
+    Returns:
+        The splits, their classes with the model's names.
+
+    Raises:
+        ValueError: See `d3_hf.labels.numbers_in_model`.
+    """
+    names = next(iter(images.values())).features["label"].names
+    numbers = dict(enumerate(numbers_in_model(names, config, class_map)))
+    theirs = distinct(label_names_of(config))
+    return DatasetDict({name: _numbered(split, "label", numbers, theirs) for name, split in images.items()})
+
+
+def _numbered(split: Dataset, column: str, numbers: Mapping[Any, int], names: list[str]) -> Dataset:
+    """The split with other numbers for its labels; what is not among ``numbers`` is no label."""
+    order, values = split.column_names, split.select_columns(column).with_format("arrow")[:][column].to_pylist()
+    made = [numbers.get(value) for value in values]
+    return split.remove_columns(column).add_column(column, made, feature=ClassLabel(names=names)).select_columns(order)
 
 
 def labels_of(dataset: Dataset) -> np.ndarray:
@@ -65,44 +97,6 @@ def labels_of(dataset: Dataset) -> np.ndarray:
 def split_of(dataset: Dataset) -> str:
     """What to call a dataset in a message."""
     return "the dataset" if dataset.split is None else f"split {str(dataset.split)!r}"
-
-
-def check_labels(class_names: Sequence[str], config: PretrainedConfig) -> None:
-    """Refuse a dataset whose labels do not mean what the model's outputs mean.
-
-    Names are compared without regard to case, spaces, underscores and hyphens; ImageNet's comma-separated synonyms
-    agree when one of them does. Placeholders (``LABEL_3``, ``3``) on either side agree with anything, since nothing
-    can be compared.
-
-    Args:
-        class_names: The dataset's classes in the order of their numbers.
-        config: The model's; ``num_labels`` and ``id2label`` are read.
-
-    Raises:
-        ValueError: The numbers of classes differ, or a class number has different names.
-    """
-    theirs = [str(config.id2label[number]) for number in range(config.num_labels)]
-    if len(class_names) != len(theirs):
-        raise ValueError(
-            f"the dataset has {len(class_names)} classes ({join_names(class_names)}), the model {len(theirs)} "
-            f"({join_names(theirs)}): purify with images of the model's own classes, or load the model that fits them"
-        )
-    if _are_placeholders(class_names) or _are_placeholders(theirs):
-        return
-    ours, known = ([_spellings(name) for name in names] for names in (class_names, theirs))
-    for number, (mine, its) in enumerate(zip(ours, known, strict=True)):
-        if mine & its:
-            continue
-        permuted = all(any(mine & its for its in known) for mine in ours)
-        way_out = (
-            "the order differs: dataset.align_labels_with_mapping({name: number for number, name in "
-            "model.config.id2label.items()}, 'label') puts it right"
-            if permuted
-            else "purify with images of the model's own classes, or rename the dataset's if they mean the same"
-        )
-        raise ValueError(
-            f"class {number} is {class_names[number]!r} in the dataset and {theirs[number]!r} in the model; {way_out}"
-        )
 
 
 def retain_indices(
@@ -151,11 +145,3 @@ def retain_indices(
             f"{count} takes {quota[short[0]]} of it: ask for fewer or set balanced=False"
         )
     return np.sort(np.concatenate([order[labels[order] == number][: quota[number]] for number in range(classes)]))
-
-
-def _are_placeholders(names: Sequence[str]) -> bool:
-    return all(re.fullmatch(r"(label[_ ]?)?\d+", name.strip().lower()) for name in names)
-
-
-def _spellings(name: str) -> set[str]:
-    return {" ".join(re.split(r"[\s_-]+", synonym.strip().lower())) for synonym in name.split(",")}

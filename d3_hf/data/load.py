@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, NamedSplit, Value
+from datasets import Dataset, DatasetDict, Features, NamedSplit, Value
 
 from ..errors import join_names
 from . import sources
 from .images import RawImages
-from .labels import class_names_of, labels_of, retain_indices
+from .labels import labels_of, retain_indices, with_class_labels
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ class LoadedImages:
         rest: The other rows of its split.
         test: What is measured on, decoded.
         source: The data set's name, as it was given.
+        configuration: Which of its configurations, as it was given.
         split: What ``test`` is: the name of a split, or ``rest of NAME``.
     """
 
@@ -32,6 +33,7 @@ class LoadedImages:
     rest: Dataset
     test: RawImages
     source: str
+    configuration: str | None
     split: str
 
 
@@ -40,20 +42,22 @@ def load_images(
     image_column: str | None = None,
     label_column: str | None = None,
     revision: str | None = None,
+    configuration: str | None = None,
 ) -> DatasetDict:
     """Load a labelled image dataset in one form, whatever its columns are called.
 
     Args:
         source: ``"digits"`` (scikit-learn's handwritten digits as 32x32 RGB, carried by the library: no network); a
-            local folder, either of parquet files or of images in one sub-folder per class, with splits read off names
-            such as ``train`` and ``test``; a parquet file, or a dict from split to file or list of files; the name of
-            a dataset on the Hub, such as ``"uoft-cs/cifar10"``; or a `Dataset` or `DatasetDict` that is already
-            loaded. A local path goes before a Hub name that is spelled alike.
+            local folder of parquet files or of images in one sub-folder per class, with or without folders for the splits,
+            see `folder.open_tables` and `folder.open_pictures`; a parquet file, or a dict from split to file or list of
+            files; the name of a dataset on the Hub, such as ``"uoft-cs/cifar10"``; or a `Dataset` or `DatasetDict` that is
+            already loaded. A local path goes before a Hub name that is spelled alike.
         image_column: Name of the picture column, needed only where several columns have the type `datasets.Image`.
         label_column: Name of the label column, needed only where several qualify: columns of type `ClassLabel` or, if
             there is none, of integers or strings. Integers must be 0..k-1, or -1 where there is no label, and become the
-            class names "0".."k-1"; strings become classes in sorted order, as `Dataset.class_encode_column` has it.
+            class names "0".."k-1"; strings become classes as `labels.in_order` sorts them.
         revision: Branch, tag or commit of a Hub dataset.
+        configuration: Name of one of a dataset's configurations, needed where it has several and none is its default.
 
     Returns:
         Splits with exactly the columns ``image`` (`datasets.Image`, PIL RGB on access) and ``label`` (`ClassLabel`).
@@ -66,23 +70,20 @@ def load_images(
         OSError: The Hub has no such dataset or cannot be reached.
         ValueError: No column qualifies or several do; pictures are plain bytes; the splits disagree about the classes;
             integer labels are not 0..k-1, or no split has any label; ``revision`` is given for something that is not on
-            the Hub.
+            the Hub; there are several configurations and none is chosen, or not that one.
     """
-    loaded = sources.open_source(source, revision)
+    loaded = sources.open_source(source, revision, configuration)
     first = next(iter(loaded.values())).features
-    _refuse_plain_bytes(first, sources.name_of(source))
+    _refuse_plain_bytes(first)
     columns = {
         sources.image_column(first, image_column): "image",
         sources.label_column(first, label_column): "label",
     }
     picture, label = columns
-    classes = ClassLabel(names=class_names_of(loaded, label))
     renamed = {old: new for old, new in columns.items() if old != new}
     images = DatasetDict()
-    for name, split in loaded.items():
+    for name, split in with_class_labels(loaded, label).items():
         split = split.select_columns([picture, label]).cast_column(picture, datasets.Image(mode="RGB"))
-        if split.features[label] != classes:
-            split = split.cast_column(label, classes)
         images[name] = _named(split.rename_columns(renamed), name)
     return images
 
@@ -94,14 +95,14 @@ def _named(split: Dataset, name: str) -> Dataset:
     return datasets.concatenate_datasets([split], split=NamedSplit(name))
 
 
-def _refuse_plain_bytes(features: Features, where: str) -> None:
+def _refuse_plain_bytes(features: Features) -> None:
     """Refuse pictures as other libraries write them to a table, where only the feature that decodes them is missing."""
     if any(isinstance(feature, datasets.Image) for feature in features.values()):
         return
     for name, feature in features.items():
         if feature == Value("binary") or isinstance(feature, dict) and feature.get("bytes") == Value("binary"):
             raise ValueError(
-                f"{where}: column {name!r} holds pictures as plain bytes, not as datasets.Image, which decodes them: write the "
+                f"column {name!r} holds pictures as plain bytes, not as datasets.Image, which decodes them: write the "
                 f"table again after dataset.cast_column({name!r}, datasets.Image())"
             )
 

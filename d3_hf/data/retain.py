@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
+from ..labels import check_labels
 from . import samples
 from .augmentation import Augmentation
 from .images import RawImages, decode_rows, stacked
-from .labels import check_labels
 from .preprocessing import Preprocessing
 from .streaming import StreamedImages
 from .training_images import TrainingImages, without_augmentation

@@ -12,7 +12,7 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from ..files import first_line
-from .class_names import check_label_names, set_label_names
+from ..labels import check_label_names, set_label_names
 from .source import attach
 from .weight_names import told
 from .weights import load_pretrained

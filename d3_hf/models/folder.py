@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TimmWrapperConfig
 
+from ..labels import check_label_names, set_label_names
 from .architectures import architecture_cfg
 from .checkpoint_files import PICKLED, SAFE, read_folder, refuse_links
-from .class_names import check_label_names, set_label_names
 from .config import model_class, read_config
 from .processors import read_processor
 from .weight_names import unwrapped

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 
 from ..files import sha256
+from ..labels import check_label_names, label_names_of, set_label_names
 from . import architectures, hub, wrapper
 from .checkpoint_files import HUB_FILES as HUB_FILES  # what is fetched from a Hub repository
 from .checkpoint_files import SAFE, defining_files, read_file, read_files, tell_of_others
-from .class_names import check_label_names, set_label_names
 from .config import settle
 from .folder import open_folder
 from .processors import read_processor
@@ -123,6 +123,7 @@ def load_classifier(
     }[kind]
     model, processor, origin = loader(source, **given)
     settle(model.config, _name(source))
+    set_label_names(model.config, label_names_of(model.config, _name(source)))  # so that all of a configuration says the same
     if num_labels is not None and model.config.num_labels != num_labels:
         raise ValueError(f"{_name(source)} has {model.config.num_labels} classes, not num_labels={num_labels}")
     return attach(model.eval(), processor, origin)

@@ -9,8 +9,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from ..labels import check_label_names, set_label_names
 from .architectures import check_normalisation, new_classifier
-from .class_names import check_label_names, set_label_names
 from .head import find_head
 from .source import attach, preprocessing_of
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from .parser import read_json
 
 if TYPE_CHECKING:  # each takes seconds: what a command loads beyond its options it imports when it needs it
-    from datasets import Dataset, DatasetDict
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..attacks import Attack
     from ..data.load import LoadedImages
@@ -19,6 +18,7 @@ logger = logging.getLogger(__name__)
 NO_IMAGES = "no images: give --dataset_name (a Hub data set, a folder, a parquet file, or digits)"
 VALIDATION = ("validation", "val")  # measured on where there is no test split
 RETAIN_FRACTION = 0.05  # paper
+BY_NAME = "names"  # in place of a class map: classes that are called alike are the same
 
 
 @dataclass
@@ -64,23 +64,32 @@ class DataArguments:
 
     Args:
         dataset_name: Hub data set, folder of images or parquet files, parquet file, or ``digits``.
+        dataset_config: Name of one of the data set's configurations, needed where it has several and none is its default.
         train_split, test_split: Splits to draw the retain set from and to measure on. Where there is no ``test``, the default,
             ``validation`` or ``val`` is measured on, and without these the images outside the retain set.
         image_column, label_column: Only needed when several columns qualify.
+        class_map: Where the data set's classes are in another order than the checkpoint's, or under other names: ``names`` for
+            classes that are called alike; or a JSON file with a mapping from each of the data set's classes to the name or
+            number of one of the checkpoint's, see `map_classes`.
         retain_fraction, retain_count: Size of the retain set, one of the two; default 5 % (paper).
         retain_balanced: The same number of images of each class.
         retain_seed: Seed of the draw.
         max_test_images: Measure on so many test images, drawn with seed 0: the first ones of a folder are of one class.
 
     Raises:
-        ValueError: ``max_test_images`` is below 1, or ``retain_seed`` below 0.
+        FileNotFoundError: There is no such file as ``class_map``.
+        ValueError: ``max_test_images`` is below 1, or ``retain_seed`` below 0, or ``class_map`` is no such file.
     """
 
     dataset_name: str | None = field(default=None, metadata={"help": "Hub data set, folder, parquet file or `digits`."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set, if it has several."})
     train_split: str = field(default="train", metadata={"help": "Split that the retain set is drawn from."})
     test_split: str = field(default="test", metadata={"help": "Split to measure on."})
     image_column: str | None = field(default=None, metadata={"help": "Image column, if several qualify."})
     label_column: str | None = field(default=None, metadata={"help": "Label column, if several qualify."})
+    class_map: dict | str | None = field(
+        default=None, metadata={"help": "Which of the model's classes each of the data set's is: `names`, or a JSON file."}
+    )
     retain_fraction: float | None = field(
         default=None, metadata={"help": "Share of the split that is the retain set; 0.05 unless one of the two is given."}
     )
@@ -94,53 +103,72 @@ class DataArguments:
             raise ValueError(f"max_test_images must be at least 1; got {self.max_test_images}")
         if self.retain_seed < 0:
             raise ValueError(f"retain_seed must be at least 0; got {self.retain_seed}")
+        if isinstance(self.class_map, str) and self.class_map != BY_NAME:
+            self.class_map = _read_class_map(Path(self.class_map).expanduser())
 
     @property
     def is_default_size(self) -> bool:
         """Whether neither ``retain_fraction`` nor ``retain_count`` is given, so that 5 % are drawn."""
         return self.retain_fraction is None and self.retain_count is None
 
-    def load(self) -> "LoadedImages":
+    def load(self, config: "PreTrainedConfig | None" = None) -> "LoadedImages":
         """Load the images.
+
+        Args:
+            config: Of the model whose classes ``class_map`` speaks of.
 
         Returns:
             The retain set, the rest of its split and what is measured on; which split that is gets logged where it is not
-            ``test_split``. Other splits need no labels.
+            ``test_split``. Other splits are not looked at.
 
         Raises:
-            ValueError: No data set is named, a split that is named is not there, nothing is left to measure on, or see
-                `load_images`, `retain_split` and `RawImages.from_dataset`.
+            ValueError: No data set is named, a split that is named is not there, nothing is left to measure on, there is a
+                ``class_map`` and no model, or see `load_images`, `map_classes`, `retain_split` and `RawImages.from_dataset`.
         """
+        from datasets import DatasetDict
+
+        from ..data import sources
         from ..data.images import RawImages
-        from ..data.labels import labels_of, retain_indices
+        from ..data.labels import labels_of, map_classes, retain_indices
         from ..data.load import LoadedImages, load_images, retain_split
 
         if self.dataset_name is None:
             raise ValueError(NO_IMAGES)
-        images = load_images(self.dataset_name, self.image_column, self.label_column)
-        named = [self.train_split] if self.test_split == "test" else [self.train_split, self.test_split]
-        if missing := [name for name in named if name not in images]:
-            raise ValueError(f"{self.dataset_name} has no split {missing[0]!r}; it has {', '.join(images)}")
+        if self.class_map is not None and config is None:
+            raise ValueError("class_map is for the classes of a checkpoint: a new network or head takes the data set's own")
+        found = sources.open_source(self.dataset_name, configuration=self.dataset_config)
+        measured = self._separate_split(list(found))
+        used = [self.train_split, *([measured] if measured else [])]
+        images = load_images(DatasetDict({name: found[name] for name in used}), self.image_column, self.label_column)
+        if self.class_map is not None:
+            images = map_classes(images, config, None if self.class_map == BY_NAME else self.class_map)
         split = images[self.train_split]
         fraction = RETAIN_FRACTION if self.is_default_size else self.retain_fraction
         retain, rest = retain_split(split, fraction, self.retain_count, self.retain_balanced, self.retain_seed)
-        name, test = self._to_measure_on(images, rest)
-        if self.max_test_images is not None and self.max_test_images < len(test):
-            test = test.select(retain_indices(labels_of(test), test.features["label"].names, count=self.max_test_images))
-        return LoadedImages(retain, rest, RawImages.from_dataset(test), self.dataset_name, name)
-
-    def _to_measure_on(self, images: "DatasetDict", rest: "Dataset") -> tuple[str, "Dataset"]:
-        """What to measure on, and what to call it."""
-        separate = [name for name in (self.test_split, *VALIDATION) if name in images and name != self.train_split]
-        if not separate and len(rest) == 0:
+        if not measured and len(rest) == 0:
             raise ValueError(
                 f"{self.dataset_name} has no split {self.test_split!r} and the retain set is all of {self.train_split!r}: "
                 "nothing is left to measure on; retain fewer"
             )
-        name, test = (separate[0], images[separate[0]]) if separate else (f"rest of {self.train_split}", rest)
+        name, test = (measured, images[measured]) if measured else (f"rest of {self.train_split}", rest)
         if name != self.test_split:
             logger.warning("%s has no separate split %r: measuring on its %s", self.dataset_name, self.test_split, name)
-        return name, test
+        if self.max_test_images is not None and self.max_test_images < len(test):
+            test = test.select(retain_indices(labels_of(test), test.features["label"].names, count=self.max_test_images))
+        return LoadedImages(retain, rest, RawImages.from_dataset(test), self.dataset_name, self.dataset_config, name)
+
+    def _separate_split(self, there: list[str]) -> str | None:
+        """The split to measure on, of those that are there; None where that is the rest of the retain set's."""
+        named = [self.train_split] if self.test_split == "test" else [self.train_split, self.test_split]
+        if missing := [name for name in named if name not in there]:
+            raise ValueError(f"{self.dataset_name} has no split {missing[0]!r}; it has {', '.join(there)}")
+        return next((name for name in (self.test_split, *VALIDATION) if name in there and name != self.train_split), None)
+
+
+def _read_class_map(file: Path) -> dict[str, str | int]:
+    if not file.is_file():
+        raise FileNotFoundError(f"--class_map: no file {file}; give one in JSON, or `{BY_NAME}`")
+    return read_json(file.read_text(encoding="utf-8"), "class_map")
 
 
 @dataclass

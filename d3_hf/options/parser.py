@@ -21,6 +21,7 @@ FREQUENT = {
     "image_std",
     "class_names",
     "dataset_name",
+    "class_map",
     "retain_fraction",
     "retain_count",
     "test_split",

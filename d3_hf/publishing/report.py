@@ -16,6 +16,7 @@ class Report:
 
     Attributes:
         data: What the images measured on are called, on the Hub or by the last part of their path.
+        configuration: Which configuration of that data set, if one was chosen.
         split: Which split of them.
         warnings: What makes the retain set look unfit, said before the start.
         results: What ``all_results.json`` holds, see `evaluation.measure.results`; empty if nothing was measured, and on all
@@ -28,6 +29,7 @@ class Report:
     """
 
     data: str | None = None
+    configuration: str | None = None
     split: str | None = None
     warnings: tuple[str, ...] = ()
     results: dict[str, Any] = field(default_factory=dict)

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, set_seed
 
 from ..attacks import Attack
 from ..data.images import RawImages
-from ..data.labels import check_labels
 from ..files import atomic_file
+from ..labels import check_labels
 from ..models import load_classifier, new_model, with_new_head
 from ..options.arguments import RETAIN_FRACTION, ModelArguments
 from ..options.parser import Parser, parse_arguments, read_yaml
@@ -77,11 +77,13 @@ def make_victim(argv: list[str] | None = None, options: dict[str, Any] | None = 
     model_args, data_args, attack_args, victim_args, args = arguments
     check_output(args, None)  # before a trigger is learned
     attack = attack_args.load()
-    images = data_args.load()
-    classes = images.test.class_names
     set_seed(args.seed)
-    model = model_args.load() if model_args.model_name_or_path else _new_model(model_args, classes)
-    if victim_args.new_head:
+    model = model_args.load() if model_args.model_name_or_path else None
+    images = data_args.load(None if model is None or victim_args.new_head else model.config)
+    classes = images.test.class_names
+    if model is None:
+        model = _new_model(model_args, classes)
+    elif victim_args.new_head:
         model = with_new_head(model, classes)
     check_labels(classes, model.config)
     trainer = train_victim(

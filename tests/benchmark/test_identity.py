@@ -16,6 +16,8 @@ from d3_hf.benchmark.cells import Runner, cells_of
 from d3_hf.benchmark.grid import GridInputs
 from d3_hf.data.labels import retain_indices
 from d3_hf.data.load import load_images
+from d3_hf.evaluation.measure import Measurement
+from d3_hf.evaluation.metrics import accuracy
 from d3_hf.options.arguments import DataArguments
 
 HELD_OUT = retain_indices(np.zeros(1437, int), ["any"], count=60)  # of the digits' training split, as `grid` has it
@@ -218,6 +220,36 @@ def test_a_folder_of_other_people_is_known_by_its_files(grid, tmp_path, file):
     theirs = [replace(grid, victims={"v": {"model_name_or_path": str(f), "attack": {"name": "badnets"}}}) for f in folders]
     one, two, changed = (GridInputs(grid).identity("v") for grid in theirs)
     assert one == two != changed
+
+
+# Which class is which -------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_about_other_peoples_checkpoints_takes_a_class_map(grid):
+    theirs = {"v": {"model_name_or_path": f"{grid.victims_dir}/vit/badnets", "attack": {"name": "badnets"}}}
+    plain, mapped = (
+        GridInputs(replace(grid, victims=theirs, class_map=class_map))
+        for class_map in (None, {str(digit): 9 - digit for digit in range(10)})
+    )
+    assert torch.equal(mapped.test.labels, 9 - plain.test.labels) and torch.equal(mapped.test.images, plain.test.images)
+    assert mapped.held_out["label"][:] == [9 - label for label in plain.held_out["label"]]
+
+
+def test_a_checkpoint_that_counts_otherwise_is_refused_and_not_written_down(grid, tmp_path, monkeypatch):
+    folder = shutil.copytree(f"{grid.victims_dir}/vit/badnets", tmp_path / "theirs")
+    config = json.loads((folder / "config.json").read_text())
+    unnamed = {f"LABEL_{number}": number for number in range(10)}
+    ids = {"id2label": {number: name for name, number in unnamed.items()}, "label2id": unnamed}
+    (folder / "config.json").write_text(json.dumps(config | ids))
+    victims = {"v": {"model_name_or_path": str(folder), "attack": {"name": "badnets"}}}
+    runner = Runner(replace(grid, victims=victims, output_dir=str(tmp_path / "grid")))
+    labels = runner.inputs.test.labels.numpy()
+    predictions = labels * 3 % 10
+    found = Measurement(accuracy(predictions, labels), None, None, 0.0, len(labels), predictions=predictions)
+    monkeypatch.setattr("d3_hf.benchmark.cells.measure", lambda *_, **__: found)
+    with pytest.raises(ValueError, match="if the classes were in another order"):
+        runner.before("v", "v")
+    assert not list(tmp_path.glob("grid/before/*"))
 
 
 # Which images are measured on -------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from PIL import Image
 from transformers import PretrainedConfig
 
 from d3_hf.data.images import RawImages, content_hashes
-from d3_hf.data.labels import check_labels, retain_indices
+from d3_hf.data.labels import retain_indices
 from d3_hf.data.load import load_images, retain_split
+from d3_hf.labels import check_labels
 
 NAMES = ["cat", "dog", "frog"]
 

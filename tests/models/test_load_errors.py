@@ -289,6 +289,17 @@ def test_timm_folder_errors(timm_folder, tmp_path, changes, message):
     assert "\n" not in str(caught.value)
 
 
+def test_classes_are_numbered_from_zero(vit_folder, tmp_path):
+    """Flowers-102 and other lists from MATLAB count from 1."""
+    shutil.copytree(vit_folder, tmp_path, dirs_exist_ok=True)
+    names = [f"flower {number}" for number in range(1, 11)]
+    ids = {"id2label": dict(enumerate(names, 1)), "label2id": {name: number for number, name in enumerate(names, 1)}}
+    edit(tmp_path, "config.json", **ids)
+    with pytest.raises(ValueError, match="numbers 10 classes from 1 to 10, and the logits count from 0 to 9: .*--class_names"):
+        load_classifier(tmp_path)
+    assert load_classifier(tmp_path, label_names=names).config.label2id["flower 1"] == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,5 +1,7 @@
 """A trained network under an untrained head: what is kept, what is drawn, and that the folder loads again."""
 
+import json
+
 import pytest
 import torch
 from tiny import SIZE, tiny_resnet, tiny_timm_vit, tiny_vit
@@ -32,6 +34,17 @@ def test_a_loaded_timm_classifier_keeps_its_new_names(tmp_path, timm_folder):
     model = with_new_head(load_classifier(timm_folder), NAMES)
     assert model.num_labels == model.config.num_labels == len(NAMES)
     model.save_pretrained(tmp_path)
+    assert load_classifier(tmp_path).config.id2label == dict(enumerate(NAMES))
+
+
+def test_a_new_head_of_transformers_own_keeps_no_old_names(tmp_path, timm_folder):
+    """It leaves the names that the configuration of a timm folder lists a second time."""
+    model = load_classifier(timm_folder)
+    old = list(model.config.label_names)
+    with_new_head(model, NAMES)
+    model.config.label_names = old
+    load_classifier(model).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["label_names"] == NAMES
     assert load_classifier(tmp_path).config.id2label == dict(enumerate(NAMES))
 
 

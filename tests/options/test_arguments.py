@@ -10,6 +10,7 @@ import timm
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from pictures import encoded, noise
+from transformers import PretrainedConfig
 
 from d3_hf.attacks import LF, BadNets, save_attack
 from d3_hf.data.images import RawImages, content_hashes
@@ -24,6 +25,13 @@ def write(folder, text):
     file = folder / "config.yaml"
     file.write_text(text)
     return str(file)
+
+
+def serve(monkeypatch, made: DatasetDict) -> None:
+    """Have every name stand for these images."""
+    monkeypatch.setattr(
+        "d3_hf.data.sources.open_source", lambda source, *_, **__: source if isinstance(source, DatasetDict) else made
+    )
 
 
 def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):
@@ -89,7 +97,7 @@ def test_a_file_takes_further_arguments_of_its_architecture(tmp_path):
     [([], 3, True), (["--retain_count", "9"], 9, False), (["--retain_fraction", "0.05"], 3, False)],
 )
 def test_five_percent_unless_told(argv, retained, is_default, monkeypatch):
-    monkeypatch.setattr("d3_hf.data.load.load_images", lambda *_: load_images(DatasetDict(train=photos([0, 1, 2] * 20))))
+    serve(monkeypatch, DatasetDict(train=photos([0, 1, 2] * 20)))
     (data,) = parse_arguments([DataArguments], ["--dataset_name", "photos", *argv])
     assert data.is_default_size == is_default
     assert len(data.load().retain) == retained
@@ -166,7 +174,7 @@ SIZES = {"train": 12, "test": 7, "validation": 6, "val": 5, "dev": 4}
 )
 def test_what_is_measured_on_is_named_as_it_is(splits, options, measured, count, monkeypatch, caplog):
     made = DatasetDict({name: photos([row % 3 for row in range(SIZES[name])]) for name in splits})
-    monkeypatch.setattr("d3_hf.data.load.load_images", lambda *_: load_images(made))
+    serve(monkeypatch, made)
     data = DataArguments("photos", retain_count=3, **options)
     with caplog.at_level(logging.WARNING):
         found = data.load()
@@ -200,16 +208,80 @@ def test_a_split_that_is_not_used_needs_no_labels(kind, hidden, tmp_path, monkey
             DataArguments(str(tmp_path / "data"), retain_count=3, **options).load()
 
 
+@pytest.mark.parametrize(
+    "unused",
+    [
+        lambda: photos(["cow", "unknown"], Value("string")),
+        lambda: photos([0, 1], ClassLabel(names=["cow", "hen"])),
+        lambda: photos([0, 1]).remove_columns("label"),
+    ],
+    ids=["more classes", "another kind", "no labels"],
+)
+def test_a_split_that_is_not_used_may_be_of_other_classes(unused, monkeypatch):
+    made = DatasetDict(train=photos(["cat", "dog"] * 3, Value("string")), val=photos(["cat", "dog"], Value("string")))
+    serve(monkeypatch, DatasetDict(test=unused(), **made))
+    assert DataArguments("photos", retain_count=3, test_split="val").load().test.class_names == ["cat", "dog"]
+
+
+def test_a_configuration_is_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, count in (("small", 6), ("large", 9)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        photos([0, 1, 2] * (count // 3)).to_parquet(tmp_path / "data" / name / "train.parquet")
+    entries = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("small", "large"))
+    (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n{entries}---\n")
+    argv = ["--dataset_name", str(tmp_path / "data"), "--retain_count", "3"]
+    with pytest.raises(ValueError, match="2 configurations: small, large; choose one with --dataset_config"):
+        parse_arguments([DataArguments], argv)[0].load()
+    found = parse_arguments([DataArguments], [*argv, "--dataset_config", "large"])[0].load()
+    assert (found.configuration, len(found.rest) + len(found.test)) == ("large", 12)
+
+
+@pytest.mark.parametrize(
+    ("class_map", "labels"),
+    [("names", [2, 0, 1]), ('{"a": "b", "b": "c", "c": 2}', [0, 1, 2]), ({"a": 2, "b": 0, "c": 1}, [2, 0, 1])],
+)
+def test_classes_are_numbered_as_the_models(class_map, labels, tmp_path, monkeypatch):
+    made = DatasetDict({split: photos([0, 1, 2], ClassLabel(names=["a", "b", "c"])) for split in ("train", "test")})
+    serve(monkeypatch, made)
+    if isinstance(class_map, str) and class_map != "names":
+        (tmp_path / "map.json").write_text(class_map)
+        class_map = str(tmp_path / "map.json")
+    data = DataArguments("photos", retain_count=2, class_map=class_map)
+    assert class_map == "names" or isinstance(data.class_map, dict)  # what a record holds needs no file
+    found = data.load(PretrainedConfig(id2label={0: "b", 1: "c", 2: "A"}))
+    assert found.test.labels.tolist() == labels and found.test.class_names == ["b", "c", "A"]
+    both = {row["index"]: row["label"] for part in (found.retain, found.rest) for row in part}
+    assert both == dict(enumerate(labels))
+    with pytest.raises(ValueError, match="class_map is for the classes of a checkpoint"):
+        data.load()
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (None, FileNotFoundError, "--class_map: no file .*map.json; give one in JSON, or `names`"),
+        ("[1, 2]", ValueError, "--class_map must be a JSON mapping"),
+        ("{", ValueError, "--class_map is no JSON"),
+    ],
+)
+def test_class_maps_that_cannot_be_read(text, error, message, tmp_path):
+    if text:
+        (tmp_path / "map.json").write_text(text)
+    with pytest.raises(error, match=message):
+        DataArguments("digits", class_map=str(tmp_path / "map.json"))
+
+
 def test_a_split_that_is_not_used_may_be_empty(monkeypatch):
     made = DatasetDict(train=photos([0, 1, 2] * 2), test=photos([0]).select([]), val=photos([0, 1]))
-    monkeypatch.setattr("d3_hf.data.load.load_images", lambda *_: load_images(made))
+    serve(monkeypatch, made)
     assert len(DataArguments("photos", retain_count=3, test_split="val").load().test) == 2
     with pytest.raises(ValueError, match="holds no images: use another split$"):
         DataArguments("photos", retain_count=3).load()
 
 
 def test_nothing_is_left_where_all_is_retained(monkeypatch):
-    monkeypatch.setattr("d3_hf.data.load.load_images", lambda *_: load_images(DatasetDict(train=photos([0, 1, 2]))))
+    serve(monkeypatch, DatasetDict(train=photos([0, 1, 2])))
     with pytest.raises(ValueError, match="^photos has no split 'test' and the retain set is all of 'train': nothing is left"):
         DataArguments("photos", retain_count=3).load()
 
@@ -221,7 +293,7 @@ def test_a_split_that_is_named_must_be_there():
 
 def test_fewer_test_images_are_drawn_and_not_the_first(monkeypatch):
     made = DatasetDict(train=photos([0, 1, 2]), test=photos(sorted([0, 1, 2] * 40)))  # class by class, as a folder is read
-    monkeypatch.setattr("d3_hf.data.load.load_images", lambda *_: load_images(made))
+    serve(monkeypatch, made)
     few, again, other_seed, all_of_them = (
         DataArguments("photos", retain_count=1, **options).load().test
         for options in ({"max_test_images": 30}, {"max_test_images": 30}, {"max_test_images": 30, "retain_seed": 1}, {})

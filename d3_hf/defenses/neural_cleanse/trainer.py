@@ -41,6 +41,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...labels import label_names_of
 from ...training.config import PurifyConfig
 from ...training.trainer import PurifyTrainer
 from .inversion import Findings, Schedule, anomaly_indices, flag, random_start, reverse_trigger, stamp
@@ -141,7 +142,8 @@ class NeuralCleanseTrainer(PurifyTrainer):
     def announce(self, resumed: bool) -> None:
         """Say which classes are flagged."""
         indices = anomaly_indices(self.findings.norms).tolist()
-        names = [f"{self.model.config.id2label[c]} (anomaly index {indices[c]:.2f})" for c in self.findings.flagged.tolist()]
+        classes = label_names_of(self.model.config)
+        names = [f"{classes[c]} (anomaly index {indices[c]:.2f})" for c in self.findings.flagged.tolist()]
         if names:
             self.accelerator.print(f"Neural Cleanse unlearns the triggers of {', '.join(names)}")
         elif self.is_world_process_zero():
