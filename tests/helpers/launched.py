@@ -36,7 +36,7 @@ class Watched(D3Trainer):
 
 def run(folder, case, accumulation):
     options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=accumulation, logging_steps=1) | CASES[case]
-    args = D3Config(folder, use_cpu=True, disable_tqdm=True, **options)
+    args = D3Config(f"{folder}/{case}", use_cpu=True, disable_tqdm=True, **options)
     trainer = Watched(tiny_vit(), args, tiny_samples(32))
     trainer.train()
     return trainer

@@ -94,8 +94,8 @@ def test_metrics_of_ones_own(tmp_path):
 def test_hidden_states_beside_the_logits(tmp_path):
     model = tiny_vit()
     plain = trainer(tmp_path, model).evaluate()["eval_accuracy"]
-    model.config.output_hidden_states = True
     made = trainer(tmp_path, model, eval_strategy="steps", eval_steps=1)
+    model.config.output_hidden_states = True  # by hand; what it was is settled when the trainer is made
     assert made.evaluate()["eval_accuracy"] == plain
     assert len(made.predict(SAMPLES).predictions) == 2
     made.train(ignore_keys_for_eval=["hidden_states"])
