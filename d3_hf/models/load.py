@@ -21,10 +21,12 @@ from huggingface_hub.errors import (
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 
+from ..data.preprocessing import Preprocessing
 from ..files import first_line, sha256
 from . import architectures, wrapper
 from .class_names import check_label_names, set_label_names
 from .folder import open_folder, read_processor, weights_files
+from .probe import probe
 from .source import Source, attach, image_processor_of, source_of
 from .weights import PICKLED, load_module, load_pretrained, read_weights, refuse_non_finite
 
@@ -112,8 +114,9 @@ def load_classifier(
         ValueError: A file that is damaged, of another format, or wants to run code; weights that are missing,
             superfluous, of another shape, NaN, infinite or quantised; a link out of the folder; an unknown
             architecture; a number of classes that is not the source's, or below 2; a checkpoint that needs a
-            repository's own code, is quantised or an adapter; a missing normalisation or image processor; an argument that
-            the kind of source has no use for.
+            repository's own code, is quantised or an adapter; a missing normalisation or image processor, or one that
+            `Preprocessing` does not know; a network that does not take what it gives, see `probe`; an argument that the kind of
+            source has no use for.
         TypeError: ``source`` is none of the above.
     """
     given = {name: value for name, value in locals().items() if name != "source" and value is not None}
@@ -135,7 +138,8 @@ def load_classifier(
         raise ValueError(f"{_name(source)} has {model.config.num_labels} class: a classifier tells at least 2 apart")
     if num_labels is not None and model.config.num_labels != num_labels:
         raise ValueError(f"{_name(source)} has {model.config.num_labels} classes, not num_labels={num_labels}")
-    return attach(model.eval(), processor, origin)
+    probe(model.eval(), Preprocessing.from_processor(processor), _name(source))
+    return attach(model, processor, origin)
 
 
 def _kind(source: Any) -> str:

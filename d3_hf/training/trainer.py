@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from ..data import retain
 from ..data.preprocessing import Preprocessing
-from ..data.streaming import StreamedImages
 from ..evaluation.metrics import compute_metrics
 from ..files import atomic_file
 from ..models.batch_norm import batch_norms
@@ -36,6 +35,7 @@ from .contract import Defence
 from .distillation import Teacher
 from .durable import DurableTrainer, load_weights
 from .images import check_same_images, evaluation_images, training_images
+from .last_batch import leaves_one_image, training_loader
 from .lifecycle import Lifecycle
 from .placement.choose import placement_of
 from .sam import at_highest_loss, running_statistics_kept
@@ -59,9 +59,10 @@ class PurifyTrainer(Defence, DurableTrainer):
     Raises:
         OSError: ``output_dir`` cannot be written.
         ValueError: ``output_dir`` holds another run's results (see `check_output`); the images' labels are not the model's; no
-            image processor is known; the run would use `nn.DataParallel`, FSDP or DeepSpeed where `placement_of` refuses it, a
-            PEFT model or `model_init`, or push checkpoints to the Hub; a training batch has no tensor ``labels``; an addition
-            (``distillation``, ``average_last``, ``sam_rho``, ``cutout``) does not fit the defence or the images.
+            image processor is known, or the network cannot be trained on what it gives (see `leaves_one_image`); the run would
+            use `nn.DataParallel`, FSDP or DeepSpeed where `placement_of` refuses it, a PEFT model or `model_init`, or push
+            checkpoints to the Hub; a training batch has no tensor ``labels``; an addition (``distillation``, ``average_last``,
+            ``sam_rho``, ``cutout``) does not fit the defence or the images.
         FloatingPointError: The clean loss of a step is NaN or infinite.
         RuntimeError: After training, when no trained weight has moved.
 
@@ -123,10 +124,10 @@ class PurifyTrainer(Defence, DurableTrainer):
         self._add(args)
         self.batch_norms = batch_norms(model)
         if args.batch_norm == "frozen":
-            for module in self.batch_norms:
-                module.requires_grad_(False)
+            nn.ModuleList(self.batch_norms).requires_grad_(False)
         self.add_callback(Lifecycle(self))
         self.prepare()
+        self.drops_last = leaves_one_image(self)
 
     def _check(self, model: nn.Module, args: PurifyConfig, kwargs: dict[str, Any]) -> None:
         refuse_unsupported(model, args, kwargs)
@@ -283,11 +284,8 @@ class PurifyTrainer(Defence, DurableTrainer):
         return inputs
 
     def get_train_dataloader(self) -> DataLoader:
-        """As the base class; a stream shares itself out among the processes."""
-        images = self.train_dataset
-        if isinstance(images, StreamedImages):
-            return images.loader(self.args, self.data_collator)
-        return super().get_train_dataloader()
+        """As the base class, see `training_loader`."""
+        return training_loader(self, super().get_train_dataloader)
 
     def get_optimizer_cls_and_kwargs(self, args, model=None) -> tuple[Any, dict[str, Any]]:
         """As the base class, with the defence's ``amsgrad``."""

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..models.computed import refuse_hooked
 from .config import PurifyConfig
 
 
@@ -18,7 +19,7 @@ def refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict[str, A
 
     Raises:
         ValueError: ``model_init``; no transformers model; checkpoints pushed to the Hub; `nn.DataParallel`; an optimizer that
-            steps within the backward pass; a PEFT or device-mapped model.
+            steps within the backward pass; a PEFT or device-mapped model; a layer whose weight a hook computes (pruning).
     """
     if kwargs.get("model_init") is not None:
         raise ValueError("model_init would replace the suspicious model inside train(); pass model= instead")
@@ -27,6 +28,7 @@ def refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict[str, A
             f"{type(model).__name__} is no transformers model: wrap it with d3_hf.load_classifier(module, num_labels=..., "
             "image_mean=..., image_std=...)"
         )
+    refuse_hooked(model)
     if args.push_to_hub and args.save_strategy != "no" and args.hub_strategy != "end":
         raise ValueError(
             "push_to_hub with checkpoints would upload pickles and half-purified weights on the way: set hub_strategy='end'"
