@@ -7,17 +7,24 @@ uint8, augmented there, and normalised on the device. Every constant comes from 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from transformers import BaseImageProcessor
 from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_utils import PILImageResampling
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
+from ..files import first_line
+
 # What timm.data.create_transform composes for evaluation: these move pixels, those only change their type and scale.
-# Not crop_mode "border", whose padding torchvision does not offer for tensors.
-TIMM_GEOMETRY = ("Resize", "CenterCrop")
+TIMM_GEOMETRY = ("Resize", "ResizeKeepRatio", "CenterCrop", "CenterCropOrPad")
 TIMM_VALUES = ("MaybeToTensor", "Normalize")
+# What torchvision does to pictures and not, or otherwise, to tensors: these filters, and padding with a colour.
+FILTERS_OF_PICTURES = ("nearest", "lanczos", "box", "hamming")
+PADDING_OF_PICTURES = "CenterCropOrPad"
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Preprocessing:
 
     ``preprocessing(images)`` equals ``image_processor(images)["pixel_values"]``. With a timm processor that resizes,
     pixels may differ by rounding (one or two grey levels of 255): timm resizes PIL images or floats, this class uint8
-    tensors.
+    tensors, and PIL images only where its filter or its padding asks for them.
 
     Attributes:
         mean: Per channel, on the scale where a pixel is in [0, 1]; an unusual ``rescale_factor`` is folded in.
@@ -69,7 +76,7 @@ class Preprocessing:
         try:
             size = _output_size(geometry, name)
         except (TypeError, RuntimeError) as error:
-            raise ValueError(f"{name} cannot resize uint8 tensors apart from rescaling them: {error}") from error
+            raise ValueError(f"{name} cannot resize uint8 tensors apart from rescaling them: {first_line(error)}") from error
         probe = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         preprocessing = cls(mean, std, size, bool(torch.equal(geometry(probe), probe)), geometry)
         preprocessing._check(image_processor, probe)
@@ -109,7 +116,7 @@ class Preprocessing:
         if isinstance(image_processor, TimmWrapperImageProcessor):
             if not self.keeps_size:
                 return  # float and uint8 resizing round differently; _read_timm has checked every step by its name
-            expected = image_processor(probe / 255)["pixel_values"]
+            expected = image_processor([to_pil_image(image) for image in probe])["pixel_values"]
         else:
             expected = image_processor(probe, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
         found = self(probe)
@@ -137,6 +144,16 @@ def _read_torchvision(processor: TorchvisionBackend) -> tuple[Callable, tuple[fl
             input_data_format="channels_first",
         )["pixel_values"]
 
+    if processor.do_resize and processor.resample in (PILImageResampling.BOX, PILImageResampling.HAMMING):
+        raise ValueError(
+            f"{type(processor).__name__} has resample={int(processor.resample)}, which torchvision lacks for tensors: set 2 "
+            "(bilinear) or 3 (bicubic) on it"
+        )
+    if processor.do_normalize and (processor.image_mean is None or processor.image_std is None):
+        raise ValueError(
+            f"{type(processor).__name__} normalises without image_mean or image_std: set both on it (in "
+            "preprocessor_config.json), or do_normalize to false"
+        )
     mean = _per_channel(processor.image_mean) if processor.do_normalize else (0.0, 0.0, 0.0)
     std = _per_channel(processor.image_std) if processor.do_normalize else (1.0, 1.0, 1.0)
     # x * factor is what the processor normalises; expressed for x / 255 both constants shrink by the same ratio.
@@ -154,12 +171,19 @@ def _read_timm(processor: TimmWrapperImageProcessor) -> tuple[Callable, tuple[fl
             f"of {', '.join(TIMM_GEOMETRY + TIMM_VALUES)}"
         )
 
-    def geometry(images: Tensor) -> Tensor:
+    def geometry(images: Any) -> Any:
         for name, step in zip(names, steps, strict=True):
             images = step(images) if name in TIMM_GEOMETRY else images
         return images
 
-    return geometry, _per_channel(processor.data_config["mean"]), _per_channel(processor.data_config["std"])
+    def on_pictures(images: Tensor) -> Tensor:
+        return torch.stack([pil_to_tensor(geometry(to_pil_image(image))) for image in images.cpu()]).to(images.device)
+
+    if processor.data_config["interpolation"] in FILTERS_OF_PICTURES or PADDING_OF_PICTURES in names:
+        geometry_of_tensors = on_pictures
+    else:
+        geometry_of_tensors = geometry
+    return geometry_of_tensors, _per_channel(processor.data_config["mean"]), _per_channel(processor.data_config["std"])
 
 
 def _per_channel(values: float | list[float] | tuple[float, ...]) -> tuple[float, ...]:
@@ -168,7 +192,13 @@ def _per_channel(values: float | list[float] | tuple[float, ...]) -> tuple[float
 
 def _output_size(geometry: Callable[[Tensor], Tensor], name: str) -> tuple[int, int]:
     probes = (torch.zeros((2, 3, 40, 56), dtype=torch.uint8), torch.zeros((2, 3, 64, 48), dtype=torch.uint8))
-    first, second = (tuple(geometry(probe).shape[-2:]) for probe in probes)
+    shapes = [tuple(geometry(probe).shape) for probe in probes]
+    if wrong := [shape for shape in shapes if len(shape) != 4 or shape[:2] != (2, 3)]:
+        raise ValueError(
+            f"{name} makes {wrong[0]} of two RGB images and not (2, 3, h, w): networks that take patches (NaFlex) or another "
+            "number of channels are not supported"
+        )
+    first, second = (shape[2:] for shape in shapes)
     if first != second:
         raise ValueError(
             f"{name} leaves images at sizes of their own ({first} and {second} for two test images): set "

@@ -137,7 +137,8 @@ def retain_batches(
 
     Args:
         dataset: The retain set, with its length.
-        batches: Images in each batch of the whole set in order; or the rows of every batch.
+        batches: Images in each batch of the whole set in order, where a last single one, which has no statistics of its own,
+            joins the batch before; or the rows of every batch.
         collator: The trainer's.
         purpose: What for, for progress bar and error.
         augmented: As in the epoch of training that the data set was last set to, or as the images are.
@@ -149,6 +150,14 @@ def retain_batches(
     if isinstance(dataset, torch.utils.data.IterableDataset):
         raise ValueError(f"{purpose} takes the retain set as a whole: load it without streaming=True")
     images = dataset if augmented else without_augmentation(dataset)
-    how = {"batch_size": batches} if isinstance(batches, int) else {"batch_sampler": batches}
-    loader = DataLoader(images, **how, collate_fn=collator, generator=torch.Generator())
+    rows = rows_of_batches(len(dataset), batches) if isinstance(batches, int) else batches
+    loader = DataLoader(images, batch_sampler=rows, collate_fn=collator, generator=torch.Generator())
     yield from tqdm(loader, purpose, disable=is_silent, leave=False)
+
+
+def rows_of_batches(count: int, size: int) -> list[list[int]]:
+    """Rows 0 to ``count`` in order, ``size`` in each batch; a last single one joins the batch before."""
+    rows = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+    if size > 1 and len(rows) > 1 and len(rows[-1]) == 1:
+        rows[-2:] = [rows[-2] + rows[-1]]
+    return rows

@@ -1,9 +1,18 @@
 """The head: the layer that gives the logits, found by running the network."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from .evaluating import evaluating
+from .probe import run
+
+SHOWN = 8  # layers named in a message
+
+
+class NoOneHead(ValueError):
+    """No layer, or more than one, gives the logits."""
 
 
 def find_head(model: nn.Module, image_size: tuple[int, int]) -> str:
@@ -17,7 +26,9 @@ def find_head(model: nn.Module, image_size: tuple[int, int]) -> str:
         Name of an ``nn.Linear`` or of a 1x1 ``nn.Conv2d``.
 
     Raises:
-        ValueError: No linear layer, or more than one, gives the logits (an average of two heads, say).
+        NoOneHead: No linear layer, or more than one, gives the logits (an average of two heads, say); the message begins with
+            those that have as many outputs as there are classes.
+        ValueError: The classifier fails on the image, see `run`.
     """
     outputs: dict[str, Tensor] = {}
 
@@ -29,19 +40,27 @@ def find_head(model: nn.Module, image_size: tuple[int, int]) -> str:
     try:
         with evaluating(model), torch.no_grad():
             parameter = next(model.parameters())
-            logits = model(pixel_values=parameter.new_zeros(1, 3, *image_size)).logits
+            logits = run(model, parameter.new_zeros(1, 3, *image_size), type(model).__name__)
     finally:
         for hook in hooks:
             hook.remove()
     heads = [
         name for name, out in outputs.items() if out.numel() == logits.numel() and torch.equal(out.flatten(), logits.flatten())
     ]
-    if len(heads) != 1:
-        raise ValueError(
-            f"target_modules='head': {len(heads) or 'no'} linear layers of {type(model).__name__} give the logits as they are; "
-            f"name the layer instead, one of: {', '.join(outputs)}"
-        )
-    return heads[0]
+    if len(heads) == 1:
+        return heads[0]
+    fitting = [name for name, out in outputs.items() if out.numel() == logits.numel()]
+    found = f"with {logits.shape[-1]} outputs there are {last_first(fitting)}" if fitting else f"they are {last_first(outputs)}"
+    raise NoOneHead(
+        f"{type(model).__name__} has no single head: {len(heads) or 'none'} of its linear layers gives the logits as they are; "
+        f"{found}"
+    )
+
+
+def last_first(names: Iterable[str]) -> str:
+    """Names of layers for a message: the last ones, among which the heads are, first; few of them."""
+    found = list(names)[::-1]
+    return ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
 
 
 def is_matrix(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 
+from ..data.preprocessing import Preprocessing
 from ..files import sha256
 from ..labels import check_label_names, label_names_of, set_label_names
 from . import architectures, hub, wrapper
@@ -21,6 +22,7 @@ from .checkpoint_files import HUB_FILES as HUB_FILES  # what is fetched from a H
 from .checkpoint_files import SAFE, defining_files, read_file, read_files, tell_of_others
 from .config import settle
 from .folder import open_folder
+from .probe import probe
 from .processors import read_processor
 from .source import Source, attach, image_processor_of, source_of
 from .weight_names import from_mmpretrain, unwrapped
@@ -103,8 +105,9 @@ def load_classifier(
             superfluous, of another shape, NaN, infinite or quantised; an index that contradicts its shards, or two copies
             of the weights that differ; a link out of the folder; an unknown architecture; another task than one class for
             each image; a number of classes that is not the source's, or below 2; a checkpoint that needs a repository's own
-            code, is quantised or an adapter; a missing normalisation or image processor; an argument that the kind of source
-            has no use for.
+            code, is quantised or an adapter; a missing normalisation or image processor, or one that `Preprocessing` does
+            not know; a network that does not take what it gives, see `probe`; an argument that the kind of source has no use
+            for.
         TypeError: ``source`` is none of the above.
     """
     given = {name: value for name, value in locals().items() if name != "source" and value is not None}
@@ -126,7 +129,8 @@ def load_classifier(
     set_label_names(model.config, label_names_of(model.config, _name(source)))  # so that all of a configuration says the same
     if num_labels is not None and model.config.num_labels != num_labels:
         raise ValueError(f"{_name(source)} has {model.config.num_labels} classes, not num_labels={num_labels}")
-    return attach(model.eval(), processor, origin)
+    probe(model.eval(), Preprocessing.from_processor(processor), _name(source))
+    return attach(model, processor, origin)
 
 
 def _kind(source: Any) -> str:

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from .computed import refuse_computed
 from .head import find_head
 
 
@@ -19,11 +20,17 @@ def neuron_layers(model: nn.Module, image_size: tuple[int, int]) -> tuple[str, d
         The head's name and the layers by name, all of one kind, in the model's order.
 
     Raises:
-        ValueError: The head cannot be found (see `find_head`), or there is no other layer.
+        ValueError: The head cannot be found (see `find_head`), there is no other layer, or the weight of one is computed from
+            others.
     """
     head = find_head(model, image_size)
-    modules = {name: module for name, module in model.named_modules() if name != head}
-    kinds = [{name: m for name, m in modules.items() if isinstance(m, kind)} for kind in (nn.Conv2d, nn.Linear)]
+    matrices = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    for name, module in matrices.items():
+        refuse_computed(name, module)
+    # A weight that two layers share is the neurons of the first.
+    first = {module.weight: name for name, module in reversed(matrices.items())}
+    own = {name: module for name, module in matrices.items() if first[module.weight] == name != head}
+    kinds = [{name: m for name, m in own.items() if isinstance(m, kind)} for kind in (nn.Conv2d, nn.Linear)]
     layers = max(kinds, key=len)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no convolution or linear layer besides its head: no neurons")

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..files import first_line
+from .shared import shared_names, with_all_names
 from .weight_names import told
 
 logger = logging.getLogger(__name__)
@@ -195,14 +196,28 @@ def load_pretrained(
         where: Where the weights come from, for messages.
 
     Raises:
-        ValueError: The model cannot be built from the configuration, or names, shapes or values of the weights are
-            wrong.
+        ValueError: The model cannot be built from the configuration; names, shapes or values of the weights are wrong; one
+            tensor has two values, see `with_all_names`.
     """
     refuse_non_finite(weights, where)
+    model, report = _build(model_class, config, weights, where)
+    # Which tensors go under several names only a network says that has been built.
+    if shared := shared_names(model):
+        completed = with_all_names(weights, shared, where, f"{model_class.base_model_prefix}.")
+        if completed.keys() != weights.keys():
+            model, report = _build(model_class, config, completed, where)
+    _refuse_mismatch(where, report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
+    model.name_or_path = model.config.name_or_path = ""  # from_pretrained(None) leaves the string "None"
+    return model
+
+
+def _build(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, weights: dict[str, Tensor], where: str
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
         # Without a folder, from_pretrained has no adapter, pickle or custom code to look for: only these tensors.
         with _quiet_transformers():
-            model, report = model_class.from_pretrained(
+            return model_class.from_pretrained(
                 None,
                 config=config,
                 state_dict=dict(weights),
@@ -212,9 +227,6 @@ def load_pretrained(
             )
     except (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: no {model_class.__name__} can be built from its config: {first_line(error)}") from error
-    _refuse_mismatch(where, report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
-    model.name_or_path = model.config.name_or_path = ""  # from_pretrained(None) leaves the string "None"
-    return model
 
 
 def load_module(module: nn.Module, weights: dict[str, Tensor], where: str) -> None:
@@ -224,6 +236,7 @@ def load_module(module: nn.Module, weights: dict[str, Tensor], where: str) -> No
         ValueError: Names, shapes or values of the weights are wrong.
     """
     refuse_non_finite(weights, where)
+    weights = with_all_names(weights, shared_names(module), where)
     expected = module.state_dict()
     mismatched = [
         (name, weights[name].shape, tensor.shape)

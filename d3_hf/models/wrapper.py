@@ -19,6 +19,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..files import first_line
 from .evaluating import evaluating
+from .shared import state_to_save
 
 
 @strict
@@ -68,6 +69,10 @@ class WrappedClassifier(PreTrainedModel):
         self.num_labels = config.num_labels
         self.post_init()
 
+    def save_pretrained(self, save_directory, *, state_dict: dict[str, Tensor] | None = None, **kwargs) -> None:
+        """As the base class, with a tensor that has several names under each of them."""
+        super().save_pretrained(save_directory, state_dict=state_to_save(self, state_dict), **kwargs)
+
     def _init_weights(self, module: nn.Module) -> None:
         """The module arrives with its weights."""
 
@@ -79,6 +84,8 @@ class WrappedClassifier(PreTrainedModel):
             labels: int64 (B,); with them the mean cross-entropy in nats is returned too.
         """
         logits = self.network(pixel_values)
+        if isinstance(logits, tuple) and hasattr(logits, "logits"):  # torchvision's, with auxiliary classifiers, in training
+            logits = logits.logits
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
@@ -102,8 +109,8 @@ def count_classes(module: nn.Module, image_size: tuple[int, int]) -> int:
     """Pass one black image through the module, in evaluation mode, and count its logits.
 
     Raises:
-        ValueError: The module is inside another (DataParallel, torch.compile), shares weights, has none, fails on the
-            image, or returns something else than logits (1, C).
+        ValueError: The module is inside another (DataParallel, torch.compile), has no weights, fails on the image, or returns
+            something else than logits (1, C).
     """
     name = class_name(module)
     names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
@@ -112,8 +119,6 @@ def count_classes(module: nn.Module, image_size: tuple[int, int]) -> int:
     for prefix in ("module.", "_orig_mod."):
         if all(n.startswith(prefix) for n in names):
             raise ValueError(f"{name} wraps the network: pass the network itself, module.{prefix[:-1]}")
-    if len(names) != len(list(module.parameters())):
-        raise ValueError(f"{name} uses one weight under two names, which safetensors cannot store: give each its own copy")
     first = next(module.parameters())
     image = torch.zeros((1, 3, *image_size), device=first.device, dtype=first.dtype)
     try:
@@ -121,7 +126,8 @@ def count_classes(module: nn.Module, image_size: tuple[int, int]) -> int:
             logits = module(image)
     except Exception as error:  # foreign code can fail in any way; none of them is recovered from
         raise ValueError(
-            f"{name} failed on an image of shape {tuple(image.shape)} ({first_line(error)}): is image_size= right?"
+            f"{name} failed on an image of shape {tuple(image.shape)} ({first_line(error)}): is image_size= right, and does it "
+            "take three channels?"
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
+from ..models.shared import state_to_save
 from ..models.source import source_of
 from . import hub
 from .card import render_card
@@ -23,7 +24,7 @@ def write_purified(run: Any, folder: Path, state_dict: dict | None = None) -> No
         state_dict: Weights in place of the model's own.
     """
     # The Trainer's own would add training_args.bin, a pickle that can hold a token.
-    run.plain.save_pretrained(folder, state_dict=state_dict)
+    run.plain.save_pretrained(folder, state_dict=state_to_save(run.plain, state_dict))
     # timm's is in config.json; its save_pretrained does nothing but warn, which reads as if the model were not saved.
     if not isinstance(run.processing_class, TimmWrapperImageProcessor):
         run.processing_class.save_pretrained(folder)

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from ..data import retain
 from ..data.preprocessing import Preprocessing
 from ..data.samples import Collator
-from ..data.streaming import StreamedImages
 from ..evaluation.metrics import compute_metrics
 from ..models.batch_norm import batch_norms
 from ..models.source import image_processor_of, source_of
@@ -41,6 +40,7 @@ from .images import (
     prediction_images,
     training_images,
 )
+from .last_batch import leaves_one_image, training_loader
 from .lifecycle import Lifecycle
 from .placement.choose import placement_of
 from .published import PublishingTrainer
@@ -67,10 +67,11 @@ class PurifyTrainer(Defence, PublishingTrainer):
     Raises:
         OSError: ``output_dir`` cannot be written.
         ValueError: ``output_dir`` holds another run's results (see `check_output`); the images' labels are not the model's; no
-            image processor is known; the run would use `nn.DataParallel`, FSDP or DeepSpeed where `placement_of` refuses it, a
-            PEFT model or `model_init`, or push checkpoints to the Hub; a data set is of no form that is known here; a training
-            batch has no tensor ``labels``; an addition (``distillation``, ``average_last``, ``sam_rho``, ``cutout``) does not
-            fit the defence or the images; an argument or an option of `Trainer` cannot be honoured (see `refuse_unsupported`).
+            image processor is known, or the network cannot be trained on what it gives (see `leaves_one_image`); the run would
+            use `nn.DataParallel`, FSDP or DeepSpeed where `placement_of` refuses it, a PEFT model or `model_init`, or push
+            checkpoints to the Hub; a data set is of no form that is known here; a training batch has no tensor ``labels``; an
+            addition (``distillation``, ``average_last``, ``sam_rho``, ``cutout``) does not fit the defence or the images; an
+            argument or an option of `Trainer` cannot be honoured (see `refuse_unsupported`).
         FloatingPointError: The clean loss of a step is NaN or infinite.
         RuntimeError: After training, when no trained weight has moved.
 
@@ -138,10 +139,10 @@ class PurifyTrainer(Defence, PublishingTrainer):
         self._add(args)
         self.batch_norms = batch_norms(model)
         if args.batch_norm == "frozen":
-            for module in self.batch_norms:
-                module.requires_grad_(False)
+            nn.ModuleList(self.batch_norms).requires_grad_(False)
         self.add_callback(Lifecycle(self))
         self.prepare()
+        self.drops_last = leaves_one_image(self)
 
     def _check(self, model: nn.Module, args: PurifyConfig, kwargs: dict[str, Any]) -> None:
         if not isinstance(args, PurifyConfig):
@@ -307,10 +308,8 @@ class PurifyTrainer(Defence, PublishingTrainer):
         raise ValueError("hyperparameter_search makes models by model_init: try options in runs of their own (d3-hf benchmark)")
 
     def get_train_dataloader(self) -> DataLoader:
-        """As the base class; a stream shares itself out among the processes."""
-        if isinstance(self.train_dataset, StreamedImages):
-            return self.train_dataset.loader(self.args, self.data_collator)
-        return super().get_train_dataloader()
+        """As the base class, see `training_loader`."""
+        return training_loader(self, super().get_train_dataloader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As the base class; a data set is taken in every form that the constructor takes, and no image is left out."""

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..models.computed import refuse_hooked
 from ..models.config import settle
 from .config import PurifyConfig
 
@@ -29,8 +30,8 @@ def refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict[str, A
 
     Raises:
         ValueError: ``model_init``; another loss; no transformers model; one of another task, see `settle`; checkpoints pushed
-            to the Hub; `nn.DataParallel`; an optimizer that steps within the backward pass; a PEFT or device-mapped model; an
-            option of `UNFIT`.
+            to the Hub; `nn.DataParallel`; an optimizer that steps within the backward pass; a PEFT or device-mapped model; a
+            layer whose weight a hook computes (pruning); an option of `UNFIT`.
     """
     if kwargs.get("model_init") is not None:
         raise ValueError("model_init would replace the suspicious model inside train(); pass model= instead")
@@ -42,6 +43,7 @@ def refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict[str, A
             "image_mean=..., image_std=...)"
         )
     settle(model.config, type(model).__name__)
+    refuse_hooked(model)
     if args.push_to_hub and args.save_strategy != "no" and args.hub_strategy != "end":
         raise ValueError(
             "push_to_hub with checkpoints would upload pickles and half-purified weights on the way: set hub_strategy='end'"

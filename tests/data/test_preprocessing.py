@@ -3,6 +3,7 @@
 import pytest
 import torch
 from PIL import Image
+from timm.data.transforms import TrimBorder
 from transformers import (
     AutoImageProcessor,
     BitImageProcessor,
@@ -11,6 +12,7 @@ from transformers import (
     EfficientNetImageProcessor,
     MobileViTImageProcessor,
     PPLCNetImageProcessor,
+    Siglip2ImageProcessor,
     TextNetImageProcessor,
     ViTImageProcessor,
 )
@@ -29,6 +31,11 @@ def images(*shape: int) -> torch.Tensor:
 
 def timm_processor(**cfg) -> TimmWrapperImageProcessor:
     return TimmWrapperImageProcessor({"input_size": (3, 32, 32), "interpolation": "bicubic", "crop_pct": 1.0, **cfg})
+
+
+def with_border_trimmed(processor):
+    processor.val_transforms.transforms.insert(0, TrimBorder(2))
+    return processor
 
 
 @pytest.mark.parametrize("shape", [(24, 20), (32, 32), (17, 40)])
@@ -114,6 +121,20 @@ def test_timm_resize_and_crop_equal_the_processor_but_for_rounding(crop_mode, in
         assert (preprocessing(smooth) - expected).abs().max() * 255 < 1.6
 
 
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"])
+@pytest.mark.parametrize("input_size", [(3, 32, 32), (3, 40, 24)])
+def test_timm_filters_and_shapes_equal_what_timm_does_to_pictures(input_size, interpolation, crop_mode):
+    cfg = dict(crop_pct=0.875, crop_mode=crop_mode, interpolation=interpolation, input_size=input_size, std=(1.0, 1.0, 1.0))
+    processor = timm_processor(**cfg)
+    preprocessing = Preprocessing.from_processor(processor)
+    smooth = torch.nn.functional.interpolate(images(4, 3, 9, 12).float(), (45, 60), mode="bilinear").byte()
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in smooth]
+    off = (preprocessing(smooth) - processor(pictures)["pixel_values"]).abs().max() * 255
+    on_pictures = crop_mode == "border" or interpolation not in ("bilinear", "bicubic")
+    assert preprocessing.size == input_size[1:] and off < (1e-3 if on_pictures else 2.1)
+
+
 def test_a_trigger_pixel_survives_when_the_size_matches():
     batch = images(1, 3, 32, 32)
     batch[..., 29:, 29:] = 255
@@ -132,7 +153,12 @@ def test_a_trigger_pixel_survives_when_the_size_matches():
         (lambda: ViTImageProcessor(size=VIT, image_std=[0.5, 0.5, 0.0]), "positive std"),
         (lambda: EfficientNetImageProcessor(), "EfficientNetImageProcessor cannot resize uint8"),
         (lambda: PPLCNetImageProcessor(), "does more than"),
-        (lambda: timm_processor(crop_mode="border"), "these timm transforms"),
+        (lambda: with_border_trimmed(timm_processor()), "these timm transforms"),
+        (lambda: ViTImageProcessor(size=VIT, image_mean=None), "normalises without image_mean or image_std: set both"),
+        (lambda: ViTImageProcessor(size=VIT, image_std=None), "normalises without image_mean or image_std: set both"),
+        (lambda: ViTImageProcessor(size=VIT, resample=4), r"resample=4, which torchvision lacks.* set 2 \(bilinear\)"),
+        (lambda: ViTImageProcessor(size=VIT, resample=5), r"resample=5, which torchvision lacks.* set 2 \(bilinear\)"),
+        (lambda: Siglip2ImageProcessor(patch_size=8, max_num_patches=16), r"makes \(2, 16, 192\) of two RGB images.*NaFlex"),
     ],
 )
 def test_refusals(build, message):

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from tiny import FAST, tiny_samples, with_processor
 from torch import nn
+from torch.nn.utils import prune
 from transformers import (
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
     ResNetConfig,
     ResNetForImageClassification,
     TimmWrapperConfig,
@@ -12,8 +16,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from d3_hf.defenses.d3.trainer import D3Config, D3Trainer
+from d3_hf.defenses.linear_probing import LinearProbingConfig, LinearProbingTrainer
 from d3_hf.defenses.shared.selection import select_weights
-from d3_hf.models.head import find_head
+from d3_hf.models.head import NoOneHead, find_head
 
 SIZE = (16, 16)
 
@@ -137,5 +143,50 @@ def test_two_heads_are_refused(vit):
 
     model = Averaged()
     nn.init.normal_(model.a.bias)
-    with pytest.raises(ValueError, match="no linear layers.*one of: a, b"):
+    with pytest.raises(
+        NoOneHead, match="none of its linear layers gives the logits as they are; with 2 outputs there are b, a$"
+    ):
         find_head(model, SIZE)
+
+
+def test_of_many_layers_the_heads_are_named_first(tmp_path):
+    config = DeiTConfig(image_size=16, patch_size=8, hidden_size=8, num_hidden_layers=12, num_attention_heads=2, num_labels=3)
+    model = with_processor(DeiTForImageClassificationWithTeacher(config))
+    with pytest.raises(
+        ValueError, match="with 3 outputs there are distillation_classifier, cls_classifier; name those that D3"
+    ):
+        D3Trainer(model, D3Config(str(tmp_path), **FAST), tiny_samples())
+    with pytest.raises(ValueError, match="distillation_classifier, cls_classifier$"):
+        LinearProbingTrainer(model, LinearProbingConfig(str(tmp_path), **FAST), tiny_samples())
+    with pytest.raises(ValueError, match="linear layers are: distillation_classifier, cls_classifier, .* and 66 more"):
+        select_weights(model, ["clasifier"])
+
+
+def soft(layer):
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softplus())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            nn.utils.parametrizations.weight_norm,
+            r"0 is parametrised \(_WeightNorm\).*remove_parametrizations\(layer, 'weight'\)",
+        ),
+        (nn.utils.parametrizations.spectral_norm, r"0 is parametrised \(_SpectralNorm\)"),
+        (soft, r"0 is parametrised \(Softplus\)"),
+        (nn.utils.weight_norm, r"0 is under torch.nn.utils.weight_norm: .*remove_weight_norm\(layer\)"),
+        (nn.utils.spectral_norm, r"0 is under torch.nn.utils.spectral_norm"),
+        (
+            lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+            r"0 is pruned by a mask: .*prune.remove\(layer, 'weight'\)",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+def test_a_computed_weight_is_refused_for_what_it_is(change, message):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    change(model[0])
+    with pytest.raises(ValueError, match=message):
+        select_weights(model, ["0"])
+    assert [segment.name for segment in select_weights(model, ["1"])] == ["1.weight"]

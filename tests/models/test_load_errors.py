@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from fake_hub import logged_in
-from networks import MEAN, NORM, STD, TIMM_VIT, WRN, Net, PairNet, TiedNet, logits, saved
+from networks import MEAN, NORM, STD, TIMM_VIT, WRN, Net, PairNet, logits, saved
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,
@@ -333,7 +333,6 @@ def not_finite() -> nn.Module:
         (nn.Conv2d(3, 2, 3), NORM, r"for one image it returned \(1, 2, 30, 30\)"),
         (nn.Flatten(), NORM, "has no parameters"),
         (nn.DataParallel(Net()), NORM, "pass the network itself, module.module"),
-        (TiedNet(), NORM, "one weight under two names"),
         (not_finite(), NORM, "NaN or infinite values in head.bias"),
     ],
 )

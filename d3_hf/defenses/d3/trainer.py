@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...models.head import NoOneHead
 from ...training.config import PurifyConfig
 from ...training.reference import UNMOVED
 from ...training.trainer import PurifyTrainer
@@ -153,7 +154,10 @@ class D3Trainer(PurifyTrainer):
 
     def prepare(self) -> None:
         """Select theta_s, keep theta_init_s, and find out whether inactive images may be left out."""
-        self.segments = select_weights(self.plain, self.args.target_modules, self.preprocessing.size)
+        try:
+            self.segments = select_weights(self.plain, self.args.target_modules, self.preprocessing.size)
+        except NoOneHead as reason:
+            raise ValueError(f"{reason}; name those that D3 is to move: --target_modules NAME NAME") from None
         self.selected = list(dict.fromkeys(segment.parameter for segment in self.segments))  # a fused one once
         with torch.no_grad():
             self.references = [weight.clone() for weight in self.weights()]

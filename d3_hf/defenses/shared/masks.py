@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
 from ...models.batch_norm import batch_norms
+from ...models.computed import refuse_computed
 from ...training.checkpoints import is_asked_to_resume
 from .staged import StagedConfig, StagedTrainer, check_functional
 
@@ -30,7 +31,7 @@ def batch_norm_scales(model: nn.Module, method: str) -> Scales:
     """Scale gamma and shift beta (C,) of every BatchNorm layer that has them, by the layer's name, detached.
 
     Raises:
-        ValueError: There is none; the message names ``method``.
+        ValueError: There is none, the message names ``method``; or a scale is computed from others.
     """
     found = set(batch_norms(model))
     layers = {name: module for name, module in model.named_modules() if module in found and module.affine}
@@ -39,6 +40,8 @@ def batch_norm_scales(model: nn.Module, method: str) -> Scales:
             f"{method} masks the scales of BatchNorm channels, and {type(model).__name__} has no BatchNorm layer with scales "
             "(LayerNorm normalises each token, its scales are no neurons): use another defence, such as fine-pruning or TSBD"
         )
+    for name, layer in layers.items():
+        refuse_computed(name, layer)
     return {name: (layer.weight.detach(), layer.bias.detach()) for name, layer in layers.items()}
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...models.head import find_head, is_matrix
+from ...models.computed import refuse_computed
+from ...models.head import find_head, is_matrix, last_first
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ def select_weights(
         One ``Segment`` per selected weight, in the model's order, never empty.
 
     Raises:
-        ValueError: Nothing matches (the candidates are listed); a match is no linear layer; a selected weight is frozen, not
-            float32, zero, or shared with another part of the model.
+        ValueError: Nothing matches (the candidates are listed); a match is no linear layer; a selected weight is computed from
+            others, frozen, not float32, zero, or shared with another part of the model.
     """
     modules = dict(model.named_modules())
     if target_modules == "head":
@@ -68,7 +69,7 @@ def select_weights(
         names = [n for n in modules if any(n == target or n.endswith("." + target) for target in target_modules)]
     if not names:
         candidates = [name for name, module in modules.items() if is_matrix(module)]
-        raise ValueError(f"target_modules={target_modules!r} matches no module; linear layers are: {', '.join(candidates)}")
+        raise ValueError(f"target_modules={target_modules!r} matches no module; linear layers are: {last_first(candidates)}")
     segments = [segment for name in names for segment in _segments(name, modules[name], target_modules)]
     _check(model, segments)
     return segments
@@ -78,12 +79,14 @@ def _segments(name: str, module: nn.Module, target_modules: str | list[str]) -> 
     if isinstance(module, nn.MultiheadAttention):
         if module.in_proj_weight is None:
             raise ValueError(f"{name}: attention with separate key and value sizes is not supported; exclude it by name")
+        refuse_computed(name, module, "in_proj_weight")
         return _thirds(f"{name}.in_proj_weight", module.in_proj_weight)
     if not isinstance(module, nn.Linear | nn.Conv2d):
         raise ValueError(
             f"target_modules={target_modules!r} matches {name or 'all of it'}, a {type(module).__name__}; only linear and "
             "convolution layers have weights that D3 can move: narrow the pattern"
         )
+    refuse_computed(name, module)
     if isinstance(module, nn.Linear) and name.rpartition(".")[2] == "qkv" and module.out_features % 3 == 0:
         return _thirds(f"{name}.weight", module.weight)
     return [Segment(f"{name}.weight", module.weight, 0, len(module.weight))]

@@ -91,8 +91,9 @@ class StagedTrainer(PurifyTrainer):
         return self.retain_batches(None, batches=[rows[i : i + size] for i in range(0, len(rows), size)])
 
     def tune_batches_per_epoch(self) -> int:
-        """Number of batches that `tune_batches` yields."""
-        return math.ceil(len(self.tune) / self.args.per_device_train_batch_size)
+        """Number of batches that `tune_batches` yields: two images in each, unless batches of one are asked for."""
+        size, count = self.args.per_device_train_batch_size, len(self.tune)
+        return count if size == 1 else min(math.ceil(count / size), count // 2)
 
     def tune_batches(self, epoch: int) -> Iterator[dict[str, Tensor]]:
         """Yield the tuning images once, shuffled and augmented by seed and epoch, in batches of nearly equal size.

@@ -4,6 +4,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer
 
+from ...models.shared import shared_names
 from .fsdp import Sharded
 from .in_place import InPlace
 
@@ -20,7 +21,7 @@ def placement_of(trainer: Trainer, model: nn.Module, runs_sharded: bool) -> InPl
         runs_sharded: Whether the method knows of shards.
 
     Raises:
-        ValueError: DeepSpeed or FSDP1; on shards, a method or an option that does not work there.
+        ValueError: DeepSpeed or FSDP1; on shards, a method, an option or a network that does not work there.
     """
     if trainer.is_deepspeed_enabled:
         raise ValueError(f"DeepSpeed is not supported: shard by FSDP2 ({RECIPE}), or {USE_DDP}")
@@ -30,6 +31,8 @@ def placement_of(trainer: Trainer, model: nn.Module, runs_sharded: bool) -> InPl
         raise ValueError(f"{type(trainer).__name__} does not run under FSDP, only D3 and fine-tuning do: {USE_DDP}")
     if whole := [option for option in ("average_last", "sam_rho") if getattr(trainer.args, option)]:
         raise ValueError(f"{whole[0]} does not run under FSDP: leave it out, or {USE_DDP}")
+    if shared := shared_names(model):
+        raise ValueError(f"FSDP takes no network with one tensor under two names ({' and '.join(shared[0][:2])}): {USE_DDP}")
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError(f"FSDP1 is not supported: set fsdp_version to 2 ({RECIPE}), or {USE_DDP}")

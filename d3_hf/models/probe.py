@@ -1,0 +1,107 @@
+"""One probe image through image processor, network and loss: what does not fit is said in one line, before any work."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from ..data.preprocessing import Preprocessing
+from ..files import first_line
+from .batch_norm import batch_norms
+from .evaluating import evaluating, modes_kept
+
+TOO_FEW = "Expected more than 1 value per channel"  # torch's words for a batch that BatchNorm cannot normalise
+
+
+def probe(model: PreTrainedModel, preprocessing: Preprocessing, where: str) -> None:
+    """Classify one grey picture.
+
+    Args:
+        model: The classifier.
+        preprocessing: Of its image processor.
+        where: What to call the classifier in messages.
+
+    Raises:
+        ValueError: The network fails on what the processor gives, or returns other things than logits (1, classes).
+    """
+    picture = torch.full((1, 3, *preprocessing.size), 128, dtype=torch.uint8)
+    parameter = next(model.parameters())
+    pixels = preprocessing(picture).to(parameter)
+    with evaluating(model), torch.no_grad():
+        _check(run(model, pixels, where), 1, model, where)
+
+
+def smallest_training_batch(model: PreTrainedModel, image_size: tuple[int, int], batch_norm: str = "train") -> int:
+    """Train on black images, without a step, to find how many a batch must hold at least; the model is left as it was.
+
+    Args:
+        model: The classifier.
+        image_size: (H, W) of what it takes.
+        batch_norm: ``"train"`` if BatchNorm layers use the statistics of the batch.
+
+    Returns:
+        1; or 2 where a BatchNorm layer is left with one number of each channel (a feature map of 1x1 pixels).
+
+    Raises:
+        ValueError: In training mode the network fails, or returns other things than logits (B, classes).
+    """
+    parameter = next(model.parameters())
+    devices = [parameter.device] if parameter.device.type == "cuda" else []
+    with modes_kept(model), torch.random.fork_rng(devices), torch.no_grad():
+        model.train()
+        if batch_norm != "train":
+            nn.ModuleList(batch_norms(model)).eval()
+        for count in (1, 2):
+            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # running statistics, for one
+            pixels = parameter.new_zeros(count, 3, *image_size)
+            try:
+                logits = run(model, pixels, type(model).__name__, buffers)
+                _check(logits, count, model, type(model).__name__)
+                F.cross_entropy(logits.float(), torch.zeros(count, dtype=torch.int64, device=logits.device))
+                return count
+            except ValueError as error:
+                if count == 2 or TOO_FEW not in str(error):
+                    raise
+    raise AssertionError("two images either pass or raise")
+
+
+def run(model: nn.Module, pixels: Tensor, where: str, buffers: dict[str, Tensor] | None = None) -> Any:
+    """Run a classifier on images and return its logits.
+
+    Args:
+        model: The classifier.
+        pixels: (B, 3, h, w).
+        where: What to call it in messages.
+        buffers: In place of its own, by name.
+
+    Raises:
+        ValueError: It fails, or returns no logits.
+    """
+    kind, mode = type(model).__name__, " in training mode" if model.training else ""
+    try:
+        output = functional_call(model, buffers or {}, args=(), kwargs={"pixel_values": pixels})
+    except Exception as error:  # foreign code can fail in any way; none of them is recovered from
+        raise ValueError(
+            f"{where}: {kind} fails{mode} on RGB images of shape {tuple(pixels.shape)} ({first_line(error)}): only networks "
+            "that take three channels at the size of their image processor are supported"
+        ) from error
+    try:
+        return output.logits
+    except AttributeError as error:
+        raise ValueError(
+            f"{where}: {kind} returns{mode} a {type(output).__name__} without logits: it is no classifier"
+        ) from error
+
+
+def _check(logits: Any, count: int, model: PreTrainedModel, where: str) -> None:
+    wanted = (count, model.config.num_labels)
+    if isinstance(logits, Tensor) and tuple(logits.shape) == wanted:
+        return
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__} of {len(logits)}"
+    raise ValueError(
+        f"{where}: {type(model).__name__} returns {found} instead of logits {wanted}"
+        + (" in training mode: switch its auxiliary or distillation classifiers off" if model.training else "")
+    )

@@ -1,0 +1,62 @@
+"""The last batch of an epoch: one image, where BatchNorm needs two, is left out."""
+
+from collections.abc import Callable, Sized
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from ..data.streaming import StreamedImages
+from ..models.probe import smallest_training_batch
+
+
+def leaves_one_image(trainer: Any) -> bool:
+    """Whether each epoch ends in a batch of one image that the network cannot be trained on.
+
+    With several processes accelerate fills the last batches up with images of the first ones, unless ``even_batches`` is off.
+
+    Args:
+        trainer: A `PurifyTrainer` that has not begun: its model, images, batch size, processes and ``batch_norm``.
+
+    Raises:
+        ValueError: No batch can be trained on (one image in each, or in all); or see `smallest_training_batch`.
+    """
+    model, args, images, image_size = trainer.model, trainer.args, trainer.train_dataset, trainer.preprocessing.size
+    if images is None:
+        return False
+    with trainer.accelerator.autocast():
+        if smallest_training_batch(model, image_size, args.batch_norm) == 1:
+            return False
+    size, count = args.per_device_train_batch_size, len(images) if isinstance(images, Sized) else None
+    if args.accelerator_config.split_batches:
+        size //= args.world_size
+    if size <= 1 or count == 1:
+        what = "per_device_train_batch_size is 1" if size <= 1 else "there is 1 image"
+        raise ValueError(
+            f"BatchNorm in {type(model).__name__} cannot normalise one image of {image_size[0]}x{image_size[1]} pixels alone, "
+            f"and {what}: give more, or set batch_norm to eval"
+        )
+    is_filled = args.world_size > 1 and args.accelerator_config.even_batches
+    return count is not None and count % size == 1 and not is_filled
+
+
+def training_loader(trainer: Any, make: Callable[[], DataLoader]) -> DataLoader:
+    """What a `PurifyTrainer` reads in training: a stream shares itself out among the processes.
+
+    Args:
+        trainer: Its images, arguments, and ``drops_last`` as `leaves_one_image` found it.
+        make: The base class's ``get_train_dataloader``.
+    """
+    images, args = trainer.train_dataset, trainer.args
+    if isinstance(images, StreamedImages):
+        return images.loader(args, trainer.data_collator)
+    asked = args.dataloader_drop_last
+    if trainer.drops_last and not asked:
+        trainer.accelerator.print(
+            f"{len(images)} images in batches of {args.per_device_train_batch_size} leave one that BatchNorm cannot normalise: "
+            "each epoch leaves another one out"
+        )
+    args.dataloader_drop_last = asked or trainer.drops_last
+    try:
+        return make()
+    finally:
+        args.dataloader_drop_last = asked
