@@ -68,6 +68,18 @@ def smallest_training_batch(model: PreTrainedModel, image_size: tuple[int, int],
     raise AssertionError("two images either pass or raise")
 
 
+def logits_reach_all(model: nn.Module, image_size: tuple[int, int]) -> bool:
+    """Whether the logits depend on every parameter that is trained, by one black image.
+
+    Auxiliary classifiers do not, nor does the layer after the last block of CLIP's image tower.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    pixels = trained[0].new_zeros(1, 3, *image_size)
+    with evaluating(model), torch.enable_grad():
+        logits = run(model, pixels, type(model).__name__)
+        return all(gradient is not None for gradient in torch.autograd.grad(logits.sum(), trained, allow_unused=True))
+
+
 def run(model: nn.Module, pixels: Tensor, where: str, buffers: dict[str, Tensor] | None = None) -> Any:
     """Run a classifier on images and return its logits.
 

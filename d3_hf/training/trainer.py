@@ -40,8 +40,8 @@ from .images import (
     prediction_images,
     training_images,
 )
-from .last_batch import leaves_one_image, training_loader
 from .lifecycle import Lifecycle
+from .loop_needs import expect_unused_parameters, leaves_one_image, training_loader
 from .placement.choose import placement_of
 from .published import PublishingTrainer
 from .sam import at_highest_loss, running_statistics_kept
@@ -143,6 +143,7 @@ class PurifyTrainer(Defence, PublishingTrainer):
         self.add_callback(Lifecycle(self))
         self.prepare()
         self.drops_last = leaves_one_image(self)
+        expect_unused_parameters(self)
 
     def _check(self, model: nn.Module, args: PurifyConfig, kwargs: dict[str, Any]) -> None:
         if not isinstance(args, PurifyConfig):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from every_defence import OPTIONS
 from networks import Net
-from tiny import FAST
+from tiny import FAST, SIZE, tiny_resnet, tiny_samples, tiny_vit, with_processor
 from torch import nn
+from transformers import CLIPConfig, CLIPForImageClassification
 
 from d3_hf.data.images import RawImages
 from d3_hf.data.retain import rows_of_batches
@@ -13,7 +14,7 @@ from d3_hf.defenses import defence
 from d3_hf.defenses.shared.staged import StagedTrainer
 from d3_hf.models import load_classifier
 from d3_hf.training.config import PurifyConfig
-from d3_hf.training.last_batch import leaves_one_image
+from d3_hf.training.loop_needs import expect_unused_parameters, leaves_one_image
 
 NAMES, NORM = ["a", "b", "c"], {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
@@ -123,3 +124,20 @@ def test_tuning_images_never_come_alone(tune, size):
     run = StagedTrainer.__new__(StagedTrainer)
     run.tune, run.args = list(range(tune)), type("Args", (), {"per_device_train_batch_size": size})()
     assert min(len(chunk) for chunk in torch.arange(tune).tensor_split(run.tune_batches_per_epoch())) > 1
+
+
+def clip():
+    layers = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    config = CLIPConfig(vision_config=layers | dict(image_size=SIZE, patch_size=8), text_config=layers | dict(vocab_size=9))
+    config.num_labels = 3
+    return with_processor(CLIPForImageClassification(config))
+
+
+@pytest.mark.parametrize(("make", "unused"), [(clip, True), (tiny_vit, False), (tiny_resnet, False)])
+def test_ddp_looks_for_unused_parameters_where_there_are_some(make, unused, tmp_path, monkeypatch):
+    config_class, trainer_class = defence("fine_tuning")
+    run = trainer_class(make(), config_class(str(tmp_path), **FAST), tiny_samples())
+    assert run.accelerator.ddp_handler.find_unused_parameters is False  # one process has no use for it
+    monkeypatch.setattr(PurifyConfig, "world_size", 2)
+    expect_unused_parameters(run)
+    assert run.accelerator.ddp_handler.find_unused_parameters == run.args.ddp_find_unused_parameters == unused

@@ -1,4 +1,4 @@
-"""The last batch of an epoch: one image, where BatchNorm needs two, is left out."""
+"""What a network needs of the loop that trains it: a last batch of more than one image, and DDP that knows what is unused."""
 
 from collections.abc import Callable, Sized
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from ..data.streaming import StreamedImages
-from ..models.probe import smallest_training_batch
+from ..models.probe import logits_reach_all, smallest_training_batch
 
 
 def leaves_one_image(trainer: Any) -> bool:
@@ -37,6 +37,15 @@ def leaves_one_image(trainer: Any) -> bool:
         )
     is_filled = args.world_size > 1 and args.accelerator_config.even_batches
     return count is not None and count % size == 1 and not is_filled
+
+
+def expect_unused_parameters(trainer: Any) -> None:
+    """Let DDP look for parameters without a gradient where there are some: in its second step it would fail otherwise."""
+    args, accelerator = trainer.args, trainer.accelerator
+    if args.world_size > 1 and not trainer.is_fsdp_enabled:
+        with accelerator.autocast():
+            if not logits_reach_all(trainer.model, trainer.preprocessing.size):
+                args.ddp_find_unused_parameters = accelerator.ddp_handler.find_unused_parameters = True
 
 
 def training_loader(trainer: Any, make: Callable[[], DataLoader]) -> DataLoader:
