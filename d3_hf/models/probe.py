@@ -93,19 +93,18 @@ def run(model: nn.Module, pixels: Tensor, where: str, buffers: dict[str, Tensor]
         ValueError: It fails, or returns no logits.
     """
     kind, mode = type(model).__name__, " in training mode" if model.training else ""
+    network = kind if where == kind else f"{where}: {kind}"
     try:
         output = functional_call(model, buffers or {}, args=(), kwargs={"pixel_values": pixels})
     except Exception as error:  # foreign code can fail in any way; none of them is recovered from
         raise ValueError(
-            f"{where}: {kind} fails{mode} on RGB images of shape {tuple(pixels.shape)} ({first_line(error)}): only networks "
+            f"{network} fails{mode} on RGB images of shape {tuple(pixels.shape)} ({first_line(error)}): only networks "
             "that take three channels at the size of their image processor are supported"
         ) from error
     try:
         return output.logits
     except AttributeError as error:
-        raise ValueError(
-            f"{where}: {kind} returns{mode} a {type(output).__name__} without logits: it is no classifier"
-        ) from error
+        raise ValueError(f"{network} returns{mode} a {type(output).__name__} without logits: it is no classifier") from error
 
 
 def _check(logits: Any, count: int, model: PreTrainedModel, where: str) -> None:

@@ -76,7 +76,7 @@ def test_manifest_repeats_the_run(drill):
     poisoned = json.loads((folder / "victim" / "victim.json").read_text())["planted"]["poisoned_rows"]
     assert manifest["source"]["kind"] == "folder" and "model.safetensors" in manifest["source"]["sha256"]
     assert manifest["retain"] == {"n": len(indices), "source": "digits", "indices_file": "retain_indices.json"}
-    assert manifest["arguments"]["lambda_clean"] == 10 and manifest["arguments"]["epsilon"] == 0.1  # the drill's, the default
+    assert manifest["arguments"]["lambda_clean"] == 10 and manifest["arguments"]["epsilon"] == 0.02  # the drill's
     assert manifest["arguments"]["max_steps"] == 6 and manifest["arguments"]["seed"] == 42
     assert manifest["measured"]["trigger"]["name"] == "badnets"
     assert (manifest["measured"]["data"], manifest["measured"]["split"]) == ("digits", "test")

@@ -10,7 +10,15 @@ from networks import MEAN, NORM
 from d3_hf.models import load_classifier
 from d3_hf.models.processors import read_processor
 
-OLD = {"do_normalize": True, "do_resize": True, "image_mean": MEAN, "image_std": [0.5] * 3, "resample": 2, "size": 32}
+OLD = {
+    "do_normalize": True,
+    "do_resize": True,
+    "image_mean": MEAN,
+    "image_std": [0.5] * 3,
+    "resample": 2,
+    "size": 32,
+    "crop_size": 32,
+}
 # Every feature extractor for images of transformers 4.
 FEATURE_EXTRACTORS = (
     "Beit ChineseCLIP CLIP ConditionalDetr ConvNext DeformableDetr DeiT Detr Donut DPT Flava GLPN ImageGPT LayoutLMv2 "
