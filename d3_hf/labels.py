@@ -41,6 +41,7 @@ def set_label_names(config: PreTrainedConfig, label_names: Sequence[str]) -> Non
     """Give the classes names that survive saving and reloading, and take away what was said of other classes."""
     config.id2label = dict(enumerate(label_names))
     config.label2id = {name: index for index, name in enumerate(label_names)}
+    config.num_labels = len(label_names)  # follows by itself, but for PVT's
     if isinstance(config, TimmWrapperConfig):
         config.label_names = list(label_names)  # what it writes; id2label alone is lost on a config that was loaded
         described = getattr(config, "label_descriptions", None)  # timm's own entry, by name

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from ..files import first_line
+from ..labels import set_label_names
 from .architectures import architecture_cfg
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,11 @@ def settle(config: PreTrainedConfig, name: str) -> None:
             f"{name} is trained for another task (problem_type {config.problem_type!r}): a classifier here gives an image one "
             "class, by softmax; set problem_type to null if that is what it does"
         )
+    # PVT's own num_labels hides the one that goes with id2label.
+    if config.id2label is None and config.num_labels:
+        set_label_names(config, [f"LABEL_{number}" for number in range(config.num_labels)])
+    elif config.id2label and config.num_labels != len(config.id2label):
+        config.num_labels = len(config.id2label)
     if not config.num_labels or config.num_labels < 2:
         raise ValueError(f"{name} has {config.num_labels or 0} class: a classifier tells at least 2 apart")
     config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False

@@ -10,10 +10,10 @@ from networks import IMAGES, NAMES, TIMM_VIT, logits
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_for_hf
 from tiny import tiny_samples, tiny_vit
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, PvtConfig, PvtForImageClassification, ViTImageProcessor
 
 from d3_hf import D3Config, D3Trainer
-from d3_hf.models import load_classifier
+from d3_hf.models import load_classifier, with_new_head
 
 
 def edit(folder, **changes):
@@ -170,3 +170,20 @@ def test_a_config_of_timm_without_its_number_of_classes(timm_export):
 def test_a_timm_network_without_classes(timm_folder, tmp_path, count):
     with pytest.raises(ValueError, match=f"has {count} class: a classifier tells at least 2 apart"):
         load_classifier(changed(timm_folder, tmp_path, num_classes=count, label_names=NAMES[:count]))
+
+
+def test_pvt_has_as_many_classes_as_names(tmp_path):
+    """Its configuration counts them apart, 1,000 unless it is told, and has no names then."""
+    small = dict(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1], image_size=32)
+    model = PvtForImageClassification(PvtConfig(num_labels=3, **small))
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for source, given in ((model, {"image_processor": processor}), (tmp_path, {})):
+        assert load_classifier(source, **given).config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    named = with_new_head(load_classifier(tmp_path), ["a", "b"])
+    named.save_pretrained(tmp_path)
+    contents = json.loads((tmp_path / "config.json").read_text())
+    del contents["num_labels"]  # as transformers wrote it once
+    (tmp_path / "config.json").write_text(json.dumps(contents))
+    assert load_classifier(tmp_path).config.num_labels == named.config.num_labels == 2
