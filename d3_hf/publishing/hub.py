@@ -194,9 +194,10 @@ def source_checks(source: dict[str, Any]) -> dict[str, Any] | None:
     """
     if source["kind"] in ("file", "folder"):
         place = Path(source["name"]).expanduser()
-        files = [place] if source["kind"] == "file" else [place / name for name in source["sha256"] or ()]
-        pickles = [file for file in files if file.suffix in PICKLED]  # one at most: a folder's is pytorch_model.bin
-        return {"pickle_scan": pickle_scan(pickles[0])} if pickles else None
+        folder, names = (place, ()) if source["kind"] == "folder" else (place.parent, (place.name,))
+        files = [folder / name for name in source["sha256"] or names]
+        pickles = [file for file in files if file.suffix in PICKLED]  # several, where they are shards
+        return {"pickle_scan": pickle_scan(pickles)} if pickles else None
     if source["kind"] != "hub":
         return None
     checks = {"security_scan": UNKNOWN, "checksums": UNKNOWN}
@@ -215,22 +216,25 @@ def source_checks(source: dict[str, Any]) -> dict[str, Any] | None:
     return checks | {"checksums": {"compared": found.checked_count, "differ": differ}}
 
 
-def pickle_scan(file: Path) -> dict[str, Any] | str:
-    """What picklescan says of a file, which was opened without running what it may hold.
+def pickle_scan(files: list[Path]) -> dict[str, Any] | str:
+    """What picklescan says of files, which were opened without running what they may hold.
 
     Returns:
-        ``issues`` and ``suspicious``, how many, and the ``globals`` that the file imports; ``"not available"`` if it cannot
-        be scanned.
+        ``issues`` and ``suspicious``, how many in all, and the ``globals`` that the files import; ``"not available"`` if one of
+        them cannot be scanned.
     """
-    try:
-        found = scan_file_path(str(file))
-    except Exception as error:  # the file may be gone, or of a kind that the scanner cannot read: the run is saved without it
-        logger.warning("%s: not scanned (%s)", file, first_line(error))
-        return UNKNOWN
-    if found.issues_count:
-        logger.warning("%s: picklescan finds %d dangerous imports", file, found.issues_count)
-    names = sorted({f"{item.module}.{item.name}" for item in found.globals})
-    return {"issues": found.issues_count, "suspicious": found.suspicious_count, "globals": names}
+    issues, suspicious, names = 0, 0, set()
+    for file in files:
+        try:
+            found = scan_file_path(str(file))
+        except Exception as error:  # it may be gone, or of a kind that the scanner cannot read: the run is saved without it
+            logger.warning("%s: not scanned (%s)", file, first_line(error))
+            return UNKNOWN
+        if found.issues_count:
+            logger.warning("%s: picklescan finds %d dangerous imports", file, found.issues_count)
+        issues, suspicious = issues + found.issues_count, suspicious + found.suspicious_count
+        names |= {f"{item.module}.{item.name}" for item in found.globals}
+    return {"issues": issues, "suspicious": suspicious, "globals": sorted(names)}
 
 
 @contextlib.contextmanager

@@ -45,6 +45,17 @@ def test_a_folder_with_pickled_weights_is_scanned_too(tmp_path):
     assert checks["pickle_scan"]["issues"] == 0 and "collections.OrderedDict" in checks["pickle_scan"]["globals"]
 
 
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_every_shard_is_scanned(kind, tmp_path):
+    shards = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    torch.save(tiny_vit().state_dict(), tmp_path / shards[0])
+    (tmp_path / shards[1]).write_bytes(pickle.dumps(Runs()))
+    digests = dict.fromkeys(["pytorch_model.bin.index.json", *shards], "0" * 64)
+    place = tmp_path if kind == "folder" else tmp_path / "pytorch_model.bin.index.json"
+    found = hub.source_checks({"kind": kind, "name": str(place), "revision": None, "sha256": digests})["pickle_scan"]
+    assert {"builtins.print", "collections.OrderedDict"} <= set(found["globals"]) and found["issues"] + found["suspicious"] == 1
+
+
 def test_the_card_shows_the_scan(tmp_path):
     trainer = D3Trainer(tiny_vit(), D3Config(str(tmp_path), **FAST), tiny_samples())
     trainer.train()

@@ -292,12 +292,12 @@ def test_what_is_published_names_no_folder_of_this_machine(tmp_path, monkeypatch
 
 
 def test_a_pickled_source_is_scanned_where_it_lies(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "pickle_scan", lambda file: {"scanned": str(file)})
+    monkeypatch.setattr(hub, "pickle_scan", lambda files: {"scanned": [str(file) for file in files]})
     model = tiny_vit()
     model.source = Source("file", str(tmp_path / "weights.pth"), sha256={"weights.pth": "0" * 64})
     args = FineTuningConfig(str(tmp_path / "run"), use_cpu=True)
     facts = FineTuningTrainer(model, args, tiny_samples(8)).facts()
-    assert facts["source_checks"] == {"pickle_scan": {"scanned": str(tmp_path / "weights.pth")}}
+    assert facts["source_checks"] == {"pickle_scan": {"scanned": [str(tmp_path / "weights.pth")]}}
     assert facts["source"]["name"] == "weights.pth"
 
 
