@@ -165,7 +165,6 @@ def test_damaged_files(tmp_path, network, name, contents, error, message):
     assert "\n" not in str(caught.value) and name.split("/")[-1] in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 @pytest.mark.parametrize("make", [torch.jit.script, lambda module: torch.jit.trace(module, torch.zeros(1, 2))])
 def test_torchscript_is_named_and_not_opened(tmp_path, make):
     make(nn.Linear(2, 2)).save(str(tmp_path / "weights.pt"))
