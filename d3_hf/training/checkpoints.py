@@ -6,11 +6,12 @@ renamed in one go.
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..files import flush_all, sha256
@@ -99,6 +100,21 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def last_whole_checkpoint(folder: Path) -> Path | None:
     """The latest checkpoint of a folder whose files are all as they were written."""
     return next((path for path in checkpoints_in(folder) if find_damage(path) is None), None)
+
+
+def outdated(folder: Path, limit: int | None, best: str | None) -> list[Path]:
+    """The checkpoints of a folder beyond ``save_total_limit``, the oldest; neither the latest nor the best is among them."""
+    if not limit or limit < 0 or not (found := sort_checkpoints(str(folder), use_mtime=True, best_model_checkpoint=best)):
+        return []
+    protected = {found[-1]} | ({str(Path(best))} if best else set())
+    return [Path(path) for path in found[: -max(limit, len(protected))]]
+
+
+def move_away(checkpoints: Iterable[Path], beside: Path) -> None:
+    """Move checkpoints into a folder that is then removed: a kill must leave none half removed under its name."""
+    beside.mkdir(exist_ok=True)
+    for path in checkpoints:
+        os.replace(path, beside / path.name)
 
 
 def is_asked_to_resume(asked: str | bool | None) -> bool:

@@ -10,11 +10,11 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..files import PARTIAL, atomic_folder, disk_errors, flush
-from .checkpoints import advise_resuming, checkpoints_in, seal, to_resume_from
+from .checkpoints import advise_resuming, checkpoints_in, move_away, outdated, seal, to_resume_from
 from .state import read_state, write_state
 
 STATE = "trainer_state.json"
@@ -94,9 +94,11 @@ class DurableTrainer(Trainer):
                 f"output_dir {self.args.output_dir} holds {old[0].name} of another run: go on with it by "
                 "--resume_from_checkpoint true, or add --overwrite_output_dir to begin anew"
             )
-        if self.args.should_save:
-            for path in old:
-                shutil.rmtree(path)
+        if self.args.should_save and old:
+            beside = Path(self.args.output_dir) / PARTIAL
+            shutil.rmtree(beside, ignore_errors=True)  # what a killed run left
+            move_away(old, beside)
+            shutil.rmtree(beside)
 
     def _how_to_go_on(self) -> str:
         if self.args.save_strategy == SaveStrategy.NO:
@@ -149,13 +151,13 @@ class DurableTrainer(Trainer):
                         os.replace(output_dir / name, beside / "old")
                     os.replace(beside / name, output_dir / name)
                     flush(output_dir)
+                    best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+                    move_away(outdated(output_dir, limit, best), beside)
         finally:
             self.is_writing_checkpoint = False
             if self.args.should_save:
                 shutil.rmtree(beside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            rotate_checkpoints(str(output_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
 
     # Loading -----------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from d3_hf.defenses.d3.trainer import D3Config, D3Trainer
 from d3_hf.files import PARTIAL, sha256
-from d3_hf.training.checkpoints import checkpoints_in, find_damage, last_whole_checkpoint
+from d3_hf.training.checkpoints import find_damage, last_whole_checkpoint
 
 FORWARD, UPDATED, HALF_WRITTEN = "before a forward pass", "after an update", "a file is half written"
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir"}  # not os.mkdir: how often two processes try it is a race
@@ -129,10 +129,9 @@ def kill_and_resume(folder, instants, victim=0, processes=1):
 
 
 def look(folder):
-    """What a kill left behind; every checkpoint must be whole, but for the oldest, whose removal it may have interrupted."""
-    found = checkpoints_in(folder)  # the latest first
-    whole = [find_damage(path) is None for path in found]
-    assert all(whole[:-1]) and (len(found) > 2 or all(whole)), found  # two are kept
+    """What a kill left behind; every checkpoint that anyone could find must be whole."""
+    found = [str(path) for path in folder.glob("checkpoint-*")]
+    assert all(find_damage(Path(path)) is None for path in found), found
     assert not found or get_last_checkpoint(folder) == str(last_whole_checkpoint(folder))
     return {"writing": (folder / PARTIAL).exists(), "checkpoints": len(found)}
 

@@ -10,9 +10,10 @@ import killed
 import pytest
 import torch
 from tiny import tiny_samples, tiny_vit
+from transformers.trainer_utils import rotate_checkpoints
 
 from d3_hf.defenses.d3.trainer import D3Config, D3Trainer
-from d3_hf.training.checkpoints import find_damage, last_whole_checkpoint
+from d3_hf.training.checkpoints import find_damage, last_whole_checkpoint, outdated
 
 OPTIONS = dict(
     max_steps=7, save_strategy="steps", save_steps=2, per_device_train_batch_size=4, epsilon=0.5, learning_rate=0.05,
@@ -61,6 +62,23 @@ def test_a_run_killed_at_each_kind_of_instant_ends_as_the_uninterrupted_one(unin
     (left,) = killed.kill_and_resume(tmp_path / "run", [instants[len(instants) // 2]])
     assert kind != killed.HALF_WRITTEN or left["writing"]
     assert killed.weights_of(tmp_path / "run") == killed.weights_of(uninterrupted[1])
+
+
+def test_a_kill_while_an_old_checkpoint_goes_leaves_none_half_removed(uninterrupted, tmp_path):
+    ticks = enumerate(killed.ticks_of(uninterrupted[1]), 1)
+    for instant in [number for number, what in ticks if what == "os.rmdir"]:
+        assert not killed.attempt(tmp_path / str(instant), instant)
+        assert killed.look(tmp_path / str(instant))["checkpoints"] > 0
+
+
+@pytest.mark.parametrize("limit", [None, 0, 1, 2, 3])
+@pytest.mark.parametrize("best", [None, "checkpoint-2", "checkpoint-7"])
+def test_the_trainers_own_choice_of_checkpoints_goes(unfinished, limit, best):
+    best = best and str(unfinished / best)
+    before = set(unfinished.glob("checkpoint-*"))
+    found = set(outdated(unfinished, limit, best))
+    rotate_checkpoints(str(unfinished), limit, best, use_mtime=True)
+    assert found == before - set(unfinished.glob("checkpoint-*"))
 
 
 @pytest.mark.slow
