@@ -163,8 +163,8 @@ def _stack(pictures: tuple[Any, ...]) -> Tensor:
         raise ValueError(f"pixel_values must be (3, h, w), all of one size; got {' and '.join(map(str, sorted(shapes)))}")
     if tensors[0].dtype != torch.uint8 and not tensors[0].is_floating_point():
         raise ValueError(f"pixel_values must be floats, ready for the model, or uint8; got {tensors[0].dtype}")
-    stacked = torch.stack(tensors)
-    return stacked if stacked.dtype == torch.uint8 else stacked.float()
+    pixels = torch.stack(tensors)
+    return pixels if pixels.dtype == torch.uint8 else pixels.float()
 
 
 def _label_tensor(labels: Any, num_labels: int) -> Tensor:

@@ -1,8 +1,7 @@
 """What a trainer makes of the data sets that it is given."""
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import datasets
@@ -148,17 +147,6 @@ def check_evaluation(args: TrainingArguments, eval_dataset: Any, reports_accurac
     asked = f"eval_{metric.removeprefix('eval_')}"
     if reports_accuracy and asked not in offered or not any(asked.startswith(f"eval_{prefix}") for prefix in prefixes):
         raise ValueError(f"metric_for_best_model={metric} will not be measured: it can be {', '.join(offered)}")
-
-
-@contextlib.contextmanager
-def every_row_in_order(args: TrainingArguments) -> Iterator[None]:
-    """Inside, loaders leave no image out and change no order, which `Trainer` would let options of the training do."""
-    before = args.dataloader_drop_last, args.dataloader_in_order
-    args.dataloader_drop_last, args.dataloader_in_order = False, True
-    try:
-        yield
-    finally:
-        args.dataloader_drop_last, args.dataloader_in_order = before
 
 
 def check_same_images(images: Any, args: TrainingArguments) -> None:

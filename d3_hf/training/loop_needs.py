@@ -1,9 +1,12 @@
 """What a network needs of the loop that trains it: a last batch of more than one image, and DDP that knows what is unused."""
 
-from collections.abc import Callable, Sized
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+from transformers.trainer_utils import has_length
 
 from ..data.streaming import StreamedImages
 from ..models.probe import logits_reach_all, smallest_training_batch
@@ -26,7 +29,7 @@ def leaves_one_image(trainer: Any) -> bool:
     with trainer.accelerator.autocast():
         if smallest_training_batch(model, image_size, args.batch_norm) == 1:
             return False
-    size, count = args.per_device_train_batch_size, len(images) if isinstance(images, Sized) else None
+    size, count = args.per_device_train_batch_size, len(images) if has_length(images) else None
     if args.accelerator_config.split_batches:
         size //= args.world_size
     if size <= 1 or count == 1:
@@ -64,8 +67,16 @@ def training_loader(trainer: Any, make: Callable[[], DataLoader]) -> DataLoader:
             f"{len(images)} images in batches of {args.per_device_train_batch_size} leave one that BatchNorm cannot normalise: "
             "each epoch leaves another one out"
         )
-    args.dataloader_drop_last = asked or trainer.drops_last
-    try:
+    with loading(args, asked or trainer.drops_last, args.dataloader_in_order):
         return make()
+
+
+@contextlib.contextmanager
+def loading(args: TrainingArguments, drop_last: bool = False, in_order: bool = True) -> Iterator[None]:
+    """Inside, loaders are made with these; as they are here, no image is left out and none changes its place."""
+    before = args.dataloader_drop_last, args.dataloader_in_order
+    args.dataloader_drop_last, args.dataloader_in_order = drop_last, in_order
+    try:
+        yield
     finally:
-        args.dataloader_drop_last = asked
+        args.dataloader_drop_last, args.dataloader_in_order = before

@@ -36,12 +36,11 @@ from .images import (
     check_same_images,
     check_samples,
     evaluation_images,
-    every_row_in_order,
     prediction_images,
     training_images,
 )
 from .lifecycle import Lifecycle
-from .loop_needs import expect_unused_parameters, leaves_one_image, training_loader
+from .loop_needs import expect_unused_parameters, leaves_one_image, loading, training_loader
 from .placement.choose import placement_of
 from .published import PublishingTrainer
 from .sam import at_highest_loss, running_statistics_kept
@@ -316,7 +315,7 @@ class PurifyTrainer(Defence, PublishingTrainer):
         """As the base class; a data set is taken in every form that the constructor takes, and no image is left out."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             return self._loader_of(evaluation_images(eval_dataset, self.model.config, self.preprocessing))
-        with every_row_in_order(self.args):
+        with loading(self.args):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
@@ -324,7 +323,7 @@ class PurifyTrainer(Defence, PublishingTrainer):
         return self._loader_of(prediction_images(test_dataset, self.model.config, self.preprocessing))
 
     def _loader_of(self, images: Any) -> DataLoader:
-        with every_row_in_order(self.args):
+        with loading(self.args):
             return super().get_test_dataloader(images)  # of evaluation it would keep the first, with persistent workers
 
     def get_optimizer_cls_and_kwargs(self, args, model=None) -> tuple[Any, dict[str, Any]]:
