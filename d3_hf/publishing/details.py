@@ -85,6 +85,6 @@ class CardDetails:
         return card
 
 
-def listed(names: Names) -> list[str]:
-    """One name or several as a list."""
-    return [names] if isinstance(names, str) else list(names or [])
+def listed(names: Any) -> list[Any]:
+    """One entry of a card's metadata or several, or None, as a list."""
+    return [] if names is None else list(names) if isinstance(names, list | tuple) else [names]

@@ -8,11 +8,9 @@ from huggingface_hub import ModelCard
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from ..models.shared import state_to_save
-from ..models.source import source_of
 from . import hub
 from .card import render_card
 from .manifest import RESULTS, RETAIN_INDICES
-from .readme import source_licence
 
 
 def write_purified(run: Any, folder: Path, state_dict: dict | None = None) -> None:
@@ -40,5 +38,4 @@ def card_of(run: Any, model_name: str | None = None) -> ModelCard:
     """The card of a `PurifyTrainer`'s model, named after its repository if ``model_name`` is None."""
     name = model_name or hub.repository(run.args).rpartition("/")[2]
     place = run.args.hub_model_id or ""  # to load from; where the namespace is missing the push puts it in
-    licence = source_licence(source_of(run.plain))
-    return render_card(run.facts(), run.report.results or None, name, place if "/" in place else None, licence)
+    return render_card(run.facts(), run.report.results or None, name, place if "/" in place else None, run.source_licence)

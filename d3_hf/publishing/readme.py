@@ -12,6 +12,7 @@ from huggingface_hub.utils import yaml_dump
 
 from ..files import first_line
 from ..models.source import Source
+from .details import listed
 from .manifest import CARD
 
 logger = logging.getLogger(__name__)
@@ -40,12 +41,12 @@ def merge_card(card: str, theirs: str | None, repo: str) -> str:
     """
     ours, body = _parse(card)
     metadata, text = _parse(theirs) if theirs else ({}, "")
-    if OURS <= set(_listed(metadata.get("tags"))) and not SECTION.search(text):
+    if OURS <= set(listed(metadata.get("tags"))) and not SECTION.search(text):
         text = ""  # a card of an earlier version, which did not mark what it wrote
     if ours.get("base_model") == repo:
         del ours["base_model"], ours["base_model_relation"]
     kept = {name: value for name, value in metadata.items() if name not in OF_THE_WEIGHTS}
-    merged = kept | ours | {"tags": list(dict.fromkeys([*_listed(kept.get("tags")), *_listed(ours.get("tags"))]))}
+    merged = kept | ours | {"tags": list(dict.fromkeys([*listed(kept.get("tags")), *listed(ours.get("tags"))]))}
     if any(name in kept for name in LICENCE):
         merged = {name: value for name, value in merged.items() if name not in LICENCE or name in kept} | _licence(kept)
     if SECTION.sub("", text).strip():
@@ -78,10 +79,6 @@ def _licence(metadata: dict[str, Any]) -> dict[str, Any]:
     return {name: metadata[name] for name in LICENCE if name in metadata}
 
 
-def _listed(value: Any) -> list[str]:
-    return [] if value is None else value if isinstance(value, list) else [value]
-
-
 def _parse(text: str) -> tuple[dict[str, Any], str]:
     """Metadata and text of a README; metadata that are no mapping are left out with a warning."""
     try:
@@ -90,6 +87,6 @@ def _parse(text: str) -> tuple[dict[str, Any], str]:
         logger.warning("the metadata of the README are no YAML mapping and are not kept (%s)", first_line(error))
         return {}, REGEX_YAML_BLOCK.sub("", text, count=1)
     metadata = card.data.to_dict()
-    if False in (languages := _listed(metadata.get("language"))):  # Norwegian, to YAML
+    if False in (languages := listed(metadata.get("language"))):  # Norwegian, to YAML
         metadata["language"] = ["no" if language is False else language for language in languages]
     return metadata, card.text

@@ -12,6 +12,7 @@ from ..models.source import source_of
 from ..publishing import hub, manifest
 from ..publishing.details import CardDetails
 from ..publishing.folder import card_of, write_purified
+from ..publishing.readme import source_licence
 from ..publishing.report import Report
 from .checkpoints import check_not_source
 from .durable import DurableTrainer
@@ -48,6 +49,11 @@ class PublishingTrainer(DurableTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save and not self.is_writing_checkpoint and not self.report.rejected:
             manifest.remove_rejected(Path(output_dir or self.args.output_dir))  # of an earlier run, see `check_output`
+
+    @functools.cached_property
+    def source_licence(self) -> dict[str, Any]:  # asked once, for every card
+        """The licence of the model that is purified, see `readme.source_licence`."""
+        return source_licence(source_of(self.plain))
 
     def card(self, model_name: str | None = None) -> ModelCard:
         """The model card, from the manifest and, if `purify` measured, the results."""
