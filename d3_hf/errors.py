@@ -20,9 +20,9 @@ class GuardRailBroken(RuntimeError):
         self.reasons, self.folder, self.results = reasons, folder, results
 
 
-def join_names(names: Sequence[str]) -> str:
-    """Join names for a message, the first eight of them."""
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+def join_names(names: Sequence[str], most: int = 8) -> str:
+    """Join names for a message, the first ``most`` of them."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def go_online(is_offline: bool) -> str:

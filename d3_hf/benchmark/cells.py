@@ -90,10 +90,7 @@ class Runner:
         """What the grid says of the cell's defence, ``defence`` and options of its Config; the launcher may add a precision."""
         own = {name: value for name, value in self.grid.defences[cell.defence].items() if name != "curve"}
         options = self.grid.common | own
-        launched = launched_precision()
-        if launched in ("bf16", "fp16") and not (options.get("bf16") or options.get("fp16")):
-            options[launched] = True
-        return options
+        return options | launched_precision(options)
 
     def spec(self, cell: Cell) -> dict[str, Any]:
         """All that defines what a cell computes; two cells with the same one are the same cell.

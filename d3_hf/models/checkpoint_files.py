@@ -4,10 +4,12 @@ The weights that everybody else runs must be the ones that are examined: an inde
 second copy of the weights, in another format, must hold the same.
 """
 
+import json
 import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +53,21 @@ def weights_files(folder: Path, name: str, formats: Iterable[str] = (SAFE, PICKL
 def defining_files(folder: Path, name: str) -> list[Path]:
     """Return the files that define a folder's classifier, those of `SETTINGS` that are there and its `weights_files`."""
     return [*(folder / file for file in SETTINGS if (folder / file).is_file()), *weights_files(folder, name)]
+
+
+def read_settings(file: Path, name: str, kind: str) -> dict[str, Any]:
+    """Read one of `SETTINGS`, called by the checkpoint's name in messages.
+
+    Raises:
+        ValueError: It is no JSON, or holds something else than a mapping, which the message calls ``kind``.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: {file.name} is no JSON ({first_line(error)})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: {file.name} holds a {type(found).__name__}, not {kind}")
+    return found
 
 
 def missing_shards(folder: Path) -> list[str]:

@@ -1,6 +1,5 @@
 """``config.json``, checked before transformers sees it: only what describes an image classifier of one label passes."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import (
 from ..files import first_line
 from ..labels import set_label_names
 from .architectures import architecture_cfg
+from .checkpoint_files import read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +53,7 @@ def read_config(folder: Path, name: str) -> PreTrainedConfig:
         inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
         advice = f"there is one in {', '.join(inner)}" if inner else "bare weights load by their file, with their architecture"
         raise FileNotFoundError(f"{name} holds no config.json; {advice}")
-    try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: config.json is no JSON ({first_line(error)})") from error
-    _refuse_unusable(contents, name)
+    _refuse_unusable(read_settings(file, name, "a configuration"), name)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a config can be wrong in any way; none of them is recovered from
@@ -101,14 +97,12 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def _base_of(folder: Path) -> str:
     try:
-        return f" of {json.loads((folder / 'adapter_config.json').read_text(encoding='utf-8'))['base_model_name_or_path']}"
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return f" of {read_settings(folder / 'adapter_config.json', '', 'settings')['base_model_name_or_path']}"
+    except (OSError, ValueError, KeyError):
         return ""
 
 
-def _refuse_unusable(contents: Any, name: str) -> None:
-    if not isinstance(contents, dict):
-        raise ValueError(f"{name}: config.json holds a {type(contents).__name__}, not a configuration")
+def _refuse_unusable(contents: dict[str, Any], name: str) -> None:
     if detours := [entry for entry in DETOURS if contents.get(entry)]:
         raise ValueError(
             f"{name}: config.json leads to other files ({', '.join(detours)}), which are not read: give the "

@@ -1,6 +1,5 @@
 """Image processors as checkpoints describe them, those of older releases of transformers included."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from huggingface_hub import constants
 from transformers import AutoImageProcessor, BaseImageProcessor
 
 from ..errors import go_online
-from ..files import first_line
+from .checkpoint_files import read_settings
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
@@ -72,10 +71,4 @@ def _refuse_contradictions(given: dict[str, dict[str, Any]], name: str) -> None:
 
 
 def _read(file: Path, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: {file.name} is no JSON ({first_line(error)})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{name}: {file.name} holds a {type(found).__name__}, not settings")
-    return found
+    return read_settings(file, name, "settings") if file.is_file() else {}

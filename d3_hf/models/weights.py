@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ..errors import join_names
 from ..files import first_line
 from .shared import shared_names, with_all_names
 from .weight_names import told
@@ -163,10 +164,9 @@ def _unpack(contents: Any, path: Path) -> dict[str, Tensor]:
         if not isinstance(value, Tensor) or not isinstance(key, str) or value.layout != torch.strided or value.is_meta
     ]
     if others:
-        found = ", ".join(others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
         raise ValueError(
-            f"{path} is no state dict, which holds tensors by name; found {found}; weights are looked for at the top and under "
-            f"{', '.join(CONTAINERS)}"
+            f"{path} is no state dict, which holds tensors by name; found {join_names(others, SHOWN)}; weights are looked for "
+            f"at the top and under {', '.join(CONTAINERS)}"
         )
     size = path.stat().st_size
     if claims := [key for key, value in contents.items() if value.numel() * value.element_size() > size]:

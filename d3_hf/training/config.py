@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -68,9 +68,10 @@ def check_declared(args: TrainingArguments) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {getattr(args, name)!r}")
 
 
-def launched_precision() -> str:
-    """What ``accelerate launch --mixed_precision`` asks for, which holds where neither ``bf16`` nor ``fp16`` is given."""
-    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+def launched_precision(given: Mapping[str, Any]) -> dict[str, bool]:
+    """``bf16`` or ``fp16`` where ``accelerate launch --mixed_precision`` asks for it and none of the two options is given."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    return {asked: True} if asked in ("bf16", "fp16") and not (given.get("bf16") or given.get("fp16")) else {}
 
 
 @dataclass
@@ -205,8 +206,8 @@ class PurifyConfig(TrainingArguments):
             self.optim_args = None  # the default of another optimizer
         if self.optim_args and any(pair.count("=") != 1 for pair in self.optim_args.split(",")):  # as the Trainer splits it
             raise ValueError(f"optim_args must be name=value, or several with commas between them; got {self.optim_args!r}")
-        if not (self.bf16 or self.fp16):  # so that whatever an option would refuse is refused, and what ran is recorded
-            self.bf16, self.fp16 = launched_precision() == "bf16", launched_precision() == "fp16"
+        for name, value in launched_precision(vars(self)).items():  # so that what an option would refuse is, and is recorded
+            setattr(self, name, value)
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # or every loader warns
             self.use_cpu = self.use_cpu or self.bf16  # TrainingArguments wants to be told before it lets a CPU run in bf16
