@@ -21,6 +21,7 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "in [0, 1]": lambda value: 0 <= value <= 1,
     "in [0, 1)": lambda value: 0 <= value < 1,
     "in (0, 1)": lambda value: 0 < value < 1,
+    "in (0, 4]": lambda value: 0 < value <= 4,
 }
 # Of options that the Trainer declares.
 TRAINER_RANGES = {

@@ -49,6 +49,11 @@ class Defence:
         """Size of the neighbourhood whose highest loss is minimised; 0: that of the weights themselves is."""
         return self.args.sam_rho
 
+    @property
+    def compared_layer(self) -> str | None:
+        """Name of the layer whose input is compared with the suspicious model's, see `Teacher`; None: nothing is."""
+        return None
+
     def prepare(self) -> None:
         """Find what is trained, freeze the rest, refuse what cannot work; called once, at the end of the constructor."""
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import reference
+from .features import recorded_input
 
 # T, one of the values that Hinton et al. try (1, 2, 5 and 10 in section 4). Fixed: T^2 keeps the gradient's size, so that the
 # weight of the whole term is the number to choose.
@@ -40,19 +41,30 @@ def distillation_losses(logits: Tensor, teacher_logits: Tensor) -> Tensor:
 class Teacher:
     """A frozen copy of a model, in evaluation mode with the BatchNorm statistics it has now.
 
+    Args:
+        model: What is copied.
+        layer: Name of a layer whose input is kept too, see `features`.
+
     Attributes:
         model: The copy.
         sha256: Fingerprint of its parameters and buffers.
+        features: What the layer read of the batch last looked at; None without one.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, layer: str | None = None):
+        self.layer, self.features = layer, None
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.sha256 = reference.fingerprint(self.model.state_dict().values())
 
     @torch.no_grad()
     def look(self, pixel_values: Tensor) -> None:
-        """Run the batch (B, 3, h, w) that `losses` is to compare on."""
-        self._logits = self.model(pixel_values=pixel_values).logits
+        """Run the batch (B, 3, h, w) that is to be compared on."""
+        if self.layer is None:
+            self._logits = self.model(pixel_values=pixel_values).logits
+            return
+        with recorded_input(self.model.get_submodule(self.layer)) as features:
+            self._logits = self.model(pixel_values=pixel_values).logits
+        (self.features,) = features
 
     def losses(self, logits: Tensor) -> Tensor:
         """`distillation_losses` (B,) of a model that ran the batch last looked at."""

@@ -154,9 +154,10 @@ class PurifyTrainer(Defence, PublishingTrainer):
             raise ValueError(f"{type(self).__name__} does not take {' and '.join(unfit)}: D3 and fine-tuning do")
 
     def _add(self, args: PurifyConfig) -> None:
-        self.distiller = Teacher(self.plain) if args.distillation else None
+        layer = self.compared_layer
+        self.suspect = Teacher(self.plain, layer) if args.distillation or layer else None
         self.average = None
-        if self.distiller:
+        if args.distillation:
             self.log_names = (*self.log_names, "distillation_loss")
         if args.average_last:
             batches = functools.partial(self.retain_batches, "Re-estimating BatchNorm", augmented=True)
@@ -235,8 +236,8 @@ class PurifyTrainer(Defence, PublishingTrainer):
             raise ValueError(f"{type(self).__name__} needs a tensor column `labels` in every training batch, int64 (B,)")
         cross_entropy = F.cross_entropy(outputs.logits.float(), labels, reduction="none")
         losses, sums = self.sample_loss(cross_entropy), self.sample_statistics(cross_entropy.detach())
-        if self.distiller:
-            divergences = self.distiller.losses(outputs.logits)
+        if self.args.distillation:
+            divergences = self.suspect.losses(outputs.logits)
             losses = losses + self.clean_weight * self.args.distillation * divergences
             sums = [*sums, divergences.detach().sum()]
         self._sums += torch.stack([*sums, torch.full_like(cross_entropy[0], len(cross_entropy)).detach()])
@@ -261,9 +262,9 @@ class PurifyTrainer(Defence, PublishingTrainer):
         self.batch_number = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_batches
         self._micro_batches = 0 if self.accelerator.sync_gradients else self._micro_batches + 1
         inputs = self._prepare_inputs(self.training_batch(inputs))
-        if self.distiller:
+        if self.suspect:
             with self.compute_loss_context_manager(), self.accelerator.autocast():
-                self.distiller.look(inputs["pixel_values"])
+                self.suspect.look(inputs["pixel_values"])
         share = self._backward(model, inputs, num_items_in_batch)
         self._window_loss += share
         if not self.accelerator.sync_gradients:
@@ -344,7 +345,7 @@ class PurifyTrainer(Defence, PublishingTrainer):
 
     def resume_state(self) -> dict[str, Any]:
         """What a checkpoint must hold besides weights and optimizer. A defence adds to it; see `load_resume_state`."""
-        return {"reference_sha256": self.reference_sha256, "distilled": self.distiller is not None}
+        return {"reference_sha256": self.reference_sha256, "distilled": bool(self.args.distillation)}
 
     def load_resume_state(self, state: dict[str, Any]) -> None:
         """Go on from what `resume_state` returned; tensors are on the CPU.
@@ -356,7 +357,7 @@ class PurifyTrainer(Defence, PublishingTrainer):
             raise ValueError("does not hold the mean of average_last: run it from the beginning")
         if state["reference_sha256"] != self.reference_sha256:
             raise ValueError("belongs to a run from another model: resume with the suspicious model that the run began with")
-        if state["distilled"] != (self.distiller is not None):
+        if state["distilled"] != bool(self.args.distillation):
             raise ValueError("belongs to a run with another distillation: resume with the options that the run began with")
 
     def load_weights(self, folder: Path) -> None:
@@ -386,6 +387,6 @@ class PurifyTrainer(Defence, PublishingTrainer):
 
     def facts(self) -> dict[str, Any]:
         """The manifest: everything needed to repeat the run and all that the card says of it; JSON-able."""
-        added = {"teacher_sha256": self.distiller.sha256} if self.distiller else {}
+        added = {"teacher_sha256": self.suspect.sha256} if self.args.distillation else {}
         added |= {"averaged_epochs": self.average.snapshots} if self.average else {}
         return added | manifest.facts_of(self)

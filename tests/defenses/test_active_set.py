@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_resnet, tiny_samples, tiny_timm_vit, tiny_vit
+from tiny import SGD, tiny_resnet, tiny_samples, tiny_timm_vit, tiny_vit
 
 from d3_hf.benchmark.meters import PassMeter
 from d3_hf.defenses.d3.active_set import forward_active
@@ -38,7 +38,7 @@ def build(folder, model, count=22, **options):
         per_device_train_batch_size=4, max_steps=12, logging_steps=1, disable_tqdm=True, use_cpu=True, epsilon=1.1,
         learning_rate=0.01, weight_decay=0.1, target_modules="all-linear", warm_start="near", overwrite_output_dir=True,
     )  # fmt: skip
-    return Watched(model, D3Config(str(folder), **(common | options)), tiny_samples(count))
+    return Watched(model, D3Config(str(folder), **(common | SGD | options)), tiny_samples(count))
 
 
 def trained(*arguments, **options):
@@ -185,7 +185,7 @@ def with_statistics():
     [
         (tiny_vit, {"hinge": "batch"}, "the batch hinge"),
         (tiny_vit, {"dual_rate": 0.1}, "the Lagrangian"),
-        (tiny_vit, {"distillation": 0.1}, "distillation has a gradient for every image"),
+        (tiny_vit, {"distillation": 0.1}, "distillation and the distance of features have a gradient for every image"),
         (tiny_vit, {"activation_checkpointing": True}, "activation checkpointing"),
         (tiny_vit, {"torch_compile": True}, "torch.compile would compile anew"),
         (tiny_vit, {"sam_rho": 1.0}, "SAM looks for the highest loss of all images"),

@@ -23,6 +23,7 @@ WRONG = {  # a number outside of each range
     "in [0, 1]": (-0.5, 1.5, float("nan")),
     "in [0, 1)": (-0.5, 1, float("nan")),
     "in (0, 1)": (0, 1, float("nan")),
+    "in (0, 4]": (0, 4.5, float("nan")),
 }
 
 

@@ -1,7 +1,7 @@
 """How the tests of what can be added to D3 and its controls build and compare their runs."""
 
 import torch
-from tiny import tiny_samples
+from tiny import SGD, tiny_samples
 
 from d3_hf.data.images import RawImages
 from d3_hf.defenses.d3.trainer import D3Config, D3Trainer
@@ -9,7 +9,8 @@ from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
 
 D3, FT = (D3Config, D3Trainer), (FineTuningConfig, FineTuningTrainer)
 COMMON = dict(
-    per_device_train_batch_size=4, max_steps=3, logging_steps=1, learning_rate=0.01, disable_tqdm=True, use_cpu=True
+    per_device_train_batch_size=4, max_steps=3, logging_steps=1, learning_rate=0.01, disable_tqdm=True, use_cpu=True,
+    **SGD,
 )  # fmt: skip
 
 

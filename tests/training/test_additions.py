@@ -206,7 +206,7 @@ def test_off_nothing_is_built_and_nothing_is_recorded(tmp_path, monkeypatch):
         ({"dual_rate": 0.1, "sam_rho": 1.0}, "dual_rate does not go with sam_rho"),
         ({"sam_rho": -1.0}, "sam_rho must be >= 0 and finite"),
         ({"sam_rho": 1.0, "gradient_accumulation_steps": 2}, "sam_rho needs whole, unscaled gradients"),
-        ({"distillation": 0.1, "hinge": "batch"}, "with distillation use hinge='sample'"),
+        ({"distillation": 0.1, "hinge": "batch"}, "with distillation or features use hinge='sample'"),
         ({"epsilon": -0.1}, "epsilon must be >= 0"),
     ],
 )
@@ -257,9 +257,8 @@ def test_checkpoints_that_are_refused(tmp_path, defence, wrote, options, make, m
 # Options that fit together --------------------------------------------------------------------------------------------
 
 
-def test_the_momentum_of_sgd_is_for_sgd(tmp_path):
+def test_arguments_of_the_optimizer(tmp_path):
     folder = str(tmp_path)
-    assert D3Config(folder).optim_args == "momentum=0.9" and D3Config(folder, optim="adamw_torch").optim_args is None
     assert D3Config(folder, optim="adamw_torch", optim_args="eps=1e-7").optim_args == "eps=1e-7"
     for wrong in ("null", "betas=(0.8, 0.9)"):
         with pytest.raises(ValueError, match="optim_args must be name=value"):

@@ -65,7 +65,7 @@ def test_distillation_in_the_objective(tmp_path, make, defence):
     assert log["loss"] == pytest.approx(objective.item(), rel=1e-4)
     assert log["distillation_loss"] == pytest.approx(divergences.mean().item(), rel=1e-4)
     assert log["clean_loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
-    same_weights(made.distiller.model, make())
+    same_weights(made.suspect.model, make())
 
 
 @pytest.mark.parametrize("defence", [D3, FT])
@@ -83,6 +83,6 @@ def test_two_micro_batches_equal_one_with_distillation(tmp_path, defence):
 def test_sharpness_aware_steps_ask_the_teacher_once_a_batch(tmp_path):
     made = build(FT, tmp_path, tiny_vit(), distillation=0.5, sam_rho=1.0)
     passes = []
-    made.distiller.model.register_forward_hook(lambda *passed: passes.append(None))
+    made.suspect.model.register_forward_hook(lambda *passed: passes.append(None))
     made.train()
     assert len(passes) == made.state.global_step == 3

@@ -11,115 +11,20 @@ network whose head, or other selected weights, can be found.
 """
 
 import functools
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...models.head import NoOneHead
-from ...training.config import PurifyConfig
+from ...models.head import NoOneHead, find_head
+from ...training.features import cut_off, feature_distances, recorded_input
 from ...training.reference import UNMOVED
 from ...training.trainer import PurifyTrainer
 from ..shared import geometry
 from ..shared.selection import select_weights
 from .active_set import ActiveSet, Inexact, forward_active, trained_apart
-
-HINGES = ("sample", "batch")
-
-
-@dataclass
-class D3Config(PurifyConfig):
-    """Arguments of D3: `PurifyConfig` and the symbols of the objective ``-d(theta_s, theta_init_s) + lambda * hinge``.
-
-    With ``distillation`` the objective is ``-d + lambda * (hinge + distillation * T^2 KL)``: lambda weighs all that holds the
-    model to its task, and the divergence is not gated by the hinge.
-
-    Args:
-        lambda_clean: lambda > 0, weight of the clean loss against the distance (unit: weight norm per nat). Paper 10 (as
-            readers of it note), code 0.5. 4 here: with the shared schedule 10 left more of the backdoor and 2 cost more ACC
-            (model_cards/proof.md).
-        epsilon: epsilon >= 0, clean loss in nats that costs nothing. 0.1 in paper and code. ``None`` (``null`` in YAML; not on
-            the command line): the suspicious model's own mean cross-entropy on the retain set, evaluation mode, not augmented,
-            measured once when training begins; the manifest holds it.
-        dual_rate: >= 0. 0: lambda stays (paper, code). Above 0: dual ascent on ``max d subject to mean CE <= epsilon``: after
-            each update ``lambda <- max(0, lambda + dual_rate * (mean CE of the window - epsilon))`` from ``lambda_clean`` on
-            (Platt and Barr, "Constrained Differential Optimization", 1987; its value is to be tried), while the weights
-            descend the Lagrangian ``-d + lambda * (mean CE - epsilon)``, which has no hinge. The objective is then always
-            divided by lambda + 1.
-        hinge: ``"sample"``: mean over images of max(0, CE_i - epsilon) (code). ``"batch"``: max(0, mean CE - epsilon), the mean
-            over the whole window of micro-batches and processes (paper).
-        scale_objective: Divide the objective by lambda + 1 when lambda > 1, so that lambda does not also set the step size
-            (code).
-        target_modules: The weights theta_s: ``"head"``, ``"all-linear"``, a list of name suffixes or a regular expression; see
-            `select_weights`. The code selects the head of PreAct-ResNet18.
-        warm_start: Where theta_s starts: ``"near"``, ``"middle"``, ``"far"``, ``"noise"`` or ``"random"`` (code); see
-            `geometry.warm_start`. Seeded by ``seed``.
-        projection: S, applied to each weight after each step: ``"sphere"`` ||W_k|| = ||W_k^0|| (code), ``"ball"`` (<=; the
-            other reading of the paper) or ``"none"``.
-        active_set: Build graph and gradient only for the images above epsilon, which a pass without graph finds, while they
-            were less than two thirds of the last window (here; see `active_set`). The weights are those of the dense step up
-            to rounding; a micro-batch then waits for the device once. ``None``: where that holds, else dense: with the
-            per-sample hinge, without FSDP, distillation, SAM, activation checkpointing and torch.compile, for networks in
-            which training neither couples images (BatchNorm, unless ``batch_norm`` says otherwise) nor draws random numbers
-            (dropout, stochastic depth), which two images of noise tell. ``True``: raise where it does not. ``False``: dense.
-
-    Raises:
-        ValueError: ``lambda_clean`` <= 0, ``epsilon`` < 0, ``dual_rate`` < 0, one of the three not finite, ``target_modules``
-            empty, or a choice that is not listed; ``dual_rate`` without ``scale_objective``, or with the batch hinge, which
-            it does not use; ``distillation`` with the batch hinge, which gates the gradient as a whole.
-    """
-
-    lambda_clean: float = field(
-        default=4.0, metadata={"help": "lambda: weight of the clean loss against the distance.", "range": "> 0 and finite"}
-    )
-    epsilon: float | None = field(
-        default=0.1,
-        metadata={
-            "help": "epsilon: clean loss in nats that costs nothing; null in YAML: the suspicious model's.",
-            "range": ">= 0 and finite",
-        },
-    )
-    dual_rate: float = field(
-        default=0.0, metadata={"help": "Step of the dual ascent on lambda; 0: lambda stays.", "range": ">= 0 and finite"}
-    )
-    hinge: str = field(
-        default="sample",
-        metadata={"help": "max(0, CE - epsilon) per sample or for the batch mean.", "choices": HINGES},
-    )
-    scale_objective: bool = field(default=True, metadata={"help": "Divide by lambda + 1 when lambda > 1."})
-    target_modules: list[str] | str = field(
-        default_factory=lambda: "head",  # HfArgumentParser overlooks a plain default of a list
-        metadata={"help": "head, all-linear or module name suffixes (in YAML also a regular expression)."},
-    )
-    warm_start: str = field(
-        default="random", metadata={"help": "Where the selected weights start.", "choices": geometry.WARM_STARTS}
-    )
-    projection: str = field(
-        default="sphere",
-        metadata={"help": "Norm constraint on each selected weight.", "choices": geometry.PROJECTIONS},
-    )
-    active_set: bool | None = field(
-        default=None, metadata={"help": "Gradients of the images above epsilon only; default: where that is exact."}
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if isinstance(self.target_modules, list) and self.target_modules in (["head"], ["all-linear"]):
-            self.target_modules = self.target_modules[0]  # how the command line hands over a keyword
-        if not self.target_modules:
-            raise ValueError(
-                "target_modules is empty; use 'head', 'all-linear', a list of module names or a regular expression"
-            )
-        if self.dual_rate and not self.scale_objective:
-            raise ValueError("dual_rate needs scale_objective: a growing lambda would also set the step size")
-        if self.dual_rate and self.hinge == "batch":
-            raise ValueError("dual_rate minimises the Lagrangian, which has no hinge: leave hinge at its default")
-        if self.dual_rate and self.sam_rho:
-            raise ValueError("dual_rate does not go with sam_rho: SAM looks at each image twice")
-        if self.distillation and self.hinge == "batch":
-            raise ValueError("the batch hinge gates the gradient as a whole: with distillation use hinge='sample'")
+from .config import D3Config as D3Config
 
 
 class D3Trainer(PurifyTrainer):
@@ -152,8 +57,15 @@ class D3Trainer(PurifyTrainer):
     runs_sharded = True
     streams = True
 
+    @functools.cached_property
+    def compared_layer(self) -> str | None:
+        """The head, whose input is the features, where their distance counts."""
+        return None if self.args.distance == "weights" else find_head(self.plain, self.preprocessing.size)
+
     def prepare(self) -> None:
         """Select theta_s, keep theta_init_s, and find out whether inactive images may be left out."""
+        if self.compared_layer:
+            self.log_names = (*self.log_names, "feature_distance")
         try:
             self.segments = select_weights(self.plain, self.args.target_modules, self.preprocessing.size)
         except NoOneHead as reason:
@@ -180,19 +92,28 @@ class D3Trainer(PurifyTrainer):
         """
         if self.in_training_step and self.active_set and self.active_set.pays():
             model = functools.partial(forward_active, model, self.model, inputs["labels"], self.epsilon)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not (self.in_training_step and self.compared_layer):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with recorded_input(self.model.get_submodule(self.compared_layer)) as self._features:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def sample_loss(self, cross_entropy: Tensor) -> Tensor:
-        """lambda times the hinge per sample; else lambda times the loss: the batch hinge gates it in `finish_gradient`."""
+        """lambda times what the image adds to hinge and distance of features."""
+        losses = self._hinges(cross_entropy)
+        if self.compared_layer:
+            self._distances = feature_distances(self._features.pop(), self.suspect.features)
+            losses = losses - self.args.feature_weight * cut_off(self._distances, self.args.feature_threshold)
+        return self.clean_weight * losses
+
+    def _hinges(self, cross_entropy: Tensor) -> Tensor:
+        """The hinge per sample; else the loss: the batch hinge gates it in `finish_gradient`."""
         if self.args.dual_rate:
             losses = cross_entropy.detach()
             self._window += torch.stack([losses.sum(), torch.full_like(losses[0], len(losses))])
-            return self.clean_weight * (cross_entropy - self.epsilon)
+            return cross_entropy - self.epsilon
         if self.active_set:
             self.active_set.see(cross_entropy.detach() > self.epsilon)
-        if self.args.hinge == "sample":
-            cross_entropy = torch.relu(cross_entropy - self.epsilon)
-        return self.clean_weight * cross_entropy
+        return torch.relu(cross_entropy - self.epsilon) if self.args.hinge == "sample" else cross_entropy
 
     def finish_gradient(self, window_loss: Tensor) -> Tensor:
         """Gate the clean gradient (batch hinge), subtract the gradient of the distance, return the objective.
@@ -206,6 +127,10 @@ class D3Trainer(PurifyTrainer):
             window_loss = torch.relu(self.accelerator.reduce(window_loss, "mean") - self.clean_weight * self.epsilon)
             if not window_loss > 0:  # every process sees the same number, so all take the same branch
                 self.placement.zero_gradients()
+        if self.args.distance == "features":
+            if self.args.dual_rate:
+                self._ascend()
+            return window_loss
         weights = self.weights()
         coefficient = -self.distance_weight * self.loss_scale
         with self.placement.gradients(self.selected):
@@ -270,8 +195,8 @@ class D3Trainer(PurifyTrainer):
                 raise Inexact("the batch hinge gives all images the same weight")
             if self.plain is not self.model:
                 raise Inexact("on shards every process must take every pass, also one without active images")
-            if args.distillation:
-                raise Inexact("distillation has a gradient for every image")
+            if args.distillation or self.compared_layer:
+                raise Inexact("distillation and the distance of features have a gradient for every image")
             if args.activation_checkpointing or self.model.is_activation_checkpointing:
                 raise Inexact("activation checkpointing runs the network again as it is")
             if args.sam_rho:
@@ -337,8 +262,9 @@ class D3Trainer(PurifyTrainer):
         return {segment.name: ratio for segment, ratio in zip(self.segments, ratios.tolist(), strict=True)}
 
     def sample_statistics(self, cross_entropy: Tensor) -> list[Tensor]:
-        """Sums for ``clean_loss`` and ``active_fraction``, the share of images above epsilon."""
-        return [cross_entropy.sum(), (cross_entropy > self.epsilon).sum()]
+        """Sums for ``clean_loss``, ``active_fraction``, the share of images above epsilon, and ``feature_distance``."""
+        features = [self._distances.detach().sum()] if self.compared_layer else []
+        return [cross_entropy.sum(), (cross_entropy > self.epsilon).sum(), *features]
 
     def step_statistics(self) -> dict[str, float]:
         """``distance``: mean relative distance of the selected weights; with dual ascent ``lambda``."""
