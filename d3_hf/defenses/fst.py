@@ -14,11 +14,11 @@ per epoch.
 
 FST and D3. On the sphere ``D^2 = 2 C^2 - 2 <w, w_ori>``, so D3 on the head is FST with ``alpha = 1 / (lambda D)`` per unit of
 clean loss, which adapts as D grows, and with a hinge on that loss. At a random start D = 1.41 C: ``alpha = 0.71 / (lambda C)``
-is the FST to compare with; the authors' alpha is not normalised, its pull grows with C^2. For a comparison on equal terms run
-FST on D3's schedule too: ``FSTConfig(**D3_SCHEDULE)``, or those three options in YAML.
+is the FST to compare with; the authors' alpha is not normalised, its pull grows with C^2. On networks with LayerNorm both
+have the same schedule; elsewhere give FST D3's for a comparison on equal terms.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,33 +30,28 @@ from ..training.trainer import PurifyTrainer
 from .shared import geometry
 from .shared.selection import select_weights
 
-# The schedule that D3 and most other defences share, for `FSTConfig(**D3_SCHEDULE)`.
-SCHEDULE = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
-D3_SCHEDULE: dict[str, Any] = {f.name: f.default for f in fields(PurifyConfig) if f.name in SCHEDULE}
-
 
 @dataclass
 class FSTConfig(PurifyConfig):
-    """Arguments of FST, with the paper's schedule; `D3_SCHEDULE` holds the shared one.
+    """Arguments of FST; on networks with BatchNorm with the paper's schedule.
 
     Args:
         alpha: alpha >= 0, weight of the inner product against the cross-entropy (nats per squared unit of weight). 0.2, the
             paper's for CIFAR-10; 0.1 for GTSRB, 0.001 for CIFAR-100 and Tiny ImageNet.
-        learning_rate: 0.01, the paper's for CIFAR-10 and GTSRB; 0.001 for CIFAR-100 and Tiny ImageNet.
-        num_train_epochs: 10, the paper's for CIFAR-10; 15 elsewhere.
-        per_device_train_batch_size: 128, the authors' script.
+        learning_rate: Published: 0.01 for CIFAR-10 and GTSRB; 0.001 for CIFAR-100 and Tiny ImageNet.
+        num_train_epochs: Published: 10 for CIFAR-10; 15 elsewhere.
+        per_device_train_batch_size: Published: 128, the authors' script.
 
     Raises:
         ValueError: See `PurifyConfig`.
     """
 
     output_dir: str | None = field(default="outputs/fst", metadata={"help": "Folder for the purified model."})
-    learning_rate: float = field(default=0.01, metadata={"help": "Initial learning rate."})
-    num_train_epochs: float = field(default=10, metadata={"help": "Passes over the retain set."})
-    per_device_train_batch_size: int = field(default=128, metadata={"help": "Images per device and micro-batch."})
     alpha: float = field(
         default=0.2, metadata={"help": "alpha: weight of the inner product with the old head.", "range": ">= 0 and finite"}
     )
+
+    published = {"learning_rate": 0.01, "num_train_epochs": 10, "per_device_train_batch_size": 128}
 
 
 def inner_product(weight: Tensor, original: Tensor) -> Tensor:

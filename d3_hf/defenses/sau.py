@@ -55,9 +55,9 @@ class SAUConfig(PurifyConfig):
             statistics of images and examples together, which the authors found to lower ACC and ASR.
         learning_rate: 1e-4, constant.
         optim: Adam, as AdamW without weight decay, always with the AMSGrad maximum.
-        num_train_epochs: 100, the authors' for CIFAR-10 and GTSRB; 20 for Tiny ImageNet. With batches of 256 of 2,500 images
+        num_train_epochs: Published: 100 for CIFAR-10 and GTSRB; 20 for Tiny ImageNet. With batches of 256 of 2,500 images
             1,000 updates, which a rate of 1e-4 needs; for a budget equal to other defences' count passes, not epochs.
-        per_device_train_batch_size: 256.
+        per_device_train_batch_size: Published: 256.
         crop_padding: 0: the authors do not augment.
 
     Raises:
@@ -66,8 +66,6 @@ class SAUConfig(PurifyConfig):
 
     output_dir: str | None = field(default="outputs/sau", metadata={"help": "Folder for the purified model."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate."})
-    num_train_epochs: float = field(default=100, metadata={"help": "Passes over the retain set."})
-    per_device_train_batch_size: int = field(default=256, metadata={"help": "Images per device and micro-batch."})
     optim: str = field(default="adamw_torch", metadata={"help": "Optimizer, any name of TrainingArguments."})
     optim_args: str | None = field(default=None, metadata={"help": "Arguments of the optimizer."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the learning rate."})
@@ -96,6 +94,8 @@ class SAUConfig(PurifyConfig):
         default=0.2, metadata={"help": "Size of a sign-gradient step, same scale.", "range": "> 0 and finite"}
     )
     pgd_steps: int = field(default=5, metadata={"help": "Number of sign-gradient steps.", "range": ">= 1"})
+
+    published = {"num_train_epochs": 100, "per_device_train_batch_size": 256}
 
     def __post_init__(self):
         super().__post_init__()

@@ -91,9 +91,9 @@ class TSBDConfig(StagedConfig):
     """Arguments of TSBD. (code) marks the authors' released code.
 
     Args:
-        learning_rate: Of the fine-tuning; 0.01, momentum 0.9, no weight decay, constant (code).
-        num_train_epochs: Of the fine-tuning; 20 (code; its loop runs 21).
-        per_device_train_batch_size: Of both stages; 256 (code).
+        learning_rate: Of the fine-tuning. Published: 0.01, momentum 0.9, no weight decay, constant (code).
+        num_train_epochs: Of the fine-tuning. Published: 20 (code; its loop runs 21).
+        per_device_train_batch_size: Of both stages. Published: 256 (code).
         unlearn_learning_rate: Of the ascent, > 0; 1e-4, momentum 0.9 (code).
         unlearn_epochs: At most so many passes of the ascent, >= 1; 1,000 (code).
         unlearn_accuracy: Stop the ascent when the accuracy on the tuning images, in evaluation mode, is at most this, in
@@ -111,9 +111,6 @@ class TSBDConfig(StagedConfig):
     """
 
     output_dir: str | None = field(default="outputs/tsbd", metadata={"help": "Folder for the purified model."})
-    learning_rate: float = field(default=0.01, metadata={"help": "Learning rate of the fine-tuning."})
-    num_train_epochs: float = field(default=20, metadata={"help": "Passes of the fine-tuning over the retain set."})
-    per_device_train_batch_size: int = field(default=256, metadata={"help": "Images per device and micro-batch."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the learning rate."})
     unlearn_learning_rate: float = field(
         default=1e-4, metadata={"help": "Learning rate of the unlearning.", "range": "> 0 and finite"}
@@ -134,6 +131,8 @@ class TSBDConfig(StagedConfig):
     )
     gradient_mix: float = field(default=0.7, metadata={"help": "alpha: weight of the second gradient.", "range": "in [0, 1]"})
     max_validation_drop: float = field(default=0.3, metadata={"help": "Relative loss of retain validation accuracy allowed."})
+
+    published = {"learning_rate": 0.01, "num_train_epochs": 20, "per_device_train_batch_size": 256}
 
     def __post_init__(self):
         check_functional(self)

@@ -174,6 +174,7 @@ class Purification(Protocol):
     source_checks: dict[str, Any] | None
     earlier: dict[str, Any] | None
     execution: dict[str, Any]
+    schedule: dict[str, Any]
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Images per update."""
@@ -194,6 +195,7 @@ def facts_of(run: Purification) -> dict[str, Any]:
         "preprocessing": {name: getattr(run.preprocessing, name) for name in ("size", "mean", "std")},
         "batch_norm": run.args.batch_norm if run.batch_norms else "none in this model",
         "arguments": arguments_of(run.args),
+        **({"schedule": run.schedule} if run.schedule else {}),
         "execution": run.execution,
         "steps": run.state.global_step,
         "measured": run.report.measured(),

@@ -11,6 +11,15 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 SGD_ARGUMENTS = "momentum=0.9"
+# Options that `schedule.RULES` settles where they are None, and what stands in for them while the library checks the others.
+BY_RULE: dict[str, Any] = {
+    "optim": "sgd",
+    "optim_args": None,
+    "learning_rate": 0.1,
+    "warmup_steps": 0,
+    "per_device_train_batch_size": 128,
+    "num_train_epochs": 15,
+}
 BATCH_NORM_POLICIES = ("train", "eval", "frozen")
 # What a number must be, as errors say it: the metadata "range" of an option.
 RANGES: dict[str, Callable[[float], bool]] = {
@@ -77,20 +86,21 @@ def launched_precision(given: Mapping[str, Any]) -> dict[str, bool]:
 
 @dataclass
 class PurifyConfig(TrainingArguments):
-    """Arguments shared by all defences: `TrainingArguments` with the schedule of the D3 study, and what can be added to raise a
-    defence, all of it off.
+    """Arguments shared by all defences: `TrainingArguments` with a schedule that fits the network, and what can be added to
+    raise a defence, all of it off.
 
     Only what differs from these is listed. (BB) marks BackdoorBench's common defence settings, (code) those of
-    the D3 authors' ``defense/d3.py``, (here) what served best in model_cards/proof.md.
+    the D3 authors' ``defense/d3.py``, (here) what served best in model_cards/proof.md. What is None is settled when the trainer
+    is made, by the network's layers and the number of images; see `schedule.RULES`, which has the sources.
 
     Args:
         output_dir: Where the purified model and its evidence go.
-        learning_rate: 0.1 (here): with 0.01 (BB, code) a trigger that no longer yields the target still destroys the
-            prediction. Measured on CNNs, and used as it is on a ViT (model_cards/vit.md).
-        num_train_epochs: 15 passes over the retain set (here); 100 (BB, code).
-        per_device_train_batch_size: 128 (here); 256 (BB, code). 15 passes over 2,500 images are 300 steps, the code's 1,000.
-        optim: SGD (BB).
-        optim_args: Momentum 0.9 (BB); None with another optimizer, if nothing is given.
+        optim: By rule. With another optimizer than the rule's give its ``learning_rate`` too.
+        optim_args: By rule; momentum 0.9 (BB) where SGD is given, none for another.
+        learning_rate: By rule.
+        warmup_steps: By rule.
+        per_device_train_batch_size: By rule, which counts the images of all processes in an update.
+        num_train_epochs: By rule, which counts updates: few images are passed over more often. ``max_steps`` wins over both.
         lr_scheduler_type: Cosine to zero, stepped per update; the code steps it once per epoch.
         weight_decay: 0, as the code runs (its configured 5e-4 is never passed on).
         max_grad_norm: 0, no clipping: a clip would scale the clean gradient and the distance gradient apart from what
@@ -136,18 +146,27 @@ class PurifyConfig(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace another run's results or checkpoints in output_dir."}
     )
-    learning_rate: float = field(default=0.1, metadata={"help": "Initial learning rate.", "range": ">= 0 and finite"})
-    num_train_epochs: float = field(
-        default=15, metadata={"help": "Passes over the images that are trained on.", "range": ">= 0 and finite"}
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Highest learning rate; by the network's rule.", "range": ">= 0 and finite"}
     )
-    per_device_train_batch_size: int = field(
-        default=128, metadata={"help": "Images per device and micro-batch.", "range": ">= 1"}
+    num_train_epochs: float | None = field(
+        default=None,
+        metadata={"help": "Passes over the images that are trained on; by the network's rule.", "range": ">= 0 and finite"},
+    )
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Images per device and micro-batch; by the network's rule.", "range": ">= 1"}
     )
     per_device_eval_batch_size: int = field(
         default=256, metadata={"help": "Images per device and batch in evaluation.", "range": ">= 1"}
     )
-    optim: str = field(default="sgd", metadata={"help": "Optimizer, any name of TrainingArguments."})
-    optim_args: str | None = field(default=SGD_ARGUMENTS, metadata={"help": "Arguments of the optimizer."})
+    optim: str | None = field(
+        default=None, metadata={"help": "Optimizer, any name of TrainingArguments; by the network's rule."}
+    )
+    optim_args: str | None = field(default=None, metadata={"help": "Arguments of the optimizer."})
+    warmup_steps: float | None = field(
+        default=None,
+        metadata={"help": "Updates of warm-up, below 1 their share; by the network's rule.", "range": ">= 0 and finite"},
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     max_grad_norm: float = field(
         default=0.0, metadata={"help": "Clip the gradient to this norm; 0 does not clip.", "range": ">= 0 and finite"}
@@ -192,8 +211,10 @@ class PurifyConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "DDP: look for unused parameters."})
 
-    # Without annotation, which would make it an option.
+    # Without annotation, which would make them options.
     hidden_options = HIDDEN
+    # The method's own schedule, in place of the rule's on the kind of networks that it was published on.
+    published = {}
 
     def __post_init__(self):
         check_declared(self)
@@ -203,8 +224,6 @@ class PurifyConfig(TrainingArguments):
             raise ValueError("hub_create_pr pushes to the source's repository: give --push_to_hub and leave hub_model_id out")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor must stay 0: the defence computes its own loss")
-        if self.optim_args == SGD_ARGUMENTS and self.optim != "sgd":
-            self.optim_args = None  # the default of another optimizer
         if self.optim_args and any(pair.count("=") != 1 for pair in self.optim_args.split(",")):  # as the Trainer splits it
             raise ValueError(f"optim_args must be name=value, or several with commas between them; got {self.optim_args!r}")
         for name, value in launched_precision(vars(self)).items():  # so that what an option would refuse is, and is recorded
@@ -212,7 +231,12 @@ class PurifyConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # or every loader warns
             self.use_cpu = self.use_cpu or self.bf16  # TrainingArguments wants to be told before it lets a CPU run in bf16
+        open_options = [name for name in BY_RULE if getattr(self, name) is None]
+        for name in open_options:
+            setattr(self, name, BY_RULE[name])
         super().__post_init__()
+        for name in open_options:
+            setattr(self, name, None)
         self._take_accumulation()
         if self.average_last and self.save_strategy != SaveStrategy.NO:
             raise ValueError("average_last with checkpoints: they would not hold the mean; leave save_strategy at 'no'")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
+from transformers.trainer_utils import has_length
 
 from ..data import retain
 from ..data.preprocessing import Preprocessing
@@ -44,6 +45,7 @@ from .loop_needs import expect_unused_parameters, leaves_one_image, loading, tra
 from .placement.choose import placement_of
 from .published import PublishingTrainer
 from .sam import at_highest_loss, running_statistics_kept
+from .schedule import resolved, rule_said
 from .unsupported import refuse_unsupported
 
 
@@ -79,6 +81,7 @@ class PurifyTrainer(Defence, PublishingTrainer):
             training.
         in_training_step: Whether a loss that is computed now is trained on.
         batch_number: Number of the micro-batch in the whole run, to draw by: a resumed run repeats it.
+        schedule: What the network's rule settled, see `schedule.resolved`.
         reference_sha256: Fingerprint of the model as it was handed over, by which a resumed run knows it.
         report: What is known of the run besides, see `record`.
         earlier, execution: Manifest of the checkpoint that the run went on from, if any; how it is executed, by `Lifecycle`.
@@ -99,6 +102,8 @@ class PurifyTrainer(Defence, PublishingTrainer):
         **kwargs,
     ):
         self._check(model, args, kwargs)
+        count = len(train_dataset) if train_dataset is not None and has_length(train_dataset) else None
+        args, self.schedule = resolved(args, model, count)
         self.data_source, self.earlier = data_source, None
         self.in_training_step, self.batch_number = False, 0
         processing_class = processing_class or image_processor_of(model)
@@ -192,6 +197,8 @@ class PurifyTrainer(Defence, PublishingTrainer):
             self.start()
         # A resumed run may have no step left to take: it is compared with what it once began with.
         self._started = {name: self._handed_over[name] for name in self._trained()} if resumed else self._trained()
+        if self.schedule:
+            self.accelerator.print(rule_said(self.schedule))
         self.announce(resumed)
 
     def end(self) -> None:

@@ -25,7 +25,7 @@ from ..models.evaluating import evaluating
 from ..publishing.card import render_victim_card
 from ..publishing.manifest import VICTIM_FILE, source_facts
 from ..training.checkpoints import is_asked_to_resume
-from ..training.config import HIDDEN, PurifyConfig
+from ..training.config import HIDDEN, SGD_ARGUMENTS, PurifyConfig
 from ..training.trainer import PurifyTrainer
 from .plan import VictimPlan, VictimReport
 from .random_heads import RandomHeads
@@ -40,6 +40,8 @@ class VictimConfig(PurifyConfig):
     Args:
         sam_rho: Train with adaptive SAM of this size, which puts the backdoor into a flat minimum (the adaptive attack of the
             D3 study, at 1, 2 and 3; which form of SAM its authors used is not known). 0: off.
+        optim, optim_args, learning_rate, warmup_steps, num_train_epochs, per_device_train_batch_size: Fixed, no rule's, so that
+            a recipe stays what it was: SGD with momentum 0.9 at 0.1, without warm-up, 15 epochs in batches of 128.
         random_heads: Train the backbone under so many random heads besides its own, so that a new head does not shake off the
             trigger; see `RandomHeads`. 0: off.
 
@@ -53,11 +55,19 @@ class VictimConfig(PurifyConfig):
 
     output_dir: str | None = field(default="outputs/victim", metadata={"help": "Folder for the victim."})
     sam_rho: float = field(default=0.0, metadata={"help": "Harden by adaptive SAM of this size; 0 is off."})
+    optim: str = field(default="sgd", metadata={"help": "Optimizer, any name of TrainingArguments."})
+    optim_args: str | None = field(default=SGD_ARGUMENTS, metadata={"help": "Arguments of the optimizer."})
+    learning_rate: float = field(default=0.1, metadata={"help": "Initial learning rate."})
+    warmup_steps: float = field(default=0, metadata={"help": "Updates of warm-up, below 1 their share."})
+    num_train_epochs: float = field(default=15, metadata={"help": "Passes over the training images."})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Images per device and micro-batch."})
     random_heads: int = field(
         default=0, metadata={"help": "Harden by so many random heads; 0 is off.", "range": ">= 0 and finite"}
     )
 
     def __post_init__(self):
+        if self.optim_args == SGD_ARGUMENTS and self.optim != "sgd":
+            self.optim_args = None  # the default of another optimizer
         super().__post_init__()
         # The heads step by gradients of their own, which nothing adds up, unscales or takes anew.
         if self.random_heads and (self.sam_rho or self.fp16 or self.gradient_accumulation_steps > 1):

@@ -2,21 +2,26 @@
 
 import copy
 import math
-from dataclasses import fields
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_resnet, tiny_samples, tiny_timm_vit, tiny_vit
+from tiny import SGD, tiny_resnet, tiny_samples, tiny_timm_vit, tiny_vit
 
-from d3_hf.defenses.d3.trainer import D3Config
-from d3_hf.defenses.fst import D3_SCHEDULE, FSTConfig, FSTTrainer, draw_uniform, inner_product
+from d3_hf.defenses.fst import FSTConfig, FSTTrainer, draw_uniform, inner_product
 from d3_hf.defenses.shared import geometry
 
 
 def config(folder, **options):
     defaults = dict(
-        output_dir=str(folder), per_device_train_batch_size=4, max_steps=4, logging_steps=1, disable_tqdm=True, use_cpu=True
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        max_steps=4,
+        logging_steps=1,
+        disable_tqdm=True,
+        learning_rate=0.01,
+        use_cpu=True,
+        **SGD,
     )
     return FSTConfig(**(defaults | options))
 
@@ -91,13 +96,6 @@ def test_on_the_sphere_the_shift_is_d3s_distance():
     outward = weight.detach() / radius
     tangential = [g - (g * outward).sum() * outward for g in (shift, push)]
     torch.testing.assert_close(tangential[0] / distance, tangential[1])  # alpha = 1 / (lambda D)
-
-
-def test_the_d3_schedule_leaves_no_difference_in_what_both_share(tmp_path):
-    own, d3 = FSTConfig(str(tmp_path), use_cpu=True, **D3_SCHEDULE), D3Config(str(tmp_path), use_cpu=True)
-    shared = {f.name for f in fields(FSTConfig)} & {f.name for f in fields(D3Config)} - {"logging_dir", "run_name"}
-    assert {name for name in shared if getattr(own, name) != getattr(d3, name)} <= {"accelerator_config"}
-    assert (FSTConfig(use_cpu=True).learning_rate, FSTConfig(use_cpu=True).num_train_epochs) == (0.01, 10)
 
 
 @pytest.mark.parametrize("make", [tiny_vit, tiny_resnet, tiny_timm_vit])

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_resnet, tiny_samples, tiny_timm_vit, tiny_vit
+from tiny import SGD, tiny_resnet, tiny_samples, tiny_timm_vit, tiny_vit
 
 from d3_hf.defenses.ft_sam import FTSAMConfig, FTSAMTrainer
 from d3_hf.defenses.linear_probing import LinearProbingConfig, LinearProbingTrainer
@@ -18,7 +18,7 @@ def config(folder, kind=FTSAMConfig, **options):
         output_dir=str(folder), per_device_train_batch_size=4, max_steps=3, logging_steps=1, disable_tqdm=True, use_cpu=True,
         learning_rate=0.05,
     )  # fmt: skip
-    return kind(**(defaults | options))
+    return kind(**(defaults | SGD | options))
 
 
 class Recorder(FTSAMTrainer):

@@ -155,6 +155,7 @@ def test_the_teacher_shares_neither_folder_nor_trackers_nor_checkpoints(tmp_path
     assert (theirs.num_train_epochs, theirs.max_steps, theirs.report_to) == (2, -1, [])
     assert (theirs.save_strategy, theirs.eval_strategy) == ("no", "no")
     assert not Path(theirs.output_dir).exists() and not Path(theirs.output_dir).is_relative_to(tmp_path)
+    args = trainer.args
     assert (args.max_steps, args.report_to, args.output_dir) == (3, ["wandb"], str(tmp_path / "run"))
     assert (args.save_strategy, args.eval_strategy) == ("steps", "steps")
 

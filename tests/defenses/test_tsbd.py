@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_resnet, tiny_samples, tiny_timm_vit, tiny_vit
+from tiny import SGD, tiny_resnet, tiny_samples, tiny_timm_vit, tiny_vit
 from tiny_trained import QUIET, assert_reloads, differing, right, trained
 
 from d3_hf.defenses.tsbd import TSBDConfig, TSBDTrainer, ascend, neuron_weight_changes, neuron_weights, subweights
@@ -101,7 +101,7 @@ class Recorder(TSBDTrainer):
 
 @pytest.mark.parametrize(("make", "accumulation"), [(tiny_resnet, 1), (tiny_vit, 1), (tiny_vit, 2)])
 def test_step_mixes_the_gradients_here_and_uphill(tmp_path, make, accumulation):
-    options = dict(max_steps=1, gradient_accumulation_steps=accumulation, gradient_radius=0.3, learning_rate=0.1)
+    options = dict(max_steps=1, gradient_accumulation_steps=accumulation, gradient_radius=0.3, learning_rate=0.1) | SGD
     trainer = trainer_of(tmp_path, make, Recorder, **options)
     trainer.train()
     pixels, labels = (torch.cat([torch.as_tensor(b[k]) for b in trainer.batches]) for k in ("pixel_values", "labels"))

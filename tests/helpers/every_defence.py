@@ -1,24 +1,26 @@
 """Every defence on a tiny victim, with options that make it act within a few steps."""
 
-from tiny import tiny_resnet, tiny_samples, tiny_vit
+from tiny import SGD, tiny_resnet, tiny_samples, tiny_vit
 from tiny_trained import QUIET, trained
 
 from d3_hf.defenses import DEFENCES, defence
 
 EPOCH = {"num_train_epochs": 1, "learning_rate": 0.02}
+SGD_EPOCH = EPOCH | SGD  # whatever the rule for the network: Adam makes much of rounding
 OPTIONS = {
-    "d3": EPOCH,
-    "fine_tuning": EPOCH,
-    "linear_probing": EPOCH,
-    "ft_sam": EPOCH | {"rho": 0.5},
-    "fst": EPOCH,
+    "d3": SGD_EPOCH,
+    "fine_tuning": SGD_EPOCH,
+    "linear_probing": SGD_EPOCH,
+    "ft_sam": SGD_EPOCH | {"rho": 0.5},
+    "fst": SGD_EPOCH,
     "sau": EPOCH | {"pgd_steps": 2},
-    "tsbd": EPOCH | {"unlearn_epochs": 20, "unlearn_learning_rate": 0.02, "unlearn_accuracy": 0.3, "max_validation_drop": 0.5},
+    "tsbd": SGD_EPOCH
+    | {"unlearn_epochs": 20, "unlearn_learning_rate": 0.02, "unlearn_accuracy": 0.3, "max_validation_drop": 0.5},
     "tsc": {"rounds": 1, "curve_epochs": 2, "finetune_epochs": 1, "learning_rate": 0.02},
     "anp": {"max_steps": 12, "learning_rate": 0.2, "max_validation_drop": 0.5},
-    "fine_pruning": EPOCH,
-    "nad": EPOCH | {"teacher_epochs": 1, "attention_weights": [1.0]},
-    "neural_cleanse": EPOCH | {"inversion_epochs": 2, "anomaly_threshold": 1e-6},
+    "fine_pruning": SGD_EPOCH,
+    "nad": SGD_EPOCH | {"teacher_epochs": 1, "attention_weights": [1.0]},
+    "neural_cleanse": SGD_EPOCH | {"inversion_epochs": 2, "anomaly_threshold": 1e-6},
     "ibau": EPOCH | {"inner_epochs": 1, "perturbed_share": 0.5},
     "rnp": {"num_train_epochs": 4, "learning_rate": 0.2, "unlearn_learning_rate": 0.05, "max_validation_drop": 0.5},
 }

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
-from tiny import tiny_samples, tiny_vit
+from tiny import SGD, tiny_samples, tiny_vit
 from transformers import modeling_utils
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -68,7 +68,7 @@ def run(folder, instant, processes):
     args = D3Config(
         str(folder), max_steps=7, save_strategy="steps", save_steps=3, save_total_limit=2, learning_rate=0.05, epsilon=0.5,
         per_device_train_batch_size=4 // processes, logging_steps=3, use_cpu=True, disable_tqdm=True,
-        resume_from_checkpoint="true" if last_whole_checkpoint(folder) else None,
+        **SGD, resume_from_checkpoint="true" if last_whole_checkpoint(folder) else None,
     )  # fmt: skip
     trainer = Ticking(tiny_vit(), args, tiny_samples(18))
     assert args.world_size == processes

@@ -7,10 +7,11 @@ import torch
 from accelerate.utils import gather_object
 from pictures import noise
 from safetensors.torch import save_file
-from tiny import CLASSES, SIZE, tiny_samples, tiny_vit
+from tiny import CLASSES, SGD, SIZE, tiny_samples, tiny_vit
 
 from d3_hf.data.images import RawImages
-from d3_hf.defenses.d3.trainer import HINGES, D3Config, D3Trainer
+from d3_hf.defenses.d3.config import HINGES
+from d3_hf.defenses.d3.trainer import D3Config, D3Trainer
 
 CASES = {hinge: dict(hinge=hinge, epsilon=0.8, max_steps=4, active_set=False) for hinge in HINGES} | {
     "active": dict(active_set=True, epsilon=1.0, max_steps=24, learning_rate=0.01, weight_decay=0.1)
@@ -35,7 +36,11 @@ class Watched(D3Trainer):
 
 
 def run(folder, case, accumulation):
-    options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=accumulation, logging_steps=1) | CASES[case]
+    options = (
+        dict(per_device_train_batch_size=2, gradient_accumulation_steps=accumulation, logging_steps=1, learning_rate=0.1)
+        | SGD
+        | CASES[case]
+    )
     args = D3Config(f"{folder}/{case}", use_cpu=True, disable_tqdm=True, **options)
     trainer = Watched(tiny_vit(), args, tiny_samples(32))
     trainer.train()
@@ -45,7 +50,9 @@ def run(folder, case, accumulation):
 def end_of(folder, seed):
     """What a run on images of a seed ends with."""
     images = RawImages(torch.from_numpy(noise(8, 3, SIZE, SIZE, seed=seed)), torch.arange(8) % CLASSES, list("abc"))
-    args = D3Config(f"{folder}/end", max_steps=1, per_device_train_batch_size=2, use_cpu=True, disable_tqdm=True)
+    args = D3Config(
+        f"{folder}/end", max_steps=1, per_device_train_batch_size=2, use_cpu=True, disable_tqdm=True, warmup_steps=0
+    )
     try:
         D3Trainer(tiny_vit(), args, images).train()
     except ValueError as error:

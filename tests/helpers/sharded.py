@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from streamed import NAMES, stream, write_files
-from tiny import tiny_samples, tiny_timm_vit, tiny_vit
+from tiny import SGD, tiny_samples, tiny_timm_vit, tiny_vit
 
 from d3_hf.defenses.d3.trainer import D3Config, D3Trainer
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
@@ -21,7 +21,7 @@ D3, FT = (D3Trainer, D3Config), (FineTuningTrainer, FineTuningConfig)
 RUNS = {
     "D3 best": (tiny_vit, D3, {"epsilon": 0.8, "greater_is_better": True} | CHECKPOINTS | BEST),
     "D3 batch hinge": (tiny_timm_vit, D3, {"hinge": "batch", "epsilon": 1.09, "target_modules": "all-linear"} | CHECKPOINTS),
-    "D3 distilled twice": (tiny_vit, D3, {"distillation": 0.5, "dual_rate": 0.1, "epsilon": None}),
+    "D3 distilled twice": (tiny_vit, D3, {"distillation": 0.5, "dual_rate": 0.1, "epsilon": None, "distance": "both"}),
     "FT streamed": (tiny_vit, FT, {"reinitialize_head": True, "crop_padding": 2, "horizontal_flip": True} | CHECKPOINTS),
 }
 RESUMED = ("D3 batch hinge", "FT streamed")
@@ -34,7 +34,7 @@ def run(folder, name, accumulation, resume=None, **launch):
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = LAYERS[make]
     args = config_class(
         str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=accumulation, max_steps=4, logging_steps=1,
-        disable_tqdm=True, **launch, **options,
+        disable_tqdm=True, learning_rate=0.1, **SGD, **launch, **options,
     )  # fmt: skip
     model, images = make(), tiny_samples(32)
     if "streamed" in name:

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from PIL import Image as Picture
 from safetensors.torch import save_file
-from tiny import CLASSES, SIZE, tiny_vit
+from tiny import CLASSES, SGD, SIZE, tiny_vit
 
 from d3_hf.data.augmentation import Augmentation
 from d3_hf.defenses.d3.trainer import D3Config, D3Trainer
@@ -48,7 +48,7 @@ def run(folder, data, accumulation, **options):
     options = dict(max_steps=4, crop_padding=2, horizontal_flip=True, epsilon=0.5) | options
     args = D3Config(
         str(folder), per_device_train_batch_size=4, gradient_accumulation_steps=accumulation, logging_steps=1, use_cpu=True,
-        disable_tqdm=True, learning_rate=0.01, active_set=False, **options,
+        disable_tqdm=True, learning_rate=0.01, active_set=False, **SGD, **options,
     )  # fmt: skip
     model = tiny_vit()
     model.config.id2label = dict(enumerate(NAMES))

@@ -4,7 +4,7 @@ import functools
 import tempfile
 
 import torch
-from tiny import tiny_samples
+from tiny import SGD, tiny_samples
 
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
 
@@ -14,7 +14,7 @@ QUIET = dict(disable_tqdm=True, use_cpu=True, per_device_train_batch_size=8)
 @functools.cache
 def weights(make):
     with tempfile.TemporaryDirectory() as folder:
-        args = FineTuningConfig(folder, max_steps=40, learning_rate=0.05, **QUIET)
+        args = FineTuningConfig(folder, max_steps=40, learning_rate=0.05, **SGD, **QUIET)
         trainer = FineTuningTrainer(make(), args, tiny_samples(40))
         trainer.train()
         return trainer.model.state_dict()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import FAST, PROCESSOR, tiny_resnet, tiny_samples, tiny_vit
+from tiny import FAST, PROCESSOR, SGD, tiny_resnet, tiny_samples, tiny_vit
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from d3_hf import D3Config, D3Trainer, FineTuningConfig, FineTuningTrainer, load_classifier
@@ -125,7 +125,7 @@ class Heard(TrainerCallback):
 def test_callbacks_and_evaluation_at_the_start(tmp_path):
     heard = Heard()
     options = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "max_steps": 20, "learning_rate": 3.0}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "max_steps": 20, "learning_rate": 3.0} | SGD
     made = trainer(tmp_path, arguments={"callbacks": [heard, EarlyStoppingCallback(2)]}, **(options | best))
     made.train()
     made.predict(SAMPLES)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_resnet, tiny_samples, tiny_timm_vit, tiny_vit
+from tiny import SGD, tiny_resnet, tiny_samples, tiny_timm_vit, tiny_vit
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from d3_hf import load_classifier
@@ -29,6 +29,7 @@ def config(folder, **options):
         use_cpu=True,
         epsilon=0.5,
         learning_rate=0.01,
+        **SGD,
     )
     return D3Config(**(defaults | options))
 
@@ -338,7 +339,9 @@ def test_timms_processor_is_part_of_the_configuration(tmp_path, monkeypatch):
 def test_fine_tuning_controls(tmp_path):
     def run(**options):
         model = tiny_vit()
-        args = FineTuningConfig(str(tmp_path), max_steps=2, learning_rate=0.01, disable_tqdm=True, use_cpu=True, **options)
+        args = FineTuningConfig(
+            str(tmp_path), max_steps=2, learning_rate=0.01, disable_tqdm=True, use_cpu=True, **SGD, **options
+        )
         trainer = FineTuningTrainer(model, args, tiny_samples())
         trainer.train()
         return trainer, model.classifier.weight.detach()

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from ...models.batch_norm import reestimate_batch_norm
-from ...training.config import PurifyConfig
+from ...training.config import SGD_ARGUMENTS, PurifyConfig
 from ...training.reference import UNMOVED
 from ...training.trainer import PurifyTrainer
 from .curve import Curve, relative_distance
@@ -60,6 +60,7 @@ class TSCConfig(PurifyConfig):
             code has 100 whatever the epochs, so that with 200 the rate climbs back to its start: 100 reproduces that.
         finetune_epochs: Epochs of fine-tuning between rounds, >= 0. 10 (code).
         finetune_learning_rate: Its learning rate, on a cosine to 0, > 0. 1e-4 (code).
+        optim, optim_args: SGD with momentum 0.9 (code), also where the rule for the network is another.
         num_train_epochs: Of all stages together; follows from the above. Leave it alone.
 
     Raises:
@@ -78,6 +79,9 @@ class TSCConfig(PurifyConfig):
     lr_scheduler_type: str = field(
         default="cosine", metadata={"help": "Schedule of each stage: cosine.", "choices": ("cosine",)}
     )
+    optim: str = field(default="sgd", metadata={"help": "Optimizer, any name of TrainingArguments."})
+    optim_args: str | None = field(default=SGD_ARGUMENTS, metadata={"help": "Arguments of the optimizer."})
+    warmup_steps: float = field(default=0, metadata={"help": "None: each stage has its own cosine schedule."})
     batch_norm: str = field(default="train", metadata={"help": "BatchNorm while training: train.", "choices": ("train",)})
     per_device_train_batch_size: int = field(default=256, metadata={"help": "Images per device and micro-batch."})
     weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay, on a curve that of its control point."})

@@ -1,0 +1,186 @@
+"""The schedule that fits a network: which optimizer, learning rate, batch and how many updates, where the user says nothing.
+
+`RULES` is the whole of it. It looks at the network's layers only, never at what a defender cannot see; an option that is given
+always wins. Epochs follow from updates, so that few images get as many as many do.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.training_args import OptimizerNames
+
+from ..models.batch_norm import batch_norms
+from ..publishing.execution import plain
+from .config import BY_RULE, SGD_ARGUMENTS, PurifyConfig
+
+# By name: norms of timm and of transformers are classes of their own.
+OTHER_NORMS = ("LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A row of the table.
+
+    Attributes:
+        name: Which networks it is for, in words.
+        fits: Whether it is for a network; the first row that fits counts.
+        measured: Where the numbers behind it are.
+        optim, optim_args, learning_rate: As `TrainingArguments` has them.
+        width: Channels of the network that the learning rate was measured on; for another width it is scaled by the inverse, as
+            Adam's steps ask for (Yang et al. 2022, arXiv 2203.03466, table 3). None: not scaled.
+        warmup: Share of the updates.
+        images: In each update, over all processes and micro-batches.
+        updates: Of the whole run; at least one pass over the images is made.
+        is_publications: Whether the methods were published on such networks: what a publication says goes before the row.
+    """
+
+    name: str
+    fits: Callable[[nn.Module], bool]
+    measured: str
+    optim: str
+    optim_args: str | None
+    learning_rate: float
+    width: int | None
+    warmup: float
+    images: int
+    updates: int
+    is_publications: bool
+
+    def options(self, args: PurifyConfig, model: nn.Module) -> dict[str, Any]:
+        """What the row says of each option but those that count updates."""
+        scale = self.width / (width_of(model) or self.width) if self.width else 1.0
+        shared_by = args.world_size * args.gradient_accumulation_steps
+        row = {
+            "optim": self.optim,
+            "optim_args": self.optim_args,
+            "learning_rate": float(f"{self.learning_rate * scale:.2g}"),
+            "per_device_train_batch_size": math.ceil(self.images / shared_by),
+        }
+        return row | args.published if self.is_publications else row
+
+
+def other_norms(model: nn.Module) -> list[nn.Module]:
+    """The layers that normalise by anything but BatchNorm's statistics, as transformers, ConvNeXt and BiT have them."""
+    return [module for module in model.modules() if any(norm in type(module).__name__ for norm in OTHER_NORMS)]
+
+
+def width_of(model: nn.Module) -> int | None:
+    """Channels of the last of `other_norms` that scales its channels; None where none does."""
+    scales = [getattr(module, "weight", None) for module in other_norms(model)]
+    return next((len(scale) for scale in reversed(scales) if scale is not None), None)
+
+
+RULES = (
+    # A pretrained ViT-S at 70 px: 2e-4 and 3e-4 destroy it (ACC 87 to 41 and 34), SGD at any rate. A ViT of 64 channels: 6e-4.
+    Rule(
+        name="LayerNorm",
+        fits=lambda model: bool(other_norms(model)),
+        measured="model_cards/vit.md",
+        optim="adamw_torch",
+        optim_args=None,
+        learning_rate=1e-4,
+        width=384,
+        warmup=0.05,
+        images=64,
+        updates=160,
+        is_publications=False,
+    ),
+    # ResNet-20 and WideResNet-16-1: at 0.01 a trigger that no longer yields the target still destroys the prediction.
+    Rule(
+        name="BatchNorm",
+        fits=lambda model: bool(batch_norms(model)),
+        measured="model_cards/proof.md",
+        optim="sgd",
+        optim_args=SGD_ARGUMENTS,
+        learning_rate=0.1,
+        width=None,
+        warmup=0,
+        images=128,
+        updates=300,
+        is_publications=True,
+    ),
+    # Not measured; 0.01 is BackdoorBench's for every network.
+    Rule(
+        name="no normalisation",
+        fits=lambda model: True,
+        measured="",
+        optim="sgd",
+        optim_args=SGD_ARGUMENTS,
+        learning_rate=0.01,
+        width=None,
+        warmup=0,
+        images=128,
+        updates=300,
+        is_publications=True,
+    ),
+)
+
+
+def rule_of(model: nn.Module) -> Rule:
+    """The row of `RULES` for a network."""
+    return next(rule for rule in RULES if rule.fits(model))
+
+
+def rule_said(facts: dict[str, Any]) -> str:
+    """What `resolved` found, in one line."""
+    options = ", ".join(f"{name} {value}" for name, value in facts["options"].items())
+    return f"schedule for a network with {facts['rule']}: {options}"
+
+
+def passes(updates: int, count: int, images: int) -> int:
+    """How often to go over ``count`` images, ``images`` in each update, for about so many updates: at least once."""
+    return max(1, round(updates / math.ceil(count / images)))
+
+
+def images_of(args: PurifyConfig) -> int:
+    """Images in one update, over all processes and micro-batches."""
+    return args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+
+
+def updates_of(args: PurifyConfig, count: int) -> int:
+    """Updates of a run over ``count`` images."""
+    return args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * math.ceil(count / images_of(args)))
+
+
+def resolved(args: PurifyConfig, model: nn.Module, count: int | None) -> tuple[PurifyConfig, dict[str, Any]]:
+    """Settle the options of `BY_RULE` that are still None.
+
+    Args:
+        args: As given; not changed.
+        model: The network.
+        count: Images in the retain set; None where that is not known.
+
+    Returns:
+        A copy with all of them settled, and for print and manifest ``rule``, ``measured_in`` and the ``options`` that it
+        settled; empty where nothing was left to it.
+
+    Raises:
+        ValueError: Another optimizer than the rule's is given without its learning rate.
+    """
+    left = [name for name in BY_RULE if getattr(args, name) is None]
+    if not left:
+        return args, {}
+    rule, args = rule_of(model), copy.copy(args)
+    row = rule.options(args, model)
+    if args.optim is not None and args.optim != row["optim"]:
+        if args.learning_rate is None:
+            raise ValueError(
+                f"the rule for a network with {rule.name} has a learning rate for {row['optim']}: give learning_rate too with "
+                f"optim={plain(args.optim)}"
+            )
+        row["optim_args"] = SGD_ARGUMENTS if args.optim == OptimizerNames.SGD else None
+    for name in left:
+        if name in row:
+            setattr(args, name, row[name])
+    args.optim = OptimizerNames(args.optim)
+    if args.num_train_epochs is None:
+        args.num_train_epochs = passes(args.max_steps if args.max_steps > 0 else rule.updates, count or 1, images_of(args))
+    if args.warmup_steps is None:
+        args.warmup_steps = round(rule.warmup * updates_of(args, count or 1))
+    options = {name: plain(getattr(args, name)) for name in left if getattr(args, name) is not None}
+    said = {"rule": rule.name, "measured_in": rule.measured, "options": options}
+    return args, said if options else {}
