@@ -94,7 +94,7 @@ def active_set_seconds(bench: BenchArguments, images: RawImages) -> dict[str, li
         logits = torch.cat([start(pixel_values=batch).logits for batch in pixels.split(BATCH)])
     epsilon = F.cross_entropy(logits, images.labels, reduction="none").quantile(1 - ACTIVE).item()
     common = dict(output_dir="outputs/bench", max_steps=bench.active_steps, disable_tqdm=True, logging_steps=bench.active_steps)
-    common |= dict(per_device_train_batch_size=64, learning_rate=1e-5, crop_padding=0)
+    common |= dict(optim="sgd", per_device_train_batch_size=64, learning_rate=1e-5, warmup_steps=0, crop_padding=0)
     d3 = common | dict(epsilon=epsilon, warm_start="near")
     rounds = {"FT": [], "D3 dense": [], "D3 active": []}
     for _ in range(bench.rounds):

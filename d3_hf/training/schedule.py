@@ -75,7 +75,8 @@ def width_of(model: nn.Module) -> int | None:
 
 
 RULES = (
-    # A pretrained ViT-S at 70 px: 2e-4 and 3e-4 destroy it (ACC 87 to 41 and 34), SGD at any rate. A ViT of 64 channels: 6e-4.
+    # A pretrained ViT-S: twice this rate destroys it, and so does SGD. A ViT of 64 channels needs the rate that its width asks
+    # for (tests/defenses/test_defaults.py). Layer-wise decay keeps the backdoor with the lower layers.
     Rule(
         name="LayerNorm",
         fits=lambda model: bool(other_norms(model)),
