@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "ANPConfig": "defenses.anp",
     "ANPTrainer": "defenses.anp",
+    "BaseTuningConfig": "defenses.base_tuning",
+    "BaseTuningTrainer": "defenses.base_tuning",
     "D3Config": "defenses.d3",
     "D3Trainer": "defenses.d3",
     "FSTConfig": "defenses.fst",
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
     from .data.preprocessing import Preprocessing as Preprocessing
     from .defenses.anp import ANPConfig as ANPConfig
     from .defenses.anp import ANPTrainer as ANPTrainer
+    from .defenses.base_tuning import BaseTuningConfig as BaseTuningConfig
+    from .defenses.base_tuning import BaseTuningTrainer as BaseTuningTrainer
     from .defenses.d3 import D3Config as D3Config
     from .defenses.d3 import D3Trainer as D3Trainer
     from .defenses.fine_pruning import FinePruningConfig as FinePruningConfig

@@ -6,6 +6,7 @@ import importlib
 DEFENCES: dict[str, tuple[str, str]] = {
     "d3": ("d3", "D3"),
     "fine_tuning": ("fine_tuning", "FineTuning"),
+    "base_tuning": ("base_tuning", "BaseTuning"),
     "linear_probing": ("linear_probing", "LinearProbing"),
     "ft_sam": ("ft_sam", "FTSAM"),
     "fst": ("fst", "FST"),

@@ -54,7 +54,7 @@ def _download(repo: str, revision: str | None, files: Sequence[str]) -> Path:
             "(hf auth login, or HF_TOKEN)"
         ) from error
     except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{repo} has no branch, tag or commit {revision}: check --revision") from error
+        raise FileNotFoundError(f"{repo} has no branch, tag or commit {revision}: check the revision") from error
     except LocalEntryNotFoundError as error:
         raise OSError(
             f"{repo} is no local path and not in the Hub cache, and the Hub cannot be reached: "

@@ -111,7 +111,7 @@ def load_classifier(
         TypeError: ``source`` is none of the above.
     """
     given = {name: value for name, value in locals().items() if name != "source" and value is not None}
-    kind = _kind(source)
+    kind = kind_of(source)
     if useless := sorted(given.keys() - OPTIONS[kind]):
         raise ValueError(f"{_name(source)}: {', '.join(useless)} cannot be set for a {kind} source, which settles it itself")
     check_label_names(label_names, num_labels)
@@ -133,7 +133,13 @@ def load_classifier(
     return attach(model, processor, origin)
 
 
-def _kind(source: Any) -> str:
+def kind_of(source: Any) -> str:
+    """Which of the kinds in `OPTIONS` a source is.
+
+    Raises:
+        FileNotFoundError: It looks like a path, and nothing is there.
+        TypeError: It is of no kind that is known.
+    """
     if isinstance(source, PreTrainedModel):
         return "model"
     if isinstance(source, nn.Module):

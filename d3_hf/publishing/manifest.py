@@ -15,7 +15,7 @@ from transformers.trainer_utils import has_length
 
 from ..data.training_images import TrainingImages
 from ..files import read_mapping
-from ..models.source import source_of
+from ..models.source import Source, source_of
 from .execution import SECRET, others, plain, resumed
 from .names import is_local, public_name
 from .report import REJECTED
@@ -84,6 +84,11 @@ def source_facts(model: PreTrainedModel) -> dict[str, Any]:
     source = source_of(model)
     if source is None:
         return {"kind": "module", "name": type(model).__name__, "revision": None, "sha256": None}
+    return public_source(source)
+
+
+def public_source(source: Source) -> dict[str, Any]:
+    """A record of where weights came from as published files hold it."""
     return asdict(source) | {"name": source.name if source.kind == "hub" else public_name(source.name)}
 
 

@@ -16,6 +16,7 @@ import pandas
 import pytest
 import yaml
 from command_line import command
+from every_defence import required
 from fake_hub import logged_in
 from places import ROOT
 from tiny import FAST, NEW_VIT
@@ -34,7 +35,8 @@ IMAGES = {"dataset_name": "digits", "retain_count": 60, "max_test_images": 40}
 @pytest.mark.parametrize("name", DEFENCES)
 def test_options_of_every_defence_fit_beside_those_of_a_run(name):
     config_class, _ = defence(name)
-    *_, args = parse_arguments([*OPTIONS, config_class], ["--output_dir", "out", "--max_accuracy_drop", "0.2", "--use_cpu"])
+    given = {"output_dir": "out", "max_accuracy_drop": 0.2, "use_cpu": True} | required(name)
+    *_, args = parse_arguments([*OPTIONS, config_class], [f"--{option}={value}" for option, value in given.items()])
     assert type(args) is config_class
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from every_defence import ALL_AT_ONCE, NETWORKS, OPTIONS, STREAMED, build
+from every_defence import ALL_AT_ONCE, NETWORKS, OPTIONS, STREAMED, build, required
 from places import ROOT
 from streamed import NAMES, stream, write_files
 from tiny_trained import assert_reloads, differing, trained
@@ -136,7 +136,7 @@ def options_with(key):
 def test_a_number_out_of_its_range_is_refused_by_name(name, option, needed, tmp_path):
     assert WRONG.keys() == RANGES.keys()
     config_class, _ = defence(name)
-    is_list = isinstance(getattr(config_class(str(tmp_path)), option), list)
+    is_list = isinstance(getattr(config_class(str(tmp_path), **required(name)), option), list)
     for number in WRONG[needed]:
         with pytest.raises(ValueError, match=f"^{option} must be "):
             config_class(str(tmp_path), **{option: [0.5, number] if is_list else number})

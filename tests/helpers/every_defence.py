@@ -1,7 +1,7 @@
 """Every defence on a tiny victim, with options that make it act within a few steps."""
 
 from tiny import SGD, tiny_resnet, tiny_samples, tiny_vit
-from tiny_trained import QUIET, trained
+from tiny_trained import QUIET, base_of, trained
 
 from d3_hf.defenses import DEFENCES, defence
 
@@ -10,6 +10,7 @@ SGD_EPOCH = EPOCH | SGD  # whatever the rule for the network: Adam makes much of
 OPTIONS = {
     "d3": SGD_EPOCH,
     "fine_tuning": SGD_EPOCH,
+    "base_tuning": SGD_EPOCH | {"keep": 0.25, "base_pull": 0.5},
     "linear_probing": SGD_EPOCH,
     "ft_sam": SGD_EPOCH | {"rho": 0.5},
     "fst": SGD_EPOCH,
@@ -28,11 +29,16 @@ NETWORKS = {
     name: tiny_resnet if name in ("anp", "rnp") else tiny_vit for name in DEFENCES
 }  # those two prune BatchNorm's scales
 ALL_AT_ONCE = ("anp", "rnp")  # their masks are learned without the Trainer's loop: there is no checkpoint and no bf16 step
-STREAMED = ("d3", "fine_tuning", "linear_probing", "ft_sam", "fst")
+STREAMED = ("d3", "fine_tuning", "base_tuning", "linear_probing", "ft_sam", "fst")
+
+
+def required(name):
+    """Options without which the defence ``name`` cannot be configured."""
+    return {"base_model": base_of(NETWORKS[name])} if name == "base_tuning" else {}
 
 
 def build(name, folder, model=None, images=None, **options):
     """A trainer of the defence ``name`` on its tiny victim and 40 samples; ``options`` go over `OPTIONS`."""
     config_class, trainer_class = defence(name)
-    args = config_class(str(folder), **(QUIET | OPTIONS[name] | options))
+    args = config_class(str(folder), **(QUIET | OPTIONS[name] | required(name) | options))
     return trainer_class(model or trained(NETWORKS[name]), args, images or tiny_samples(40))

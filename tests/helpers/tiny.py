@@ -2,6 +2,8 @@
 
 import torch
 from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     TimmWrapperConfig,
@@ -34,6 +36,15 @@ def tiny_vit(seed=0):
         num_labels=CLASSES, initializer_range=0.3,
     )  # fmt: skip
     return with_processor(ViTForImageClassification(config))
+
+
+def tiny_dinov2(seed=0):
+    set_seed(seed)
+    config = Dinov2Config(
+        image_size=SIZE, patch_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_labels=CLASSES,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return with_processor(Dinov2ForImageClassification(config))
 
 
 def tiny_resnet(seed=0):

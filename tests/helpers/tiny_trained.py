@@ -1,7 +1,10 @@
 """What the tests of the defences share: tiny victims that classify their retain set, and checks of what a defence saves."""
 
+import atexit
 import functools
+import shutil
 import tempfile
+from pathlib import Path
 
 import torch
 from tiny import SGD, tiny_samples
@@ -25,6 +28,15 @@ def trained(make):
     model = make()
     model.load_state_dict(weights(make))
     return model.eval()
+
+
+@functools.cache
+def base_of(make):
+    """A folder with the model before those steps: the base of the trained one."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    make().save_pretrained(folder / "base")
+    return str(folder / "base")
 
 
 def differing(one, other):

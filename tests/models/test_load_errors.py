@@ -204,7 +204,7 @@ def test_unreachable_hub_id(name):
     ("name", "revision", "message"),
     [
         ("me/unheard", None, "me/unheard is no local path, and no model on the Hub that you may read: check the name"),
-        ("me/vit", "v9", "me/vit has no branch, tag or commit v9: check --revision"),
+        ("me/vit", "v9", "me/vit has no branch, tag or commit v9: check the revision"),
     ],
 )
 def test_hub_id_that_does_not_exist(vit_folder, name, revision, message, monkeypatch):

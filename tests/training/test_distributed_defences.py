@@ -12,7 +12,7 @@ from tiny_trained import weights
 from d3_hf.defenses import DEFENCES
 
 # The others draw or count per process.
-EQUAL = ("d3", "fine_tuning", "linear_probing", "ft_sam", "fst", "tsc", "fine_pruning", "nad")
+EQUAL = ("d3", "fine_tuning", "base_tuning", "linear_probing", "ft_sam", "fst", "tsc", "fine_pruning", "nad")
 
 
 @pytest.fixture(scope="module")
