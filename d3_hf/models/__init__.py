@@ -12,9 +12,8 @@ _HOMES = {
     "load_classifier": "load",
     "new_classifier": "architectures",
     "new_model": "new",
-    "with_new_head": "new",
 }
-__all__ = ["Source", "WrappedClassifier", "load_classifier", "new_classifier", "new_model", "with_new_head"]  # noqa: F822
+__all__ = ["Source", "WrappedClassifier", "load_classifier", "new_classifier", "new_model"]  # noqa: F822
 
 
 def __getattr__(name: str):

@@ -2,10 +2,12 @@
 
 import difflib
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import timm
+import torch
 from timm.models import PretrainedCfg
 from torch import Tensor
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
@@ -90,6 +92,38 @@ def timm_config(
     return config
 
 
+def set_size(config: TimmWrapperConfig, size: tuple[int, int]) -> None:
+    """Describe a network for images of another size, (height, width) in pixels, nothing of which is cut off."""
+    config.pretrained_cfg = dict(getattr(config, "pretrained_cfg", None) or {}) | {"input_size": [3, *size], "crop_pct": 1.0}
+    if architecture_cfg(config.architecture).fixed_input_size:
+        config.model_args = dict(config.model_args or {}) | {"img_size": list(size)}
+
+
+def resampled(config: TimmWrapperConfig, weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Bring what depends on the size of the images, such as position embeddings, to the network's, as timm does.
+
+    Args:
+        config: Of the network.
+        weights: Of the same network at any size.
+        where: Where they come from, for messages.
+
+    Raises:
+        ValueError: timm cannot.
+    """
+    home = sys.modules[timm.model_entrypoint(config.architecture.partition(".")[0]).__module__]
+    if not hasattr(home, "checkpoint_filter_fn"):
+        return weights
+    own_names = {name.removeprefix("timm_model."): tensor for name, tensor in weights.items()}
+    try:
+        with torch.device("meta"):
+            network = timm.create_model(config.architecture, num_classes=config.num_labels, **config.model_args or {})
+        return home.checkpoint_filter_fn(own_names, network)
+    except Exception as error:  # foreign weights can make it fail in any way; none of them is recovered from
+        raise ValueError(
+            f"{where}: its weights cannot be brought to another size of images ({first_line(error)}): leave image_size out"
+        ) from error
+
+
 def processor_of(config: TimmWrapperConfig) -> TimmWrapperImageProcessor:
     """Return the image processor that `AutoImageProcessor` reads from a folder with this ``config.json``."""
     return TimmWrapperImageProcessor(pretrained_cfg=config.pretrained_cfg, architecture=config.architecture)
@@ -125,7 +159,8 @@ def classes_in(weights: dict[str, Tensor], architecture: str, where: str) -> int
     if len(names) != 1:
         raise ValueError(
             f"{where}: cannot tell the number of classes of this {architecture}, whose classifier is {classifier}, where the "
-            f"weights are {told(weights)}: give the classes' names, or in Python num_labels"
+            f"weights are {told(weights)}: give the classes' names, or in Python num_labels; an encoder, which has none, takes "
+            "a new head, --new_head in make_victim"
         )
     name = names.pop()
     logger.info("%s: %d classes, from the shape of %s", where, len(weights[name]), name)

@@ -1,6 +1,7 @@
 """``config.json``, checked before transformers sees it: only what describes an image classifier of one label passes."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..files import first_line
 from ..labels import set_label_names
 from .architectures import architecture_cfg
 from .checkpoint_files import read_settings
+from .differences import headless
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +34,13 @@ ONE_CLASS = (None, "single_label_classification")
 TIMM_DETOURS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
 
 
-def read_config(folder: Path, name: str) -> PreTrainedConfig:
+def read_config(folder: Path, name: str, new_head: Sequence[str] | None = None) -> PreTrainedConfig:
     """Read a folder's ``config.json``.
 
     Args:
         folder: Where it is.
         name: What to call the folder in messages.
+        new_head: Classes to describe in place of the configuration's own, and of its task.
 
     Raises:
         FileNotFoundError: There is none.
@@ -62,6 +65,11 @@ def read_config(folder: Path, name: str) -> PreTrainedConfig:
     config._attn_implementation = None
     if isinstance(config, TimmWrapperConfig):
         _repair_timm(config, name)
+        if new_head is None and config.num_labels == 0:  # what timm writes of an encoder
+            raise headless(name, "num_classes is 0 in its config.json")
+    if new_head is not None:
+        set_label_names(config, new_head)
+        config.problem_type = None
     settle(config, name)
     return config
 
@@ -124,7 +132,11 @@ def _refuse_unusable(contents: dict[str, Any], name: str) -> None:
             f"{name} needs Python code of its repository (auto_map in config.json), which is never run: build the "
             "network yourself and pass it with its weights, load_classifier(weights_file, module=...)"
         )
-    raise ValueError(f"{name}: model_type {model_type!r} in config.json is no image classifier that transformers knows")
+    is_of_images = model_type in CONFIG_MAPPING and hasattr(CONFIG_MAPPING[model_type], "num_channels")
+    raise ValueError(
+        f"{name}: model_type {model_type!r} in config.json is no image classifier that transformers knows"
+        + ("; timm has most encoders of images too: load its copy (timm/...) with a new head" if is_of_images else "")
+    )
 
 
 def _repair_timm(config: TimmWrapperConfig, name: str) -> None:

@@ -11,12 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TimmWrapperConfig
+from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
+from ..data.preprocessing import Preprocessing
 from ..labels import check_label_names, set_label_names
-from .architectures import architecture_cfg
+from . import architectures
 from .checkpoint_files import PICKLED, SAFE, read_folder, refuse_links
 from .config import model_class, read_config
-from .processors import read_processor
+from .encoders import load_encoder
+from .processors import at_size, read_processor
 from .weight_names import unwrapped
 from .weights import load_module, load_pretrained
 from .wrapper import WrappedClassifier, WrappedClassifierConfig, class_name, count_classes, processor_of
@@ -30,6 +33,8 @@ def open_folder(
     module: nn.Module | None = None,
     label_names: Sequence[str] | None = None,
     image_processor: BaseImageProcessor | None = None,
+    new_head: Sequence[str] | None = None,
+    image_size: int | tuple[int, int] | None = None,
     formats: Iterable[str] = (SAFE, PICKLED),
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """Load the classifier of a folder and its image processor; arguments and errors as `load_classifier`.
@@ -40,25 +45,50 @@ def open_folder(
         module: Network to load the weights of a `WrappedClassifier` into.
         label_names: Class names in place of the configuration's.
         image_processor: Processor in place of the folder's.
+        new_head: Classes of an untrained head in place of the folder's, if it has one.
+        image_size: With a new head, size of the images in place of the processor's.
         formats: See `weights_files`.
     """
     refuse_links(folder, name)
-    config = read_config(folder, name)
-    if label_names is not None:
-        check_label_names(label_names, config.num_labels)
-        set_label_names(config, label_names)
+    config = read_config(folder, name, new_head)
     weights = read_folder(folder, name, formats)
     if isinstance(config, WrappedClassifierConfig):
+        if new_head is not None:
+            raise ValueError(f"{name} is a wrapped module: give the module its new head, and load that")
         model = _rewrap(config, weights, module, name)
         image_processor = image_processor or processor_of(config)
     elif module is not None:
         raise ValueError(f"{name} is a {config.model_type} model, not a wrapped module: leave module out")
     else:
         weights = _without_background(config, unwrapped(weights, name))
-        model = load_pretrained(model_class(config), config, weights, name)
+        if new_head is None:  # an encoder is told before its processor is looked for
+            model = load_pretrained(model_class(config), config, weights, name)
         image_processor = image_processor or read_processor(folder, name)
+        if new_head is not None:
+            model, image_processor = _load_under_new_head(config, weights, name, image_processor, image_size)
+    if label_names is not None:
+        check_label_names(label_names, model.config.num_labels)
+        set_label_names(model.config, label_names)
     model.name_or_path = model.config.name_or_path = name
     return model, image_processor
+
+
+def _load_under_new_head(
+    config: PreTrainedConfig,
+    weights: dict[str, Tensor],
+    name: str,
+    image_processor: BaseImageProcessor,
+    image_size: int | tuple[int, int] | None,
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    if image_size is not None:
+        size = architectures.height_width(image_size)
+        if isinstance(config, TimmWrapperConfig):
+            architectures.set_size(config, size)
+            weights = architectures.resampled(config, weights, name)
+        is_timms = isinstance(image_processor, TimmWrapperImageProcessor)  # which the configuration describes
+        image_processor = architectures.processor_of(config) if is_timms else at_size(image_processor, size, name)
+    preprocessing = Preprocessing.from_processor(image_processor)
+    return load_encoder(model_class(config), config, weights, name, preprocessing), image_processor
 
 
 def _without_background(config: PreTrainedConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -67,7 +97,7 @@ def _without_background(config: PreTrainedConfig, weights: dict[str, Tensor]) ->
     offset = described.pop("label_offset", None) if isinstance(described, dict) else None
     if not offset:
         return weights
-    head = architecture_cfg(config.architecture).classifier
+    head = architectures.architecture_cfg(config.architecture).classifier
     names = {f"{start}{head}.{end}" for start in ("", "timm_model.") for end in ("weight", "bias")}
     return {
         key: tensor[offset:] if key in names and len(tensor) == config.num_labels + offset else tensor

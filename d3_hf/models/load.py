@@ -21,8 +21,9 @@ from . import architectures, hub, wrapper
 from .checkpoint_files import HUB_FILES as HUB_FILES  # what is fetched from a Hub repository
 from .checkpoint_files import SAFE, defining_files, read_file, read_files, tell_of_others
 from .config import settle
+from .encoders import load_encoder, refuse_encoder
 from .folder import open_folder
-from .probe import probe
+from .probe import probe, refuse_unseen_edges
 from .processors import read_processor
 from .source import Source, attach, image_processor_of, source_of
 from .weight_names import from_mmpretrain, unwrapped
@@ -32,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Which arguments go with which kind of source; the others are settled by the source itself.
 OPTIONS = {
-    "hub": {"revision", "module", "num_labels", "label_names", "image_processor"},
-    "folder": {"module", "num_labels", "label_names", "image_processor"},
+    "hub": {"revision", "module", "num_labels", "label_names", "image_processor", "new_head"},
+    "folder": {"module", "num_labels", "label_names", "image_processor", "new_head"},
     "file": {
         "architecture",
         "model_args",
@@ -43,10 +44,12 @@ OPTIONS = {
         "image_mean",
         "image_std",
         "image_size",
+        "new_head",
     },
     "module": {"num_labels", "label_names", "image_mean", "image_std", "image_size"},
     "model": {"num_labels", "label_names", "image_processor"},
 }
+SIZED_WITH_NEW_HEAD = ("hub", "folder")  # what is trained anew may be trained on images of another size
 DEFAULT_SIZE = 32  # CIFAR-10, CIFAR-100 and GTSRB, the data sets of most backdoor papers
 
 Loaded = tuple[PreTrainedModel, BaseImageProcessor, Source]
@@ -65,8 +68,11 @@ def load_classifier(
     image_processor: BaseImageProcessor | None = None,
     revision: str | None = None,
     module: nn.Module | None = None,
+    new_head: Sequence[str] | None = None,
 ) -> PreTrainedModel:
     """Load an image classifier from anywhere, without running code that it brings.
+
+    An encoder, which has no head, is none yet: ``new_head`` makes one of it, to be trained.
 
     Args:
         source: One of
@@ -88,11 +94,15 @@ def load_classifier(
         image_mean: Mean of each channel of a file's or a module's training images, on the scale where a pixel is in
             [0, 1]. Default: the architecture's, if it has one.
         image_std: Standard deviation of each channel, on the same scale.
-        image_size: Pixels, one number or (height, width), for files and modules. Default: the architecture's; 32 for a
-            module.
+        image_size: Pixels, one number or (height, width), for files and modules; for folders and Hub ids together with
+            ``new_head``, where the network takes several sizes: the image processor then brings images to this one and cuts
+            nothing off. Default: the architecture's or the processor's; 32 for a module.
         image_processor: Processor to use in place of the source's own.
         revision: Branch, tag or commit of a Hub id; pin a commit to be sure of what is loaded.
         module: Network to load a file, or what a `WrappedClassifier` saved, into.
+        new_head: Class names in the order of the logits of an untrained head, drawn from torch's global seed: for the folder,
+            Hub id or file of an encoder, or of a classifier of other classes, whose head is not used. All other weights of the
+            network are the checkpoint's; its poolers, heads of other tasks and text tower are left out, and logged.
 
     Returns:
         The classifier in float32 (a transformers model in memory keeps its type) and in evaluation mode, with two
@@ -102,18 +112,23 @@ def load_classifier(
         FileNotFoundError: No such file, folder, Hub id or revision; a folder without ``config.json`` or weights.
         OSError: A Hub id that is neither cached nor within reach.
         ValueError: A file that is damaged, of another format, or wants to run code; weights that are missing,
-            superfluous, of another shape, NaN, infinite or quantised; an index that contradicts its shards, or two copies
-            of the weights that differ; a link out of the folder; an unknown architecture; another task than one class for
-            each image; a number of classes that is not the source's, or below 2; a checkpoint that needs a repository's own
-            code, is quantised or an adapter; a missing normalisation or image processor, or one that `Preprocessing` does
-            not know; a network that does not take what it gives, see `probe`; an argument that the kind of source has no use
-            for.
+            superfluous, of another shape, NaN, infinite or quantised; an encoder without ``new_head``; an index that
+            contradicts its shards, or two copies of the weights that differ; a link out of the folder; an unknown
+            architecture; another task than one class for each image; a number of classes that is not the source's, or below 2;
+            a checkpoint that needs a repository's own code, is quantised or an adapter; a missing normalisation or image
+            processor, or one that `Preprocessing` does not know; a network that does not take what it gives, see `probe`, or
+            not the edge of it; an argument that the kind of source has no use for.
         TypeError: ``source`` is none of the above.
     """
     given = {name: value for name, value in locals().items() if name != "source" and value is not None}
     kind = kind_of(source)
-    if useless := sorted(given.keys() - OPTIONS[kind]):
+    if kind == "model":
+        refuse_encoder(source, source.name_or_path or type(source).__name__)
+    useful = OPTIONS[kind] | ({"image_size"} if new_head is not None and kind in SIZED_WITH_NEW_HEAD else set())
+    if useless := sorted(given.keys() - useful):
         raise ValueError(f"{_name(source)}: {', '.join(useless)} cannot be set for a {kind} source, which settles it itself")
+    if new_head is not None:
+        _check_new_head(given, kind, _name(source))
     check_label_names(label_names, num_labels)
     if kind != "file":  # whose classes may have to be told; those of the others are compared below
         given.pop("num_labels", None)
@@ -129,8 +144,21 @@ def load_classifier(
     set_label_names(model.config, label_names_of(model.config, _name(source)))  # so that all of a configuration says the same
     if num_labels is not None and model.config.num_labels != num_labels:
         raise ValueError(f"{_name(source)} has {model.config.num_labels} classes, not num_labels={num_labels}")
-    probe(model.eval(), Preprocessing.from_processor(processor), _name(source))
+    preprocessing = Preprocessing.from_processor(processor)
+    probe(model.eval(), preprocessing, _name(source))
+    if new_head is not None and image_size is not None:
+        refuse_unseen_edges(model, preprocessing.size, _name(source))
     return attach(model, processor, origin)
+
+
+def _check_new_head(given: dict[str, Any], kind: str, name: str) -> None:
+    check_label_names(given["new_head"], None)
+    if given.keys() & {"label_names", "num_labels"}:
+        raise ValueError(f"{name}: a new head has its own classes: leave class_names (in Python label_names, num_labels) out")
+    if kind == "file" and "module" in given:
+        raise ValueError(f"{name}: new_head goes with architecture, not with module, which has a head of its own")
+    if kind in SIZED_WITH_NEW_HEAD and given.keys() >= {"image_size", "image_processor"}:
+        raise ValueError(f"{name}: an image_processor says the size itself: leave image_size out")
 
 
 def kind_of(source: Any) -> str:
@@ -186,6 +214,7 @@ def _from_file(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
     image_size: int | tuple[int, int] | None = None,
+    new_head: Sequence[str] | None = None,
 ) -> Loaded:
     path, name = Path(source).expanduser(), str(source)
     if (architecture is None) == (module is None):
@@ -203,10 +232,16 @@ def _from_file(
         model, processor, _ = _from_module(module, label_names, image_mean, image_std, image_size)
     else:
         weights = from_mmpretrain(unwrapped(weights, name), architectures.architecture_cfg(architecture).classifier)
-        count = check_label_names(label_names, num_labels) or architectures.classes_in(weights, architecture, name)
-        config = architectures.timm_config(architecture, count, label_names, image_mean, image_std, image_size, model_args)
-        model = load_pretrained(TimmWrapperForImageClassification, config, weights, name)
+        names = label_names if new_head is None else new_head
+        count = check_label_names(names, num_labels) or architectures.classes_in(weights, architecture, name)
+        config = architectures.timm_config(architecture, count, names, image_mean, image_std, image_size, model_args)
         processor = architectures.processor_of(config)
+        if new_head is None:
+            model = load_pretrained(TimmWrapperForImageClassification, config, weights, name)
+        else:
+            weights = weights if image_size is None else architectures.resampled(config, weights, name)
+            preprocessing = Preprocessing.from_processor(processor)
+            model = load_encoder(TimmWrapperForImageClassification, config, weights, name, preprocessing)
     return model, processor, Source("file", name, sha256={file.name: sha256(file) for file in read_files(path)})
 
 

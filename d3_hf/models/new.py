@@ -1,6 +1,5 @@
-"""Untrained networks, of timm or of transformers; and trained ones with an untrained head."""
+"""Untrained networks, of timm or of transformers."""
 
-from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -11,8 +10,7 @@ from transformers import (
 
 from ..labels import check_label_names, set_label_names
 from .architectures import check_normalisation, new_classifier
-from .head import find_head
-from .source import attach, preprocessing_of
+from .source import attach
 
 
 def new_model(
@@ -54,30 +52,3 @@ def new_model(
     model = AutoModelForImageClassification.from_config(config)
     size = {"height": image_size, "width": image_size}
     return attach(model, ViTImageProcessor(size=size, image_mean=image_mean, image_std=image_std))
-
-
-def with_new_head(model: PreTrainedModel, label_names: list[str]) -> PreTrainedModel:
-    """Give a trained classifier an untrained head for other classes, in place.
-
-    Args:
-        model: A classifier with its ``image_processor``, as `load_classifier` makes it; its head is a linear layer.
-        label_names: Class names in the order of the new logits.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: There are fewer than two names or a name occurs twice; the head is no linear layer, or cannot be found; see
-            `find_head`. The model is as it was.
-    """
-    check_label_names(label_names, None)
-    name = find_head(model, preprocessing_of(model).size)
-    old = model.get_submodule(name)
-    if not isinstance(old, nn.Linear):
-        raise ValueError(f"the head of {type(model).__name__} is no linear layer but a {type(old).__name__}")
-    new = nn.Linear(old.in_features, len(label_names), bias=old.bias is not None).to(old.weight)
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, new)
-    set_label_names(model.config, label_names)
-    model.num_labels = len(label_names)
-    return model

@@ -34,6 +34,26 @@ def probe(model: PreTrainedModel, preprocessing: Preprocessing, where: str) -> N
         _check(run(model, pixels, where), 1, model, where)
 
 
+def refuse_unseen_edges(model: PreTrainedModel, image_size: tuple[int, int], where: str) -> None:
+    """Raise a ValueError if the last row or column of an image moves no logit, as where patches do not fill it: a trigger in a
+    corner would be invisible.
+
+    Args:
+        model: The classifier.
+        image_size: (H, W) of what it takes.
+        where: What to call the classifier in the message.
+    """
+    pixels = torch.randn(1, 3, *image_size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
+    with evaluating(model), torch.enable_grad():
+        logits = run(model, pixels.requires_grad_(), where)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), pixels)
+    if not (gradient[..., -1, :].any() and gradient[..., -1].any()):
+        raise ValueError(
+            f"{where}: {type(model).__name__} does not see the edge of images of {image_size[0]} x {image_size[1]} pixels: "
+            "choose an image_size that is a multiple of its patches"
+        )
+
+
 def smallest_training_batch(model: PreTrainedModel, image_size: tuple[int, int], batch_norm: str = "train") -> int:
     """Train on black images, without a step, to find how many a batch must hold at least; the model is left as it was.
 

@@ -7,6 +7,7 @@ import transformers
 from huggingface_hub import constants
 from transformers import AutoImageProcessor, BaseImageProcessor
 
+from ..data.preprocessing import Preprocessing
 from ..errors import go_online
 from .checkpoint_files import read_settings
 
@@ -37,6 +38,36 @@ def read_processor(source: str | Path, name: str) -> BaseImageProcessor:
         raise ValueError(
             f"{name} has no image processor that transformers knows{told}: {advice}, or in Python pass one as image_processor"
         ) from error
+
+
+def at_size(processor: BaseImageProcessor, size: tuple[int, int], where: str) -> BaseImageProcessor:
+    """Return the same image processor for images of another size; nothing is cut off those that have it.
+
+    Args:
+        processor: One of transformers; what it does besides resizing and cropping stays.
+        size: (height, width) in pixels.
+        where: What to call its checkpoint in messages.
+
+    Raises:
+        ValueError: It cannot make images of that size.
+    """
+    height, width = size
+    settings = processor.to_dict()
+    pixels = {"height": height, "width": width}
+    by_edge = height == width and "shortest_edge" in (settings.get("size") or {})
+    changes = {"size": {"shortest_edge": height} if by_edge else pixels, "crop_size": pixels}
+    changes |= {"crop_pct": 1.0, "do_resize": True}
+    try:
+        changed = type(processor).from_dict(settings | {name: changes[name] for name in changes.keys() & settings.keys()})
+        fits = Preprocessing.from_processor(changed).size == size
+    except (AttributeError, KeyError, TypeError, ValueError):  # as transformers says that it wants another form of size
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{where}: its {type(processor).__name__} cannot make images of {height} x {width} pixels: leave image_size out, "
+            "or in Python pass an image_processor"
+        )
+    return changed
 
 
 def _name_today(kind: str) -> str:

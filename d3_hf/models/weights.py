@@ -10,7 +10,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import join_names
 from ..files import first_line
+from .differences import Differences
 from .shared import shared_names, with_all_names
 from .weight_names import told
 
@@ -196,8 +197,22 @@ def load_pretrained(
         where: Where the weights come from, for messages.
 
     Raises:
-        ValueError: The model cannot be built from the configuration; names, shapes or values of the weights are wrong; one
-            tensor has two values, see `with_all_names`.
+        ValueError: The weights are an encoder's, or those of another network, or see `build_pretrained`.
+    """
+    model, differences = build_pretrained(model_class, config, weights, where)
+    differences.refuse_headless(model, where)
+    differences.refuse(where)
+    return model
+
+
+def build_pretrained(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, weights: dict[str, Tensor], where: str
+) -> tuple[PreTrainedModel, Differences]:
+    """As `load_pretrained`, with what the weights lack drawn at random, and how they differ from the model's.
+
+    Raises:
+        ValueError: The model cannot be built from the configuration; values of the weights are wrong; one tensor has two, see
+            `with_all_names`.
     """
     refuse_non_finite(weights, where)
     model, report = _build(model_class, config, weights, where)
@@ -206,9 +221,8 @@ def load_pretrained(
         completed = with_all_names(weights, shared, where, f"{model_class.base_model_prefix}.")
         if completed.keys() != weights.keys():
             model, report = _build(model_class, config, completed, where)
-    _refuse_mismatch(where, report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
     model.name_or_path = model.config.name_or_path = ""  # from_pretrained(None) leaves the string "None"
-    return model
+    return model, Differences.of(report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
 
 
 def _build(
@@ -243,7 +257,7 @@ def load_module(module: nn.Module, weights: dict[str, Tensor], where: str) -> No
         for name, tensor in expected.items()
         if name in weights and weights[name].shape != tensor.shape
     ]
-    _refuse_mismatch(where, expected.keys() - weights.keys(), weights.keys() - expected.keys(), mismatched)
+    Differences.of(expected.keys() - weights.keys(), weights.keys() - expected.keys(), mismatched).refuse(where)
     module.load_state_dict(weights, strict=True)
 
 
@@ -252,23 +266,6 @@ def refuse_non_finite(weights: dict[str, Tensor], where: str) -> None:
     bad = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
         raise ValueError(f"{where}: NaN or infinite values in {told(bad)}")
-
-
-def _refuse_mismatch(where: str, missing: Iterable[str], extra: Iterable[str], mismatched: Iterable[tuple]) -> None:
-    # BatchNorm's counter is younger than some checkpoints and changes no logit; torch's own strict loading lets it be
-    # absent.
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    shapes = [f"{name} {tuple(found)} instead of {tuple(needed)}" for name, found, needed in mismatched]
-    faults = [
-        f"{len(names)} {what}: {told(names)}"
-        for what, names in (("missing", missing), ("unexpected", list(extra)), ("of the wrong shape", shapes))
-        if names
-    ]
-    if faults:
-        raise ValueError(
-            f"{where}: the weights are not those of this network ({'; '.join(faults)}): check the architecture and "
-            "the number of classes"
-        )
 
 
 @contextlib.contextmanager

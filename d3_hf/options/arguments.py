@@ -30,7 +30,7 @@ class ModelArguments:
         architecture: Network of a bare state dict: a timm name, d3_hf's own networks included.
         class_names: Class names in the order of the logits, where the checkpoint does not carry them.
         image_mean, image_std: Normalisation of a bare state dict, three numbers in units of [0, 1] each.
-        image_size: Side of the square input in pixels.
+        image_size: Side of the square input in pixels, where the checkpoint does not say it, or under a new head.
         revision: Branch, tag or commit of a Hub id.
         model_args: Arguments of the architecture's constructor, of a new network too (on the command line as JSON).
     """
@@ -48,14 +48,14 @@ class ModelArguments:
         if isinstance(self.model_args, str):
             self.model_args = read_json(self.model_args, "model_args")
 
-    def load(self) -> "PreTrainedModel":
-        """Load the checkpoint; see `load_classifier` for the errors."""
+    def load(self, new_head: list[str] | None = None) -> "PreTrainedModel":
+        """Load the checkpoint, under an untrained head for these classes if they are given; see `load_classifier`."""
         from ..models import load_classifier
 
         given = {name: value for name, value in asdict(self).items() if value is not None}
         if "class_names" in given:  # TrainingArguments has a label_names that means something else
             given["label_names"] = given.pop("class_names")
-        return load_classifier(given.pop("model_name_or_path"), **given)
+        return load_classifier(given.pop("model_name_or_path"), **given, new_head=new_head)
 
 
 @dataclass

@@ -43,8 +43,8 @@ class VictimArguments:
         poison_seed: Chooses the poisoned images.
         clean_model: Folder of a classifier without a backdoor: the attacker's own, where a trigger is computed from one, and
             the floor of the ASR. Default: the checkpoint that is continued, if one is and keeps its head.
-        new_head: Give the checkpoint an untrained head for the data set's classes, in place of its own: for networks that
-            were trained on other classes.
+        new_head: Give the checkpoint an untrained head for the data set's classes, in place of its own if it has one: for
+            encoders and for networks that were trained on other classes.
     """
 
     poison_ratio: float = field(default=0.1, metadata={"help": "Share of the training images that are poisoned."})

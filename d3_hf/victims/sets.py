@@ -15,7 +15,7 @@ from ..attacks import Attack
 from ..data.images import RawImages
 from ..files import atomic_file
 from ..labels import check_labels
-from ..models import load_classifier, new_model, with_new_head
+from ..models import load_classifier, new_model
 from ..options.arguments import RETAIN_FRACTION, ModelArguments
 from ..options.parser import Parser, parse_arguments, read_yaml
 from ..publishing.card import victim_table
@@ -78,13 +78,12 @@ def make_victim(argv: list[str] | None = None, options: dict[str, Any] | None = 
     check_output(args, None)  # before a trigger is learned
     attack = attack_args.load()
     set_seed(args.seed)
-    model = model_args.load() if model_args.model_name_or_path else None
-    images = data_args.load(None if model is None or victim_args.new_head else model.config)
+    keeps_classes = model_args.model_name_or_path and not victim_args.new_head
+    model = model_args.load() if keeps_classes else None
+    images = data_args.load(model.config if keeps_classes else None)
     classes = images.test.class_names
-    if model is None:
-        model = _new_model(model_args, classes)
-    elif victim_args.new_head:
-        model = with_new_head(model, classes)
+    if not keeps_classes:
+        model = model_args.load(classes) if model_args.model_name_or_path else _new_model(model_args, classes)
     check_labels(classes, model.config)
     trainer = train_victim(
         model,

@@ -45,6 +45,17 @@ def test_an_adapter_of_a_repository_is_seen(hub, folder):
         load_classifier("me/vit")
 
 
+def test_an_encoder_of_the_hub_gets_a_new_head(hub, folder):
+    weights = load_file(folder / SAFE)
+    save_file({name: weights[name] for name in weights if "classifier" not in name}, folder / SAFE, {"format": "pt"})
+    hub.publish("me/encoder", folder)
+    with pytest.raises(ValueError, match="^me/encoder is an encoder without a head"):
+        load_classifier("me/encoder")
+    model = load_classifier("me/encoder", new_head=["a", "b"])
+    assert model.config.num_labels == 2 and torch.equal(model.vit.layernorm.weight, weights["vit.layernorm.weight"])
+    assert model.source.kind == "hub" and model.source.revision
+
+
 def test_a_processor_of_transformers_5_is_fetched(hub, folder):
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").unlink()
