@@ -39,6 +39,11 @@ class D3Config(PurifyConfig):
             `geometry.warm_start`. Seeded by ``seed``.
         projection: S, applied to each weight after each step: ``"sphere"`` ||W_k|| = ||W_k^0|| (code), ``"ball"`` (<=; the
             other reading of the paper) or ``"none"``.
+        base_model: Hub id, folder or weights file of the public model that the suspicious one was fine-tuned from: those
+            selected weights that it has start at it in place of ``warm_start`` and stay in a ball around it in place of
+            ``projection``, see `anchor` (Fine-mixing's idea, arXiv 2210.09545, with D3's distance; its value is to be tried).
+            Whoever names it vouches for it. Select weights of the body.
+        base_revision: Branch, tag or commit of a Hub id.
         distance: What is to be moved away from the suspicious model. ``"weights"``: theta_s (paper). ``"features"``: what the
             head reads of each training image, ``P = ||f / ||f|| - f_0 / ||f_0|| ||^2`` against the suspicious model on the
             same augmented image, since a body can follow a head that only turns (Croce et al., "PAR", arXiv 2412.00727, for
@@ -90,6 +95,10 @@ class D3Config(PurifyConfig):
         default="sphere",
         metadata={"help": "Norm constraint on each selected weight.", "choices": geometry.PROJECTIONS},
     )
+    base_model: str | None = field(
+        default=None, metadata={"help": "Public model that the suspicious one was fine-tuned from: move towards it."}
+    )
+    base_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base."})
     distance: str = field(
         default="weights", metadata={"help": "What is moved away: weights, features or both.", "choices": DISTANCES}
     )

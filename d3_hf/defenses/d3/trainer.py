@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...models.base import load_base
 from ...models.head import NoOneHead, find_head
 from ...training.features import cut_off, feature_distances, recorded_input
 from ...training.reference import UNMOVED
@@ -24,6 +25,7 @@ from ...training.trainer import PurifyTrainer
 from ..shared import geometry
 from ..shared.selection import select_weights
 from .active_set import ActiveSet, Inexact, forward_active, trained_apart
+from .anchor import Anchor
 from .config import D3Config as D3Config
 
 
@@ -47,6 +49,7 @@ class D3Trainer(PurifyTrainer):
         radii: The norms of these.
         epsilon: In nats; measured when training begins if the configuration gives none.
         multiplier: lambda as it is now; a tensor under dual ascent.
+        anchor: The base's part of them; None without one.
         active_set: None where every image is trained on.
     """
 
@@ -74,9 +77,17 @@ class D3Trainer(PurifyTrainer):
         with torch.no_grad():
             self.references = [weight.clone() for weight in self.weights()]
             self.radii = geometry.norms(self.references)
+            self.anchor = self._anchor()
+        self._free = [k for k in range(len(self.segments)) if self.anchor is None or k not in self.anchor.centres]
         self.epsilon = self.args.epsilon
         self._begin_lambda(self.args.lambda_clean)
         self.active_set = self._active_set()
+
+    def _anchor(self) -> Anchor | None:
+        if self.args.base_model is None:
+            return None
+        base = load_base(self.plain, self.args.base_model, self.preprocessing.size, self.args.base_revision)
+        return Anchor(base, self.plain, self.segments, self.references)
 
     def weights(self) -> list[Tensor]:
         """The selected weights ``W_k`` as detached views that share memory with the plain model."""
@@ -148,7 +159,11 @@ class D3Trainer(PurifyTrainer):
     def optimizer_step(self) -> None:
         """After the optimizer's step, the projection of the selected weights onto S."""
         self.placement.read(self.selected)
-        geometry.project(self.weights(), self.radii, self.args.projection)
+        weights = self.weights()
+        if self.anchor:
+            self.anchor.project(weights)
+        if self._free:
+            geometry.project([weights[k] for k in self._free], [self.radii[k] for k in self._free], self.args.projection)
         self.placement.write(self.selected)
 
     def constrain(self) -> None:
@@ -227,7 +242,12 @@ class D3Trainer(PurifyTrainer):
 
     def _warm_starts(self) -> list[Tensor]:
         generator = torch.Generator().manual_seed(self.args.seed)
-        return [geometry.warm_start(w.cpu(), self.args.warm_start, generator).to(w) for w in self.references]
+        starts = self.anchor.centres if self.anchor else {}
+        drawn = {
+            k: geometry.warm_start(self.references[k].cpu(), self.args.warm_start, generator).to(self.references[k])
+            for k in self._free
+        }
+        return [(starts | drawn)[k] for k in range(len(self.references))]
 
     def announce(self, resumed: bool) -> None:
         """Say what will move."""
@@ -282,6 +302,7 @@ class D3Trainer(PurifyTrainer):
             for segment, radius in zip(self.segments, self.radii, strict=True)
         ]
         found = self._found_lambda() | ({"epsilon": self.epsilon} if self.args.epsilon is None else {})
+        found |= {"base": self.anchor.facts()} if self.anchor else {}
         return super().facts() | {"selected_weights": selected} | found
 
     def resume_state(self) -> dict[str, Any]:
@@ -290,6 +311,7 @@ class D3Trainer(PurifyTrainer):
             "selected": [segment.name for segment in self.segments],
             "lambda": float(self.multiplier),
             "dual_rate": self.args.dual_rate,
+            "base_sha256": self.anchor.sha256 if self.anchor else None,
             "epsilon": self.epsilon if self.args.epsilon is None else None,
             "active_share": self.active_set.share if self.active_set else 1.0,
         }
@@ -299,6 +321,8 @@ class D3Trainer(PurifyTrainer):
         super().load_resume_state(state)
         if state["selected"] != [segment.name for segment in self.segments]:
             raise ValueError(f"belongs to a run that moves {', '.join(state['selected'])}: resume with its target_modules")
+        if state["base_sha256"] != (self.anchor.sha256 if self.anchor else None):
+            raise ValueError("belongs to a run with another base_model, or none: resume with its own")
         if bool(state["dual_rate"]) != bool(self.args.dual_rate):
             raise ValueError(f"was written with dual_rate {state['dual_rate']}: resume with it")
         if (state["epsilon"] is not None) != (self.args.epsilon is None):
