@@ -20,17 +20,16 @@ on 1e-4); whatever the features' size, the mean over positions makes the same be
 
 import contextlib
 import copy
-import tempfile
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ...training.config import PurifyConfig
 from ...training.trainer import PurifyTrainer
+from ..shared.apart import trainer_apart
 from .stages import find_stages, record_features
 
 
@@ -130,16 +129,10 @@ class NADTrainer(PurifyTrainer):
         self.accelerator.print(f"NAD compares the attention of {names}")
 
     def _teach(self) -> None:
-        args = copy.copy(self.args)  # making new ones would reset the state of the accelerator, which is running
-        args.num_train_epochs, args.max_steps = self.args.teacher_epochs, -1
-        args.save_strategy, args.eval_strategy, args.report_to = SaveStrategy.NO, IntervalStrategy.NO, []
-        args.push_to_hub = args.eval_on_start = args.load_best_model_at_end = False
-        self.accelerator.print(f"NAD fine-tunes the teacher for {args.num_train_epochs:g} epochs")
-        with tempfile.TemporaryDirectory() as folder:  # nothing is saved; in its own it would find the student's checkpoints
-            args.output_dir = folder
-            model = copy.deepcopy(self.teacher)  # which stays as it is if this is interrupted
-            images, processor = self.train_dataset, self.processing_class
-            PurifyTrainer(model, args, images, None, processor, data_collator=self.data_collator).train()
+        epochs, model = self.args.teacher_epochs, copy.deepcopy(self.teacher)  # which stays as it is if this is interrupted
+        self.accelerator.print(f"NAD fine-tunes the teacher for {epochs:g} epochs")
+        with trainer_apart(self, PurifyTrainer, model, epochs) as teaching:
+            teaching.train()
         self.teacher, self._is_taught = model.requires_grad_(False).eval(), True
 
     # The loss ----------------------------------------------------------------------------------------------------------

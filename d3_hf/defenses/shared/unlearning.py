@@ -3,7 +3,8 @@
 Both declare ``unlearn_learning_rate``, ``unlearn_epochs`` and ``unlearn_accuracy``, with defaults of their own.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,37 +24,58 @@ def unlearned_level(trainer: StagedTrainer) -> float:
     return max(trainer.args.unlearn_accuracy, labels.bincount().max().item() / len(labels))
 
 
-def unlearning(trainer: StagedTrainer, weight_decay: float) -> Iterator[tuple[float, dict[str, Tensor]]]:
-    """Ascend the cross-entropy of the tuning images by SGD with momentum 0.9, on a copy of the model's tensors.
+def ascent(
+    trainer: StagedTrainer, optimizer_of: Callable[[list[Tensor]], torch.optim.Optimizer]
+) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    """Ascend the cross-entropy of the tuning images on a copy of the model's tensors.
 
     Args:
-        trainer: Its model, which stays as it is, images, and options ``unlearn_learning_rate`` and ``unlearn_epochs``.
-        weight_decay: Of the ascent.
+        trainer: Its model, which stays as it is, images, and option ``unlearn_epochs``.
+        optimizer_of: Makes the optimizer of the copy's trained tensors.
 
     Yields:
-        After each epoch the accuracy over the epoch's training batches, and the copy: every parameter and buffer by name.
+        After each step the logits (B, C) that it was taken from, detached, their labels, and the copy: every parameter and
+        buffer by name, changed by the next step.
 
     Raises:
         FloatingPointError: The loss is NaN or infinite.
     """
-    args, model = trainer.args, trainer.model
+    model = trainer.model
     trained = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if p.requires_grad}
     own = dict(model.named_parameters()) | dict(model.named_buffers())
     tensors = {name: value.detach().clone() for name, value in own.items() if name not in trained} | trained
-    optimizer = torch.optim.SGD(trained.values(), args.unlearn_learning_rate, momentum=0.9, weight_decay=weight_decay)
-    for epoch in trainer.progress(range(args.unlearn_epochs), "Unlearning", args.unlearn_epochs):
-        right = torch.zeros((), dtype=torch.int64, device=args.device)
-        total = torch.zeros((), device=args.device)
+    optimizer, epochs = optimizer_of(list(trained.values())), trainer.args.unlearn_epochs
+    for epoch in trainer.progress(range(epochs), "Unlearning", epochs):
         for batch in trainer.tune_batches(epoch):
             logits = trainer.training_logits_with(tensors, batch)
             loss = F.cross_entropy(logits, batch["labels"])
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"unlearning diverged in epoch {epoch}: lower unlearn_learning_rate")
             optimizer.zero_grad()
             (-loss).backward()
             optimizer.step()
-            right += (logits.argmax(1) == batch["labels"]).sum()
-            total += loss.detach()
-        if not torch.isfinite(total):
-            raise FloatingPointError(f"unlearning diverged in epoch {epoch}: lower unlearn_learning_rate")
+            yield logits.detach(), batch["labels"], tensors
+
+
+def unlearning(trainer: StagedTrainer, weight_decay: float) -> Iterator[tuple[float, dict[str, Tensor]]]:
+    """`ascent` by SGD with momentum 0.9, epoch by epoch.
+
+    Args:
+        trainer: See `ascent`; the learning rate is its option ``unlearn_learning_rate``.
+        weight_decay: Of the ascent.
+
+    Yields:
+        After each epoch the accuracy over the epoch's training batches, and the copy.
+
+    Raises:
+        FloatingPointError: See `ascent`.
+    """
+    options = {"lr": trainer.args.unlearn_learning_rate, "momentum": 0.9, "weight_decay": weight_decay}
+    steps = ascent(trainer, lambda tensors: torch.optim.SGD(tensors, **options))
+    for _ in range(trainer.args.unlearn_epochs):
+        right = torch.zeros((), dtype=torch.int64, device=trainer.args.device)
+        for logits, labels, tensors in itertools.islice(steps, trainer.tune_batches_per_epoch()):  # noqa: B007
+            right += (logits.argmax(1) == labels).sum()
         yield right.item() / len(trainer.tune), tensors
 
 
