@@ -29,6 +29,8 @@ _HOMES = {
     "GuardArguments": "evaluation.guard",
     "IBAUConfig": "defenses.ibau",
     "IBAUTrainer": "defenses.ibau",
+    "LMRConfig": "defenses.lmr",
+    "LMRTrainer": "defenses.lmr",
     "LinearProbingConfig": "defenses.linear_probing",
     "LinearProbingTrainer": "defenses.linear_probing",
     "NADConfig": "defenses.nad",
@@ -85,6 +87,8 @@ if TYPE_CHECKING:
     from .defenses.ibau import IBAUTrainer as IBAUTrainer
     from .defenses.linear_probing import LinearProbingConfig as LinearProbingConfig
     from .defenses.linear_probing import LinearProbingTrainer as LinearProbingTrainer
+    from .defenses.lmr import LMRConfig as LMRConfig
+    from .defenses.lmr import LMRTrainer as LMRTrainer
     from .defenses.nad import NADConfig as NADConfig
     from .defenses.nad import NADTrainer as NADTrainer
     from .defenses.neural_cleanse import NeuralCleanseConfig as NeuralCleanseConfig

@@ -19,6 +19,7 @@ DEFENCES: dict[str, tuple[str, str]] = {
     "neural_cleanse": ("neural_cleanse", "NeuralCleanse"),
     "ibau": ("ibau", "IBAU"),
     "rnp": ("rnp", "RNP"),
+    "lmr": ("lmr", "LMR"),
 }
 
 

@@ -24,6 +24,7 @@ OPTIONS = {
     "neural_cleanse": SGD_EPOCH | {"inversion_epochs": 2, "anomaly_threshold": 1e-6},
     "ibau": EPOCH | {"inner_epochs": 1, "perturbed_share": 0.5},
     "rnp": {"num_train_epochs": 4, "learning_rate": 0.2, "unlearn_learning_rate": 0.05, "max_validation_drop": 0.5},
+    "lmr": SGD_EPOCH | {"unlearn_learning_rate": 0.02, "repulsion_epochs": 2, "prune_share": 0.3},
 }
 NETWORKS = {
     name: tiny_resnet if name in ("anp", "rnp") else tiny_vit for name in DEFENCES

@@ -1,6 +1,6 @@
-"""Clean unlearning, with which RNP and TSBD begin: a copy of the model that has lost the clean task.
+"""Clean unlearning, with which RNP, TSBD and LMR begin: a copy of the model that has lost the clean task.
 
-Both declare ``unlearn_learning_rate``, ``unlearn_epochs`` and ``unlearn_accuracy``, with defaults of their own.
+They declare ``unlearn_learning_rate``, ``unlearn_epochs`` and ``unlearn_accuracy``, with defaults of their own.
 """
 
 import itertools
