@@ -36,14 +36,14 @@ def purify(
     Args:
         trainer: A defence's trainer, built from the suspicious model and the retain set.
         test: Images to measure on, disjoint from the retain set.
-        attack: Trigger and target label to measure ASR and RA with; ``None`` measures ACC alone.
+        attack: Trigger and target label to measure ASR, RA and PACC with; ``None`` measures ACC alone.
         guard: What the purified model must keep; ``None``: nothing.
         report: What the images measured on are called, for manifest and card.
 
     Returns:
         The report, with what was found. ``results`` holds what ``all_results.json`` does: ``accuracy_before``,
-        ``accuracy_after``, with an attack also ``asr_*``, ``ra_*`` and ``der``; fractions in [0, 1], each proportion with
-        ``_ci95`` and ``_n``; empty on all but the main process.
+        ``accuracy_after``, with an attack also ``asr_*``, ``ra_*``, ``pacc_*``, ``trigger_drift_*`` and ``der``; fractions in
+        [0, 1], each proportion with ``_ci95`` and ``_n``; empty on all but the main process.
 
     Raises:
         GuardRailBroken: A guard rail is broken. The model is then in ``rejected`` below ``output_dir``, with the reasons in its

@@ -110,13 +110,13 @@ def active_set_seconds(bench: BenchArguments, images: RawImages) -> dict[str, li
 
 
 def measuring_ratio(images: RawImages, rounds: int) -> tuple[float, float]:
-    """What measuring ACC, ASR and RA takes of measuring ACC alone: in passes, and in seconds (median)."""
+    """What measuring ACC, ASR, RA and PACC takes of measuring ACC alone: in passes, and in seconds (median)."""
     model = new_model(images.class_names, "resnet20_cifar", [0.5] * 3, [0.5] * 3, 32)
     preprocessing, attack, ratios = Preprocessing.from_processor(model.image_processor), BadNets(), []
     for _ in range(rounds):
-        alone, all_three = (measure(model, images, preprocessing, a, progress=False) for a in (None, attack))
-        ratios.append(all_three.seconds / alone.seconds)
-    return all_three.forward_images / alone.forward_images, median(ratios)
+        alone, every_rate = (measure(model, images, preprocessing, a, progress=False) for a in (None, attack))
+        ratios.append(every_rate.seconds / alone.seconds)
+    return every_rate.forward_images / alone.forward_images, median(ratios)
 
 
 def loader_images_per_second(images: RawImages, seconds: float = 2.0) -> float:
@@ -152,7 +152,7 @@ def main(argv: list[str]) -> None:
     where = "GPU" if torch.cuda.is_available() else "process"
     print(f"peak memory of the {where}, D3 / FT: {median(peaks['D3']) / median(peaks['FT']):.3f}")
     passes, seconds = measuring_ratio(images, bench.rounds)
-    print(f"measuring ACC, ASR and RA takes {passes:.2f} of the passes and {seconds:.2f} of the time of ACC alone")
+    print(f"measuring ACC, ASR, RA and PACC takes {passes:.2f} of the passes and {seconds:.2f} of the time of ACC alone")
     loader = loader_images_per_second(images)
     print(
         f"loader {loader:.0f} images/s on one core, {loader * median(rounds['FT']) / BATCH:.0f} times the training step's need"

@@ -32,7 +32,7 @@ FLOORS = [
     {
         "publishing": "manifest, card and push",
         "attacks": "triggers, to plant and to measure",
-        "evaluation": "ACC, ASR and RA, guard rails, the retain set's check",
+        "evaluation": "ACC, ASR, RA and PACC, guard rails, the retain set's check",
     },
     {"models": "load, wrap and make classifiers"},
     {"data": "images, labels and batches"},

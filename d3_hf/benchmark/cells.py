@@ -123,7 +123,8 @@ class Runner:
     def read(self, cell: Cell) -> dict[str, Any] | None:
         """The row of a cell; None where it, or the model it should hold, was not made or is damaged.
 
-        A cell that failed has a row with ``error``.
+        A cell that failed has a row with ``error``. One that an earlier version made, before PACC was measured, stays made; the
+        tables show that it lacks PACC. Its model is gone as a rule, and making it again costs the whole purification.
         """
         folder = self.folder(cell)
         row = _verified(folder / CELL)
@@ -183,15 +184,20 @@ class Runner:
         return row
 
     def before(self, model_of: str, attack_of: str) -> Measurement:
-        """Measure an untouched model under a victim's trigger, once; by what is compared and what is not see `spec`."""
+        """Measure an untouched model under a victim's trigger, once; by what is compared and what is not see `spec`.
+
+        What an earlier version measured without PACC is measured again: unlike a cell it costs one pass.
+        """
         name = re.sub(r"[^\w.-]+", "_", f"{model_of}--{attack_of}")
         attack = self.inputs.attack(attack_of)
         weights, planted = self.inputs.identity(model_of), self.inputs.identity(attack_of)
         images = self.inputs.test_sha256
         spec = {"weights": weights, "planted": planted, "attack": attack.describe(), "test_sha256": images}
         file = self.root / "before" / f"{name}--{_digest(spec)[:8]}.json"
-        if counts := _verified(file):
-            shares = {key: Proportion(**counts[key]) for key in ("accuracy", "asr", "ra")}
+        counts = _verified(file)
+        if counts and "pacc" in counts:
+            rates = ("accuracy", "asr", "ra", "pacc", "trigger_drift")
+            shares = {key: counts[key] and Proportion(**counts[key]) for key in rates}
             return Measurement(**shares, seconds=counts["seconds"], forward_images=counts["forward_images"])
         model, test = self.inputs.model(model_of), self.inputs.test
         preprocessing = Preprocessing.from_processor(model.image_processor)

@@ -3,17 +3,20 @@
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from operator import methodcaller
 
 import pandas
 from scipy.stats import t
 
 from ..publishing.tables import markdown_table
 
-RATES = {"ACC": "accuracy_after", "ASR": "asr_after", "RA": "ra_after"}
+RATES = {"ACC": "accuracy_after", "ASR": "asr_after", "RA": "ra_after", "PACC": "pacc_after"}
+DRIFT = "trigger_drift_after"
 UNTOUCHED = ("victim", "twin without backdoor")
 MISSING = "missing_cells"  # the column that says, in every row, how many cells of the grid have none
-# The worst of several victims and seeds: the lowest ACC and RA, and the highest ASR, each by itself.
-WORST = {"ACC": "min", "ASR": "max", "RA": "min"}
+# The worst of several victims and seeds: the lowest ACC, RA and PACC, and the highest ASR, each by itself.
+WORST = {"ACC": "min", "ASR": "max", "RA": "min", "PACC": "min"}
+UNKNOWN = "–"  # of a mean or a worst case over cells of which one was made before this was measured
 
 
 def render(rows: pandas.DataFrame) -> str:
@@ -23,9 +26,10 @@ def render(rows: pandas.DataFrame) -> str:
         rows: The content of ``results.parquet``.
 
     Returns:
-        Markdown. How many cells are missing, if any are. Per group of victims and retain set a table of ACC / ASR / RA per
-        victim with average and worst case; then every victim with mean and 95 % interval over seeds, DER and cost; where ASR
-        was watched, the seconds that it took to fall; then the cells that failed. Rates in percent.
+        Markdown. How many cells are missing, if any are. Per group of victims and retain set a table of ACC / ASR / RA / PACC
+        per victim with average and worst case; then every victim with mean and 95 % interval over seeds, trigger drift, DER and
+        cost; where ASR was watched, the seconds that it took to fall; then the cells that failed. Rates in percent; `UNKNOWN`
+        where a cell was made by a version that did not measure PACC and drift, or the attack has none (all-to-all).
     """
     if not len(rows):
         return "No cell was made."
@@ -33,6 +37,7 @@ def render(rows: pandas.DataFrame) -> str:
     if MISSING in rows and (missing := rows[MISSING].iloc[0]):
         parts.append(f"**Missing cells of the grid: {missing}**, not made yet when this was written; run it again to make them")
     done, failed = split(rows)
+    done = done.reindex(columns=done.columns.union([RATES["PACC"], DRIFT], sort=False))  # a table of an earlier version
     for group, retain, chosen in blocks(done):
         title = ", ".join(filter(None, [group, f"retain set {retain}"]))
         parts += [f"## {title}", overview(chosen), *remarks(chosen), details(chosen)]
@@ -62,18 +67,20 @@ def blocks(rows: pandas.DataFrame) -> Iterator[tuple[str, str, pandas.DataFrame]
 
 
 def overview(rows: pandas.DataFrame) -> str:
-    """One line per defence: ``ACC / ASR / RA`` per victim and their average, means over seeds; the worst of all its cells."""
-    worst = 100 * rows.groupby("defence", sort=False).agg({key: WORST[name] for name, key in RATES.items()})
-    means = rows.groupby(["defence", "victim"], sort=False)[list(RATES.values())].mean() * 100
+    """One line per defence: the four `RATES` per victim and their average, means over seeds; the worst of all its cells."""
+    worst = {key: methodcaller(WORST[name], skipna=False) for name, key in RATES.items()}
+    worst = 100 * rows.groupby("defence", sort=False).agg(worst)
+    mean = methodcaller("mean", skipna=False)
+    means = 100 * rows.groupby(["defence", "victim"], sort=False)[list(RATES.values())].agg(mean)
     victims = [name for name in rows["victim"].unique() if name in means.index.get_level_values("victim")]
     lines = []
     for defence in ordered(rows):
         found = means.loc[defence].reindex(victims)
-        triples = ["" if found.loc[v].isna().any() else triple(found.loc[v]) for v in victims]
-        known = found.dropna()
+        known = found.dropna(how="all")
+        shown = [joined(known.loc[victim]) if victim in known.index else "" for victim in victims]
         partial = f" ({len(known)} of {len(victims)})" if len(known) < len(victims) else ""
-        lines.append([defence, *triples, triple(known.mean()) + partial, triple(worst.loc[defence]) + partial])
-    return markdown_table(["ACC / ASR / RA", *victims, "average", "worst"], lines)
+        lines.append([defence, *shown, joined(mean(known)) + partial, joined(worst.loc[defence]) + partial])
+    return markdown_table([" / ".join(RATES), *victims, "average", "worst"], lines)
 
 
 def remarks(rows: pandas.DataFrame) -> list[str]:
@@ -85,16 +92,16 @@ def remarks(rows: pandas.DataFrame) -> list[str]:
 
 
 def details(rows: pandas.DataFrame) -> str:
-    """One line per victim and defence: mean and half width of the 95 % interval over seeds, DER and cost."""
+    """One line per victim and defence: mean and half width of the 95 % interval over seeds, trigger drift, DER and cost."""
     lines = []
     for victim in rows["victim"].unique():
         for defence in ordered(rows):
             chosen = rows[(rows["victim"] == victim) & (rows["defence"] == defence)]
             if not len(chosen):
                 continue
-            rates = [interval(100 * chosen[key]) for key in RATES.values()]
+            rates = [interval(100 * chosen[key]) for key in (*RATES.values(), DRIFT)]
             lines.append([victim, defence, *rates, *costs(chosen)])
-    head = ["victim", "defence", *RATES, "DER", "seeds", "seconds", "passes forward + backward", "peak MiB"]
+    head = ["victim", "defence", *RATES, "trigger drift", "DER", "seeds", "seconds", "passes forward + backward", "peak MiB"]
     return markdown_table(head, lines)
 
 
@@ -146,13 +153,15 @@ def ordered(rows: pandas.DataFrame) -> list[str]:
     return [name for name in UNTOUCHED if name in names] + [name for name in names if name not in UNTOUCHED]
 
 
-def triple(rates: pandas.Series) -> str:
-    """``90.1 / 2.3 / 88.0``."""
-    return " / ".join(f"{rates[key]:.1f}" for key in RATES.values())
+def joined(rates: pandas.Series) -> str:
+    """``90.1 / 2.3 / 88.0 / 88.4``."""
+    return " / ".join(UNKNOWN if pandas.isna(rates[key]) else f"{rates[key]:.1f}" for key in RATES.values())
 
 
 def interval(values: pandas.Series) -> str:
-    """The mean and, of several seeds, the half width of Student's 95 % interval of it."""
+    """The mean and, of several seeds, the half width of Student's 95 % interval of it; `UNKNOWN` if a value is missing."""
+    if values.isna().any():
+        return UNKNOWN
     if len(values) < 2:
         return f"{values.mean():.1f}"
     half = t.ppf(0.975, len(values) - 1) * values.sem()

@@ -17,7 +17,7 @@ from ..options.parser import Parser
 from ..publishing.manifest import MANIFEST, REJECTED, RESULTS, VICTIM_FILE, read_manifest, source_facts
 from . import with_option
 
-RATES = ("accuracy", "asr", "ra")
+RATES = ("accuracy", "asr", "ra", "pacc", "trigger_drift")
 
 
 def run(argv: list[str]) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def run(argv: list[str]) -> dict[str, Any]:
         argv: Arguments without the program's name.
 
     Returns:
-        ``accuracy``, ``asr`` and ``ra`` as fractions with ``_ci95`` and ``_n``; without an attack ``accuracy`` only.
+        ``accuracy``, ``asr``, ``ra`` and ``pacc`` as fractions with ``_ci95`` and ``_n``, and more, see `rates`; without an
+        attack ``accuracy`` only.
 
     Raises:
         FileNotFoundError: The folder is none that `make_victim` wrote.

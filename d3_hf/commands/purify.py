@@ -92,7 +92,7 @@ def _refuse_few(drawn: int, of: int, classes: int) -> None:
 
 
 def print_summary(trainer: PurifyTrainer, folder: Path) -> None:
-    """Print ACC, ASR and RA before and after, the seconds, and that the model lies in ``folder``."""
+    """Print ACC, ASR, RA, PACC and drift before and after, the seconds, and that the model lies in ``folder``."""
     print(f"\n{trainer.report}\n")
     print(", ".join(f"{name} {value:.1f} s" for name, value in trainer.report.seconds.items()))
     what = "Rejected model" if trainer.report.rejected else "Purified model"

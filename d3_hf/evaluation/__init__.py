@@ -1,1 +1,1 @@
-"""Measuring: ACC, ASR, RA and DER, guard rails, whether a retain set is fit, landscapes."""
+"""Measuring: ACC, ASR, RA, PACC and DER, guard rails, whether a retain set is fit, landscapes."""

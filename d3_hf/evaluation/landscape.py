@@ -302,7 +302,7 @@ def silhouette(clean: Tensor, labels: Tensor, triggered: Tensor) -> float:
 def per_class(
     model: PreTrainedModel, images: RawImages, preprocessing: Preprocessing, attack: Trigger
 ) -> dict[str, Measurement]:
-    """`measure` each true class by itself: ACC, ASR and RA with their counts.
+    """`measure` each true class by itself: ACC, ASR, RA and PACC with their counts.
 
     Args:
         model: The classifier.

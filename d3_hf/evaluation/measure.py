@@ -1,4 +1,4 @@
-"""Measuring a classifier before and after: ACC, ASR and RA in one pass, and DER.
+"""Measuring a classifier before and after: ACC, ASR, RA and PACC in one pass, and DER.
 
 DER is that of FT-SAM (Zhu et al., ICCV 2023, eq. 7); for the others see `metrics`.
 """
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer
 from ..data.images import RawImages
 from ..models.evaluating import evaluating
 from .fitting import BATCH, run_with_fitting_batch
-from .metrics import Proportion, accuracy, attack_success_rate, robust_accuracy
+from .metrics import Proportion, accuracy, attack_success_rate, poisoned_accuracy, robust_accuracy, trigger_drift
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class Measurement:
         forward_images: Images that went through the model, originals and triggered ones together.
         untriggered: The share of the same images, without the trigger, that are classified as the attacker wants: what ASR
             would be without an attack. None when no attack was given.
+        pacc: PACC over the triggered images of all classes; None when no attack was given.
+        trigger_drift: See `metrics.trigger_drift`, over the triggered images that the attack counts; None when no attack was
+            given or it wants several classes of them (all-to-all), among which no single one is the trigger's new target.
         predictions: Predicted classes (N,) of the images as they are, for what compares two models; no part of a record.
     """
 
@@ -41,21 +44,27 @@ class Measurement:
     seconds: float
     forward_images: int
     untriggered: Proportion | None = None
+    pacc: Proportion | None = None
+    trigger_drift: Proportion | None = None
     predictions: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 def rates(measurement: Measurement) -> dict[str, Any]:
-    """``accuracy``, and with an attack ``asr``, ``ra`` and ``untriggered``: fractions in [0, 1] with ``<key>_ci95`` and
-    ``<key>_n``."""
-    fields: dict[str, Any] = {}
-    for key, proportion in _proportions(measurement).items():
-        fields |= proportion.as_dict(key)
+    """``accuracy``, and with an attack ``asr``, ``ra``, ``pacc`` and ``untriggered``: fractions in [0, 1] with ``<key>_ci95``
+    and ``<key>_n``; where it is defined also ``trigger_drift`` with ``trigger_drift_n``, without interval: it is a maximum."""
+    fields = _fields(measurement)
     return fields if measurement.untriggered is None else fields | measurement.untriggered.as_dict("untriggered")
 
 
-def _proportions(measurement: Measurement) -> dict[str, Proportion]:
-    found = {"accuracy": measurement.accuracy, "asr": measurement.asr, "ra": measurement.ra}
-    return {key: proportion for key, proportion in found.items() if proportion is not None}
+def _fields(measurement: Measurement, suffix: str = "") -> dict[str, Any]:
+    """What `rates` and `results` share."""
+    fields: dict[str, Any] = {}
+    for key in ("accuracy", "asr", "ra", "pacc"):
+        if (proportion := getattr(measurement, key)) is not None:
+            fields |= proportion.as_dict(f"{key}{suffix}")
+    if (drift := measurement.trigger_drift) is not None:
+        fields |= {f"trigger_drift{suffix}": drift.value, f"trigger_drift{suffix}_n": drift.n}
+    return fields
 
 
 def predict(model: PreTrainedModel, images: Tensor, preprocessing: Callable[[Tensor], Tensor], what: str) -> np.ndarray:
@@ -119,12 +128,11 @@ def measure(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Measurement:
-    """Measure ACC, and with an attack ASR and RA, in one pass and without augmentation.
+    """Measure ACC, and with an attack ASR, RA, PACC and drift, in one pass and without augmentation.
 
     The trigger acts on the raw images at native size, before any preprocessing. Each batch goes through the model once
-    as it is and the images that the attack counts once more with the trigger: 1.9 forward passes per image for ten equally
-    large classes. The model is in eval mode meanwhile, in the precision of its weights; training flags and device are
-    restored.
+    as it is and once with the trigger, on images that the attack does not count too: PACC is about all classes. The model is in
+    eval mode meanwhile, in the precision of its weights; training flags and device are restored.
 
     Args:
         model: A classifier: ``model(pixel_values=...).logits`` is (B, C).
@@ -150,16 +158,24 @@ def measure(
         plain, triggered = run_with_fitting_batch(
             lambda size: _predictions(model, images, preprocessing, attack, size, device, progress), batch_size
         )
-    asr = ra = untriggered = None
-    if attack is not None:
-        counted = attack.counted(images.labels)
-        truth, found = images.labels[counted], triggered[counted.numpy()]
-        wanted = attack.poisoned_labels(truth, model.config.num_labels)
-        asr, ra = attack_success_rate(found, truth, wanted), robust_accuracy(found, truth, wanted)
-        untriggered = attack_success_rate(plain[counted.numpy()], truth, wanted)
     acc = accuracy(plain, images.labels)
-    seconds = time.perf_counter() - start
-    return Measurement(acc, asr, ra, seconds, acc.n + (asr.n if asr else 0), untriggered, plain)
+    if triggered is None:
+        return Measurement(acc, None, None, time.perf_counter() - start, acc.n, predictions=plain)
+    counted = attack.counted(images.labels)
+    truth, found = images.labels[counted], triggered[counted.numpy()]
+    wanted = attack.poisoned_labels(truth, model.config.num_labels)
+    targets = wanted.unique().tolist()
+    return Measurement(
+        accuracy=acc,
+        asr=attack_success_rate(found, truth, wanted),
+        ra=robust_accuracy(found, truth, wanted),
+        seconds=time.perf_counter() - start,
+        forward_images=2 * acc.n,
+        untriggered=attack_success_rate(plain[counted.numpy()], truth, wanted),
+        pacc=poisoned_accuracy(triggered, images.labels),
+        trigger_drift=trigger_drift(found, truth, targets[0]) if len(targets) == 1 else None,
+        predictions=plain,
+    )
 
 
 @torch.inference_mode()
@@ -171,16 +187,15 @@ def _predictions(
     batch_size: int,
     device: torch.device,
     progress: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Predicted classes (N,) of the images as they are, and with the trigger; -1 there for those that are not counted."""
-    plain, triggered = np.full(len(images), -1), np.full(len(images), -1)
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Predicted classes (N,) of the images as they are, and with the trigger, if there is one."""
+    plain, triggered = np.full(len(images), -1), None if attack is None else np.full(len(images), -1)
     with tqdm(total=len(images), desc="Measuring", unit="image", disable=not progress) as bar:
         for rows, raw, labels in images.batches(batch_size):
             raw = raw.to(device)
             plain[rows.numpy()] = predict(model, raw, preprocessing, "clean images")
-            if attack is not None and (counted := attack.counted(labels)).any():
-                stamped = _triggered(attack, raw[counted.to(device)])
-                triggered[rows[counted].numpy()] = predict(model, stamped, preprocessing, "triggered images")
+            if attack is not None:
+                triggered[rows.numpy()] = predict(model, _triggered(attack, raw), preprocessing, "triggered images")
             bar.update(len(labels))
     return plain, triggered
 
@@ -240,8 +255,9 @@ def results(before: Measurement, after: Measurement) -> dict[str, Any]:
         after: The purified one, measured on the same images.
 
     Returns:
-        accuracy_before, asr_before, ra_before, accuracy_after, asr_after, ra_after and der; without the asr, ra and
-        der keys when no trigger was measured.
+        accuracy_before, asr_before, ra_before, pacc_before, accuracy_after, asr_after, ra_after, pacc_after and der; without
+        the keys of asr, ra, pacc and der when no trigger was measured. Where they are defined, trigger_drift_before and
+        trigger_drift_after, without interval.
 
     Raises:
         ValueError: Only one of them was measured with a trigger, or they counted different numbers of images.
@@ -252,8 +268,7 @@ def results(before: Measurement, after: Measurement) -> dict[str, Any]:
         )
     fields: dict[str, Any] = {}
     for suffix, measurement in (("before", before), ("after", after)):
-        for key, proportion in _proportions(measurement).items():
-            fields |= proportion.as_dict(f"{key}_{suffix}")
+        fields |= _fields(measurement, f"_{suffix}")
     if before.asr is not None or after.asr is not None:
         fields["der"] = detoxification_effectiveness_rating(before, after)
     return fields

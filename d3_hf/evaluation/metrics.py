@@ -1,9 +1,12 @@
-"""ACC, ASR and RA, each a proportion with its count and interval.
+"""ACC, ASR, RA and PACC, each a proportion with its count and interval, and the drift of a trigger.
 
 ACC is the accuracy on all clean images. ASR and RA look at the same triggered images, those that the attacker wants called
 something else than they are (all-to-one: whose true label is not the target): ASR is the share classified as wanted, RA (robust
 accuracy) the share still given the true label. A low ASR alone does not show a repaired model: it may have learnt to avoid the
 target and still be led astray by the trigger. Definitions follow BackdoorBench (Wu et al., NeurIPS 2022).
+
+PACC and the drift show a trigger that only changed its target ("trigger shifting" in RGA: Zhao et al., ICLR 2026). PACC looks
+at triggered images of all classes, the target's too, which such a trigger leads away from the label that it used to yield.
 """
 
 from dataclasses import dataclass
@@ -115,6 +118,45 @@ def robust_accuracy(predictions: ArrayLike, labels: ArrayLike, wanted: ArrayLike
     """
     predictions, labels, _ = _misled(predictions, labels, wanted)
     return accuracy(predictions, labels)
+
+
+def poisoned_accuracy(predictions: ArrayLike, labels: ArrayLike) -> Proportion:
+    """PACC: the share of triggered images of all classes, the target's among them, that are given their true label.
+
+    RGA (Zhao et al., ICLR 2026). For all-to-all backdoors it equals RA.
+
+    Args:
+        predictions: Predicted classes of the triggered images (N,), integers.
+        labels: True classes of the same images (N,), integers.
+
+    Raises:
+        ValueError: The shapes differ or are not (N,), or N is 0.
+    """
+    return accuracy(predictions, labels)
+
+
+def trigger_drift(predictions: ArrayLike, labels: ArrayLike, target: int) -> Proportion:
+    """The largest share of the triggered images that ASR counts which are wrongly given one and the same class, not the target.
+
+    With predictions p_i and labels y_i of the n images with y_i != target::
+
+        max over classes k != target of  #{i: p_i = k, y_i != k} / n
+
+    Near 1: the trigger yields another class now. A model that ignores the trigger has a drift too, of the mistakes that it
+    makes anyway: compare with that of a model without a backdoor. The class was chosen by its count: as an estimate of the
+    maximum this is a little high, and its interval none of the maximum.
+
+    Args:
+        predictions: Predicted classes of the triggered images (N,), integers.
+        labels: True classes of the same images (N,), integers.
+        target: The one class that the attacker wants.
+
+    Raises:
+        ValueError: The shapes differ or are not (N,), or no image is of another class than the target.
+    """
+    predictions, labels, _ = _misled(predictions, labels, target)
+    others = predictions[(predictions != labels) & (predictions != target)]
+    return Proportion(int(np.bincount(others).max(initial=0)), len(labels))
 
 
 def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:

@@ -6,7 +6,9 @@ RESULT_NAMES = {
     "accuracy": ("accuracy", "ACC"),
     "asr": ("attack_success_rate", "ASR"),
     "ra": ("robust_accuracy", "RA"),
+    "pacc": ("poisoned_accuracy", "PACC"),
 }
+_ROWS = {key: short for key, (_, short) in RESULT_NAMES.items()} | {"trigger_drift": "trigger drift"}
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -28,17 +30,18 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def results_table(results: dict) -> str:
-    """Markdown table of ACC, ASR and RA before and after, each with count and 95 % interval, and DER.
+    """Markdown table of ACC, ASR, RA and PACC before and after, each with count and 95 % interval, trigger drift and DER.
 
     Args:
-        results: As `measure.results` makes it: fractions in [0, 1] with ``_ci95`` and ``_n``.
+        results: As `measure.results` makes it: fractions in [0, 1] with ``_ci95`` and ``_n``. What an earlier version did not
+            measure has no row.
 
     Returns:
         The table, without a final line break.
     """
     rows = [
         [short, *(_percent(results, f"{key}_{when}") for when in ("before", "after")), str(results[f"{key}_after_n"])]
-        for key, (_, short) in RESULT_NAMES.items()
+        for key, short in _ROWS.items()
         if f"{key}_after" in results
     ]
     if "der" in results:
@@ -47,10 +50,10 @@ def results_table(results: dict) -> str:
 
 
 def rates_table(columns: dict[str, dict]) -> str:
-    """Markdown table of ACC, ASR and RA, one column per model.
+    """Markdown table of ACC, ASR, RA, PACC and trigger drift, one column per model.
 
     Args:
-        columns: Per heading the proportions ``accuracy``, ``asr`` and ``ra`` as `Proportion.as_dict` writes them.
+        columns: Per heading what `measure.rates` makes. What the first one lacks has no row.
 
     Returns:
         The table, without a final line break.
@@ -58,13 +61,16 @@ def rates_table(columns: dict[str, dict]) -> str:
     first = next(iter(columns.values()))
     rows = [
         [short, *(_percent(rates, key) if key in rates else "" for rates in columns.values()), str(first[f"{key}_n"])]
-        for key, (_, short) in RESULT_NAMES.items()
+        for key, short in _ROWS.items()
         if key in first
     ]
     return markdown_table(["", *columns, "images"], rows)
 
 
 def _percent(rates: dict, key: str) -> str:
-    """``91.20 % [90.40, 91.95]`` of a proportion as `Proportion.as_dict` writes it."""
+    """``91.20 % [90.40, 91.95]`` of a proportion as `Proportion.as_dict` writes it; without interval where it has none."""
+    share = f"{100 * rates[key]:.2f} %"
+    if f"{key}_ci95" not in rates:
+        return share
     low, high = rates[f"{key}_ci95"]
-    return f"{100 * rates[key]:.2f} % [{100 * low:.2f}, {100 * high:.2f}]"
+    return f"{share} [{100 * low:.2f}, {100 * high:.2f}]"

@@ -54,7 +54,7 @@ class VictimReport:
     """What was found of a victim, for ``victim.json`` and the card.
 
     Attributes:
-        found: Its entry ``measured``: ACC, ASR and RA of ``victim`` and ``clean_model``, ``n_images``, and the seconds.
+        found: Its entry ``measured``: the `rates` of ``victim`` and ``clean_model``, ``n_images``, and the seconds.
         quality: What the attack measured of its own trigger, see `Attack.quality`.
     """
 

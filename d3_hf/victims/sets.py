@@ -48,7 +48,7 @@ class Victim:
     Attributes:
         folder: Loadable folder with ``victim.json`` beside the weights.
         attack: The planted attack; None for a network without a backdoor.
-        measured: ACC, ASR and RA of the victim and of a model without backdoor, see ``victim.json``.
+        measured: Rates of the victim and of a model without backdoor, see ``victim.json``.
     """
 
     folder: str
@@ -239,14 +239,14 @@ def _asked(arguments: list[Any]) -> dict[str, Any]:
 
 def set_table(root: Path, names: Iterable[str]) -> str:
     """Markdown table of the victims that exist below ``root``: one row each, percent and minutes."""
-    rates = ["ACC", "ASR", "RA", "target without trigger", "ASR of clean model"]
+    rates = ["ACC", "ASR", "RA", "PACC", "target without trigger", "ASR of clean model"]
     rows = []
     for name in names:
         if not (root / name / VICTIM_FILE).is_file():
             continue
         measured = read_record(root / name)["measured"]
         found, floor = measured["victim"], measured.get("clean_model", {})
-        shares = [found["accuracy"], found.get("asr"), found.get("ra"), found.get("untriggered"), floor.get("asr")]
+        shares = [*(found.get(key) for key in ("accuracy", "asr", "ra", "pacc", "untriggered")), floor.get("asr")]
         seconds = [measured.get(f"{part}_seconds") for part in ("poisoning", "training", "measuring")]
         rows.append([name, *(_shown(value, 100) for value in shares), *(_shown(value, 1 / 60) for value in seconds)])
     return markdown_table(["victim", *rates, "minutes of poisoning", "of training", "of measuring"], rows)

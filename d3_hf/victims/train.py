@@ -248,8 +248,8 @@ def train_victim(
 
     Returns:
         The trainer; `VictimTrainer.facts` holds what ``victim.json`` does, with ``planted`` (attack, ratio, seed, poisoned rows
-        of the data set) and ``measured`` (ACC, ASR and RA of the victim and of the clean model, and how many seconds learning
-        the trigger and poisoning, training and measuring took).
+        of the data set) and ``measured`` (`rates` of the victim and of the clean model, and how many seconds learning the
+        trigger and poisoning, training and measuring took).
 
     Raises:
         ValueError: The attack cannot learn its trigger (see its ``fit``), poisons batches of images that are not of the

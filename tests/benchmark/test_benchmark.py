@@ -45,6 +45,7 @@ def test_a_row_holds_rates_costs_and_how_they_came_about(rows):
     row = rows[(rows["defence"] == "D3") & (rows["victim"] == "vit/badnets") & (rows["seed"] == 1)].iloc[0]
     assert (row["method"], row["attack"], row["network"], row["accuracy_after_n"]) == ("D3", "badnets", "vit", 40)
     assert row["asr_after_ci95"][0] <= row["asr_after"] <= row["asr_after_ci95"][1]
+    assert (row["pacc_after_n"], row["trigger_drift_after_n"]) == (40, row["asr_after_n"]) and row["trigger_drift_after"] > 0
     assert (row["retain_n"], row["forward_images"], row["backward_images"]) == (30, 30, 30)  # one epoch of one pass each
     assert row["seconds_training"] > 0 and row["peak_memory_mib"] > 100 and row["hardware"] and row["version_torch"]
     assert json.loads(row["arguments"])["lambda_clean"] == 4
@@ -267,12 +268,12 @@ def test_retain_sets_of_like_names_do_not_share_a_figure(rows, tmp_path):
 def test_the_table_has_victim_and_floor_first_average_and_worst_last(rows):
     lines = [line.split(" | ") for line in render(rows).splitlines() if line.startswith("| ")]
     overview = lines[:5]
-    assert [line[0] for line in overview] == ["| ACC / ASR / RA", "| ---", "| victim", "| twin without backdoor", "| D3"]
+    assert [line[0] for line in overview] == ["| ACC / ASR / RA / PACC", "| ---", "| victim", "| twin without backdoor", "| D3"]
     done = rows[rows["error"].isna() & (rows["defence"] == "D3")]
-    means = 100 * done.groupby("victim")[["accuracy_after", "asr_after", "ra_after"]].mean()
+    means = 100 * done.groupby("victim")[["accuracy_after", "asr_after", "ra_after", "pacc_after"]].mean()
     assert overview[4][-2] == " / ".join(f"{value:.1f}" for value in means.mean())
-    worst = [100 * done["accuracy_after"].min(), 100 * done["asr_after"].max(), 100 * done["ra_after"].min()]
-    assert overview[4][-1].rstrip(" |") == " / ".join(f"{value:.1f}" for value in worst)
+    worst = [done["accuracy_after"].min(), done["asr_after"].max(), done["ra_after"].min(), done["pacc_after"].min()]
+    assert overview[4][-1].rstrip(" |") == " / ".join(f"{100 * value:.1f}" for value in worst)
     assert "## Failed cells" in render(rows)
 
 

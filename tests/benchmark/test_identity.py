@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from places import RECIPES
 
 from d3_hf.benchmark import grid as grid_module
-from d3_hf.benchmark import read_grid, run_grid
-from d3_hf.benchmark.cells import Runner, cells_of
+from d3_hf.benchmark import read_grid, render, run_grid
+from d3_hf.benchmark.cells import CELL, Runner, _verified, _write, cells_of
 from d3_hf.benchmark.grid import GridInputs
 from d3_hf.data.labels import retain_indices
 from d3_hf.data.load import load_images
@@ -220,6 +221,32 @@ def test_a_folder_of_other_people_is_known_by_its_files(grid, tmp_path, file):
     theirs = [replace(grid, victims={"v": {"model_name_or_path": str(f), "attack": {"name": "badnets"}}}) for f in folders]
     one, two, changed = (GridInputs(grid).identity("v") for grid in theirs)
     assert one == two != changed
+
+
+# What an earlier version did not measure ------------------------------------------------------------------------------------
+
+
+def without_pacc(row):
+    return {key: value for key, value in row.items() if not key.startswith(("pacc", "trigger_drift"))}
+
+
+def test_cells_without_pacc_stay_made_and_untouched_models_are_measured_again(grid, tmp_path):
+    part = replace(grid, output_dir=str(tmp_path), victims=grid.victims[:1], defences={"FT": {"defence": "fine_tuning"}})
+    rows = run_grid(part)
+    runner, (cell, _) = Runner(part), cells_of(part)
+    earlier = runner.folder(cell) / CELL
+    for file in [earlier, *(tmp_path / "before").iterdir()]:
+        _write(file, {}, without_pacc(_verified(file)))
+    written = earlier.read_text()
+    again = run_grid(part)
+    assert earlier.read_text() == written
+    lacking = (again["defence"] == "FT") & (again["seed"] == cell.seed)
+    assert again["pacc_after"].isna().tolist() == lacking.tolist() and lacking.sum() == 1
+    pandas.testing.assert_frame_equal(again[~lacking], rows[~lacking], check_like=True, check_dtype=False)  # a count or none
+    means = 100 * again[again["defence"] == "FT"][["accuracy_after", "asr_after", "ra_after"]].mean()
+    shown = " / ".join([*(f"{mean:.1f}" for mean in means), "–"])  # the other seed's PACC is not taken for both
+    assert f"| FT | {shown} | {shown} |" in render(again)
+    assert render(rows[list(without_pacc(rows))]).count(" / –") == 3 * 3  # three models: victim, average, worst
 
 
 # Which class is which -------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from d3_hf.publishing.card import render_card
 from d3_hf.publishing.tables import results_table
 
 TOY = {"max_steps": 6, "disable_tqdm": True, "use_cpu": True, "report_to": "none"}
+DRIFTS = {f"trigger_drift_{when}{suffix}" for when in ("before", "after") for suffix in ("", "_n")}
 DIGITS = ["--model_name_or_path", "VICTIM", "--dataset_name", "digits"]
-KEYS = {f"{rate}_{when}" for rate in ("accuracy", "asr", "ra") for when in ("before", "after")}
+KEYS = {f"{rate}_{when}" for rate in ("accuracy", "asr", "ra", "pacc") for when in ("before", "after")}
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,9 @@ def drill(tmp_path_factory):
 
 def test_drill_prints_the_table_and_the_distances(drill):
     _, done = drill
-    for text in ("| ACC |", "| ASR |", "| RA |", "| DER |", "D3 moved classifier.weight to relative distance", "training"):
-        assert text in done.stdout
+    for rate in ("ACC", "ASR", "RA", "PACC", "trigger drift", "DER"):
+        assert f"| {rate} |" in done.stdout
+    assert "D3 moved classifier.weight to relative distance" in done.stdout and "training" in done.stdout
     assert "D3 moves 1 weight (classifier.weight)" in done.stdout
     assert "Measuring" in done.stderr and "Decoding images" in done.stderr  # progress bars
 
@@ -59,7 +61,7 @@ def test_drill_leaves_these_files(drill):
 def test_results_have_exactly_these_keys(drill):
     folder, done = drill
     results = json.loads((folder / "purified" / "all_results.json").read_text())
-    assert set(results) == KEYS | {f"{k}_ci95" for k in KEYS} | {f"{k}_n" for k in KEYS} | {"der"}
+    assert set(results) == KEYS | {f"{k}_ci95" for k in KEYS} | {f"{k}_n" for k in KEYS} | DRIFTS | {"der"}
     assert results["accuracy_before_n"] == 360 and results["asr_after_n"] < 360
     for key in KEYS:
         low, high = results[f"{key}_ci95"]
@@ -95,6 +97,7 @@ def test_card(drill):
         "accuracy": results["accuracy_after"],
         "attack_success_rate": results["asr_after"],
         "robust_accuracy": results["ra_after"],
+        "poisoned_accuracy": results["pacc_after"],
     }
     measured_on = {(result.dataset_type, result.dataset_split) for result in card.data.eval_results}
     assert measured_on == {("digits", "test")} and "Images: digits (test)." in card.content
@@ -141,7 +144,7 @@ def test_without_a_trigger_only_accuracy_is_reported(drill, tmp_path):
     rates = {"accuracy_before", "accuracy_after"}
     assert set(results) == rates | {f"{k}_ci95" for k in rates} | {f"{k}_n" for k in rates}
     assert results["accuracy_after_n"] == 50
-    assert "ASR and RA were not measured" in (tmp_path / "README.md").read_text()
+    assert "ASR, RA and PACC were not measured" in (tmp_path / "README.md").read_text()
 
 
 def test_a_card_without_measurements_says_so():

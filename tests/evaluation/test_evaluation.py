@@ -1,19 +1,18 @@
-"""ACC, ASR, RA and DER against their definitions, on models whose answers are known image by image."""
+"""Measuring ACC, ASR, RA, PACC, drift and DER, on models whose answers are known image by image."""
 
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import EvalPrediction, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from d3_hf.attacks import BadNets, Blended
 from d3_hf.data.images import RawImages
 from d3_hf.evaluation.measure import Measurement, detoxification_effectiveness_rating, measure, results
-from d3_hf.evaluation.metrics import Proportion, accuracy, attack_success_rate, compute_metrics, robust_accuracy
+from d3_hf.evaluation.metrics import Proportion
 
 CLASSES = 10
 
@@ -62,31 +61,12 @@ def attacked(model: Oracle, images: RawImages, **options) -> Measurement:
     return measure(model, images, to_float, BadNets(), progress=False, **options)
 
 
-@pytest.mark.parametrize(("successes", "n"), [(0, 9), (9, 9), (3, 7), (8570, 10_000), (1, 1)])
-def test_wilson_interval_is_the_closed_formula(successes, n):
-    z, share = 1.959963984540054, successes / n
-    center = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    proportion = Proportion(successes, n)
-    assert proportion.value == share
-    low, high = proportion.interval
-    assert (type(low), type(high)) == (float, float)
-    assert (low, high) == pytest.approx((max(0, center - half), min(1, center + half)), abs=1e-12)
-    assert proportion.as_dict("asr") == {"asr": share, "asr_ci95": [low, high], "asr_n": n}
-
-
-def test_pure_functions_count_what_they_say():
-    labels = np.array([0, 0, 1, 1, 2, 2, 2])
-    predictions = np.array([0, 1, 0, 1, 0, 0, 1])
-    assert accuracy(predictions, labels) == Proportion(2, 7)
-    assert attack_success_rate(predictions, labels, 0) == Proportion(3, 5)
-    assert robust_accuracy(predictions, labels, 0) == Proportion(1, 5)
-    assert robust_accuracy(labels, labels, 2) == Proportion(4, 4)
-    wanted = (labels + 1) % 3  # all-to-all: every image counts
-    assert attack_success_rate(predictions, labels, wanted) == Proportion(3, 7)
-    assert robust_accuracy(predictions, labels, wanted) == Proportion(2, 7)
-    assert attack_success_rate(predictions, labels, np.full(7, 0)) == attack_success_rate(predictions, labels, 0)
-    assert accuracy(predictions.tolist(), torch.from_numpy(labels)) == Proportion(2, 7)
+@pytest.mark.parametrize(("now", "asr", "ra", "pacc", "drift"), [(0, 90, 0, 10, 0), (4, 0, 10, 10, 80), (None, 0, 90, 100, 0)])
+def test_a_trigger_that_only_changed_its_target_is_found(now, asr, ra, pacc, drift):
+    """Class 0 was the target; the trigger yields ``now``, or nothing."""
+    found = attacked(Oracle(target=now or 0, obeys=1.0 if now is not None else 0.0), marked_images(100))
+    assert (found.asr, found.ra, found.pacc) == (Proportion(asr, 90), Proportion(ra, 90), Proportion(pacc, 100))
+    assert found.trigger_drift == Proportion(drift, 90)
 
 
 def test_a_model_that_always_says_the_target():
@@ -116,10 +96,10 @@ def test_rates_of_a_partly_obedient_model_against_a_slow_count():
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
-def test_one_pass_of_1_9_forwards_per_image(batch_size):
+def test_one_pass_of_two_forwards_per_image(batch_size):
     model = Oracle()
     found = attacked(model, marked_images(100), batch_size=batch_size)
-    assert sum(model.sizes) == found.forward_images == 190
+    assert sum(model.sizes) == found.forward_images == 200
     assert max(model.sizes) <= batch_size
     assert (found.asr, found.ra) == (Proportion(90, 90), Proportion(0, 90))
 
@@ -128,7 +108,7 @@ def test_without_a_trigger_only_accuracy_is_measured():
     model = Oracle()
     found = measure(model, marked_images(30), to_float, progress=False)
     assert (found.accuracy, found.asr, found.ra) == (Proportion(30, 30), None, None)
-    assert found.forward_images == sum(model.sizes) == 30
+    assert found.pacc is found.trigger_drift is None and found.forward_images == sum(model.sizes) == 30
 
 
 def test_trigger_acts_on_raw_images_before_preprocessing():
@@ -148,7 +128,7 @@ def test_trigger_acts_on_raw_images_before_preprocessing():
     measure(Oracle(), images, shrink, Checked(), progress=False)
     clean, triggered = seen
     assert torch.equal(clean, images.images)
-    assert torch.equal(triggered, BadNets().trigger(images.images[images.labels != 0]))
+    assert torch.equal(triggered, BadNets().trigger(images.images))
 
 
 @pytest.mark.parametrize(
@@ -164,6 +144,9 @@ def test_label_maps(label_map, counted, wanted):
     truth = images.labels[kept].tolist()
     assert found.asr == Proportion(sum(s == wanted(t) for s, t in zip(said, truth, strict=True)), len(kept))
     assert found.ra == Proportion(sum(s == t for s, t in zip(said, truth, strict=True)), len(kept))
+    right = [label == 5 or hard >= 127.5 for label, hard in zip(images.labels, images.images[:, 0, 0, 1], strict=True)]
+    assert found.pacc == Proportion(sum(right), 100)  # of all classes, whatever the map
+    assert found.trigger_drift == (None if label_map == "all-to-all" else Proportion(0, len(kept)))
 
 
 def test_images_of_different_sizes():
@@ -171,7 +154,7 @@ def test_images_of_different_sizes():
     mixed = [image if i % 2 else torch.nn.functional.pad(image, (0, 4, 0, 2)) for i, image in enumerate(images.images)]
     mixed = RawImages(images=mixed, labels=images.labels, class_names=images.class_names)
     found = attacked(Oracle(), mixed)
-    assert (found.accuracy, found.asr, found.forward_images) == (Proportion(20, 20), Proportion(18, 18), 38)
+    assert (found.accuracy, found.asr, found.forward_images) == (Proportion(20, 20), Proportion(18, 18), 40)
 
 
 @pytest.mark.parametrize("label_map", ["all-to-one", "all-to-all"])
@@ -194,6 +177,8 @@ def test_images_of_different_sizes_are_measured_as_if_one_by_one(label_map, batc
         successes = sum(getattr(one, rate).successes for one in alone)
         assert getattr(found, rate) == Proportion(successes, len(rows))
     assert 0 < found.ra.successes < len(rows)
+    everywhere = measure(model, mixed, to_float, BadNets(label_map="all-to-all", target_label=3), 1, progress=False)
+    assert found.pacc == everywhere.ra  # that map counts every image
 
 
 def test_measures_in_eval_and_inference_mode_and_restores_every_flag():
@@ -244,9 +229,10 @@ def test_gpu_counts_the_same_and_the_model_comes_back():
     assert model.scale.device.type == "cpu"
 
 
-def measurement(acc: int, asr: int | None = None, ra: int | None = None, n: int = 10_000) -> Measurement:
+def measurement(acc: int, asr: int | None = None, ra: int | None = None, n: int = 10_000, **more: int) -> Measurement:
     rates = [None if k is None else Proportion(k, n) for k in (asr, ra)]
-    return Measurement(Proportion(acc, n), *rates, seconds=1.0, forward_images=n)
+    more = {name: Proportion(k, n) for name, k in more.items()}
+    return Measurement(Proportion(acc, n), *rates, seconds=1.0, forward_images=n, **more)
 
 
 @pytest.mark.parametrize(
@@ -271,9 +257,12 @@ def test_der(before, after, der):
 
 
 def test_results_have_exactly_the_promised_keys():
-    found = results(measurement(9182, 9379, 500), measurement(9221, 163, 9000))
-    proportions = ["accuracy_before", "asr_before", "ra_before", "accuracy_after", "asr_after", "ra_after"]
-    assert set(found) == {f"{key}{suffix}" for key in proportions for suffix in ("", "_ci95", "_n")} | {"der"}
+    before, after = (measurement(*rates, pacc=rates[2], trigger_drift=7) for rates in ((9182, 9379, 500), (9221, 163, 9000)))
+    found = results(before, after)
+    proportions = [f"{key}_{when}" for key in ("accuracy", "asr", "ra", "pacc") for when in ("before", "after")]
+    drifts = {f"trigger_drift_{when}{suffix}" for when in ("before", "after") for suffix in ("", "_n")}
+    assert set(found) == {f"{key}{suffix}" for key in proportions for suffix in ("", "_ci95", "_n")} | {"der"} | drifts
+    assert (found["pacc_after"], found["trigger_drift_after"], found["trigger_drift_after_n"]) == (0.9, 0.0007, 10_000)
     assert found["asr_before"] == 0.9379 and found["ra_after"] == 0.9 and found["ra_after_n"] == 10_000
     assert found["accuracy_after_ci95"] == list(Proportion(9221, 10_000).interval)
     assert json.loads(json.dumps(found)) == found
@@ -283,11 +272,6 @@ def test_results_without_a_trigger():
     found = results(measurement(9000), measurement(8900))
     keys = ["accuracy_before", "accuracy_after"]
     assert set(found) == {f"{key}{suffix}" for key in keys for suffix in ("", "_ci95", "_n")}
-
-
-def test_compute_metrics():
-    logits = np.array([[1.0, 2.0], [3.0, 1.0], [0.0, 1.0]])
-    assert compute_metrics(EvalPrediction(logits, np.array([1, 0, 0]))) == {"accuracy": 2 / 3}
 
 
 def broken(value: float, when_triggered: bool = False) -> Oracle:
@@ -322,17 +306,6 @@ def only_targets() -> RawImages:
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: Proportion(0, 0), "needs n >= 1 cases and 0 to n successes; got 0 of 0"),
-        (lambda: Proportion(3, 2), "got 3 of 2"),
-        (lambda: Proportion(-1, 2), "got -1 of 2"),
-        (lambda: accuracy([], []), "got 0 of 0"),
-        (lambda: accuracy([1, 2], [1]), r"two equally long lists of class indices; got shapes \(2,\) and \(1,\)"),
-        (lambda: accuracy(np.zeros((2, 2)), np.zeros((2, 2))), "lists of class indices"),
-        (lambda: attack_success_rate([0, 1], [2, 2], 2), "every image's true label is what the attacker wants"),
-        (lambda: robust_accuracy([0, 1], [2, 2], 2), "every image's true label is what the attacker wants"),
-        (lambda: robust_accuracy([0, 1], [2, 2], [0]), r"one class, or one for each of 2 images; got shape \(1,\)"),
-        (lambda: attack_success_rate([0], [2, 2], 0), "equally long"),
-        (lambda: compute_metrics(EvalPrediction(np.array([[0.0, np.nan]]), np.array([1]))), "logits are not finite"),
         (lambda: attacked(Oracle(), only_targets()), "no image is of a class that the attack counts"),
         (lambda: attacked(Oracle(classes=9), marked_images()), "labels run from 0 to 9, but the model has 9 classes"),
         (
@@ -345,7 +318,7 @@ def only_targets() -> RawImages:
         ),
         (
             lambda: measure(Oracle(), marked_images(), to_float, Narrow(), progress=False),
-            r"of the shape it was given, \(90, 3, 8, 8\); got torch.uint8 of shape \(90, 3, 8, 4\)",
+            r"of the shape it was given, \(100, 3, 8, 8\); got torch.uint8 of shape \(100, 3, 8, 4\)",
         ),
         (lambda: attacked(broken(math.nan), marked_images()), "logits on clean images are not finite"),
         (lambda: attacked(broken(math.inf, True), marked_images()), "logits on triggered images are not finite"),

@@ -1,4 +1,4 @@
-"""ACC, ASR and RA as modules of `evaluate`: the package's own functions, without a network."""
+"""ACC, ASR, RA and PACC as modules of `evaluate`: the package's own functions, without a network."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ LABELS, PREDICTIONS = [0, 0, 1, 1, 2, 2, 2], [0, 1, 0, 1, 0, 0, 1]
 METRICS = [
     ("accuracy", "Accuracy", {}, Proportion(2, 7)),
     ("attack_success_rate", "AttackSuccessRate", {"target_label": 0}, Proportion(3, 5)),
+    ("poisoned_accuracy", "PoisonedAccuracy", {}, Proportion(2, 7)),
     ("robust_accuracy", "RobustAccuracy", {"target_label": 0}, Proportion(1, 5)),
 ]
 

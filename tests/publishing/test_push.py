@@ -96,6 +96,7 @@ def test_card_has_what_was_measured(hub):
         ("accuracy", "as they are"): results["accuracy_after"],
         ("attack_success_rate", "triggered by badnets"): results["asr_after"],
         ("robust_accuracy", "triggered by badnets"): results["ra_after"],
+        ("poisoned_accuracy", "triggered by badnets"): results["pacc_after"],
     }
     _, _, unmeasured = pushed(hub, "me/out")
     assert unmeasured.data.eval_results is None and "Nothing was measured" in unmeasured.text

@@ -31,6 +31,20 @@ def test_results_before_and_after():
     ]
 
 
+def test_a_drift_has_no_interval_and_an_earlier_record_no_row():
+    now = rates("pacc", 0.8) | {"trigger_drift": 0.25, "trigger_drift_n": 324}
+    then = rates("ra", 0.7)
+    lines = ["| PACC | 80.00 % [79.00, 81.00] | | 360 |", "| trigger drift | 25.00 % | | 324 |"]
+    assert rates_table({"now": now, "recorded": then}).splitlines()[2:] == lines
+    assert "PACC" not in rates_table({"recorded": then, "now": now})
+    drift = {"trigger_drift_before": 0, "trigger_drift_after": 0.25, "trigger_drift_after_n": 324}
+    results = rates("pacc", 0.1, "_before") | rates("pacc", 0.8, "_after") | drift
+    assert results_table(results).splitlines()[2:] == [
+        "| PACC | 10.00 % [9.00, 11.00] | 80.00 % [79.00, 81.00] | 360 |",
+        "| trigger drift | 0.00 % | 25.00 % | 324 |",
+    ]
+
+
 def test_rates_of_several_models():
     columns = {"victim": rates("accuracy", 0.9) | rates("asr", 0.99), "model without backdoor": rates("accuracy", 0.91)}
     assert rates_table(columns).splitlines() == [

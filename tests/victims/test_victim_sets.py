@@ -42,7 +42,7 @@ def test_a_set_makes_all_its_victims(victim_set):
     table = (folder / "victims" / "victims.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| toy/{name}" for name in names]
     cells = table[3].strip("| ").split(" | ")
-    assert len(cells) == 9 and all(float(cell) >= 0 for cell in cells[1:])
+    assert len(cells) == 10 and all(float(cell) >= 0 for cell in cells[1:])
 
 
 def test_a_victim_of_the_set_is_the_clean_model_of_another(victim_set):
@@ -65,6 +65,21 @@ def test_victims_of_the_papers_have_a_floor():
         twin = f"{name.partition('/')[0]}/twin"
         assert options["clean_model"] == (None if name == twin else twin)
         assert list(victims).index(twin) <= number
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("victims*.yaml")), ids=lambda file: file.stem)
+def test_shipped_sets_speak_of_options_and_attacks_that_exist(file):
+    for name, options in read_set(str(file)).items():
+        _, _, attack, victim, _ = parse_arguments(KINDS, [], options | {"output_dir": name})
+        assert (attack.load() is None) == name.endswith("/twin") and victim.clean_model in (None, f"{name.split('/')[0]}/twin")
+
+
+@pytest.mark.parametrize("name", ["vit_cifar10", "vit_small_cifar10", "resnet20_gtsrb"])
+def test_a_shipped_twin_holds_out_what_its_victims_hold_out(name):
+    _, twin, attack, _, _ = parse_arguments(KINDS, [str(RECIPES / "configs" / f"{name}.yaml")])
+    sets = [read_set(str(file)).values() for file in RECIPES.glob("victims*.yaml")]
+    victims = [victim for victims in sets for victim in victims if victim.get("model_name_or_path") == f"outputs/{name}"]
+    assert attack.load() is None and {victim["retain_count"] for victim in victims} == {twin.retain_count}
 
 
 def test_a_set_that_was_moved_verifies(victim_set, tmp_path, capsys):
