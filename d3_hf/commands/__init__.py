@@ -4,6 +4,7 @@ A file is imported when its command runs, so that the list of commands costs not
 """
 
 import importlib
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ COMMANDS = {
             arguments="[CONFIG.yaml] --option value ...",
             summary="purify a checkpoint with D3; --defence NAME takes another method",
             example="d3-hf purify --model_name_or_path me/suspicious-vit --dataset_name path/to/images --retain_count 500",
-            further=(f"  --defence  {', '.join(DEFENCES)}",),
+            further=tuple(textwrap.wrap(", ".join(DEFENCES), 110, initial_indent="  --defence  ", subsequent_indent=" " * 13)),
         ),
         Command(
             name="measure",

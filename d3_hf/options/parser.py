@@ -28,6 +28,7 @@ FREQUENT = {
     "max_test_images",
     "attack",
     "poison_ratio",
+    "new_head",
     "output_dir",
     "overwrite_output_dir",
     "learning_rate",

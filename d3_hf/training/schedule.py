@@ -160,13 +160,18 @@ def resolved(args: PurifyConfig, model: nn.Module, count: int | None) -> tuple[P
         settled; empty where nothing was left to it.
 
     Raises:
-        ValueError: Another optimizer than the rule's is given without its learning rate.
+        ValueError: Another optimizer than the rule's is given without its learning rate, or arguments without the optimizer
+            that they are for.
     """
     left = [name for name in BY_RULE if getattr(args, name) is None]
     if not left:
         return args, {}
     rule, args = rule_of(model), copy.copy(args)
     row = rule.options(args, model)
+    if args.optim is None and args.optim_args is not None:
+        raise ValueError(
+            f"optim_args={args.optim_args!r} is for one optimizer, and the network's rule may name another: give optim"
+        )
     if args.optim is not None and args.optim != row["optim"]:
         if args.learning_rate is None:
             raise ValueError(

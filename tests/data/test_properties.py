@@ -16,7 +16,7 @@ from torch import nn
 from d3_hf.attacks import BPP, SIG, BadNets, Blended, LFNoise, WaNet, from_description
 from d3_hf.attacks.badnets import POSITIONS
 from d3_hf.data.labels import retain_indices
-from d3_hf.defenses.d3.trainer import HINGES, D3Config
+from d3_hf.defenses.d3.config import HINGES, D3Config
 from d3_hf.defenses.shared import geometry
 from d3_hf.defenses.shared.selection import select_weights
 from d3_hf.options.arguments import DataArguments

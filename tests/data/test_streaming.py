@@ -6,11 +6,13 @@ from itertools import islice
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
+from every_defence import STREAMED, required
 from PIL import Image as Picture
 from processes import launch
 from safetensors.torch import load_file
 from streamed import COUNT, NAMES, rows, run, stream, write_files
 from tiny import PROCESSOR, tiny_vit
+from tiny_trained import trained
 
 from d3_hf.data import streaming
 from d3_hf.data.augmentation import Augmentation
@@ -25,7 +27,6 @@ from d3_hf.defenses.d3.trainer import D3Config, D3Trainer
 PLAIN = Augmentation(crop_padding=0)
 FEATURES = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
 PREPROCESSING = Preprocessing.from_processor(PROCESSOR)
-STREAMING = {"d3", "fine_tuning", "linear_probing", "fst", "ft_sam"}
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +116,10 @@ def test_two_processes_take_a_file_each(two_processes):
 @pytest.mark.parametrize("name", DEFENCES)
 def test_other_defences_refuse_a_stream(files, tmp_path, name):
     config, trainer = defence(name)
-    model = tiny_vit()
+    model = trained(tiny_vit)
     model.config.id2label = dict(enumerate(NAMES))
-    if name in STREAMING:
-        args = config(str(tmp_path / "run"), max_steps=1, use_cpu=True)
+    if name in STREAMED:
+        args = config(str(tmp_path / "run"), max_steps=1, use_cpu=True, **required(name))
         assert isinstance(trainer(model, args, stream(files)).train_dataset, StreamedImages)
     else:
         with pytest.raises(ValueError, match="looks at the retain set as a whole"):

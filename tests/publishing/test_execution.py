@@ -19,7 +19,9 @@ from d3_hf.victims.train import VictimConfig
 QUIET = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True, "per_device_train_batch_size": 4}
 OPTIONS = {
     "lr_scheduler_kwargs": {"num_cycles": 0.25},
+    "optim": "sgd",
     "optim_args": "momentum=0.5,nesterov=True",
+    "learning_rate": 0.1,
     "accelerator_config": {"split_batches": True},
     "activation_checkpointing_kwargs": {"use_reentrant": False},
     "dataloader_drop_last": True,
@@ -53,7 +55,7 @@ def test_all_options_that_are_not_default_are_recorded_as_they_ran(tmp_path):
 
 def test_what_is_at_its_default_is_left_out(tmp_path):
     found = arguments_of(FineTuningConfig(str(tmp_path), accelerator_config={"even_batches": True}, use_cpu=True))
-    assert not found.keys() & {*OPTIONS, "bf16", "fsdp_config", "parallelism_config"} - {"optim_args"}
+    assert not found.keys() & {*OPTIONS, "bf16", "fsdp_config", "parallelism_config"} - {"optim", "optim_args", "learning_rate"}
 
 
 def test_a_precision_of_the_launcher_is_recorded(tmp_path, monkeypatch):
@@ -102,15 +104,14 @@ def test_a_run_resumed_with_other_options_says_what_was_different(tmp_path, capl
     assert "resumed" not in run.facts() and "was trained with other" not in caplog.text
     run = trained(tmp_path / "run", learning_rate=0.02, **again)
     assert "checkpoint-2 was trained with other learning_rate, weight_decay: optimizer" in caplog.text
-    default = FineTuningConfig("x", use_cpu=True).learning_rate
-    first = {"until_step": 2, "arguments": {"learning_rate": default, "weight_decay": 0.25}}
+    first = {"until_step": 2, "arguments": {"learning_rate": 0.0048, "weight_decay": 0.25}}  # by rule
     facts = run.facts()
     assert facts["resumed"] == [first] and "Up to step 2 it ran with other settings" in str(run.card())
     # The optimizer goes on as it was in the checkpoint, whatever the options say.
     assert facts["execution"]["optimizer"]["groups"][0]["weight_decay"] == 0.25
     last = trained(tmp_path / "run", **again | {"max_steps": 6, "resume": str(tmp_path / "run" / "checkpoint-4")})
     assert last.facts()["resumed"][0] == first and last.facts()["resumed"][1]["until_step"] == 4
-    assert last.facts()["resumed"][1]["arguments"] == {"learning_rate": 0.02, "max_steps": 4}
+    assert last.facts()["resumed"][1]["arguments"] == {"learning_rate": 0.02, "max_steps": 4, "num_train_epochs": 1}
 
 
 def test_neither_secret_nor_folder_is_recorded(tmp_path):

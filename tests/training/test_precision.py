@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import tiny_samples, tiny_timm_vit, tiny_vit
+from tiny import SGD, tiny_samples, tiny_timm_vit, tiny_vit
 
 from d3_hf.defenses.d3.trainer import D3Config, D3Trainer
 from d3_hf.defenses.shared import geometry
@@ -18,7 +18,7 @@ def config(folder, **options):
         per_device_train_batch_size=8, max_steps=STEPS, logging_steps=1, disable_tqdm=True, use_cpu=True, epsilon=0.5,
         learning_rate=0.01, target_modules="all-linear", warm_start="noise",
     )  # fmt: skip
-    return D3Config(str(folder), **(defaults | options))
+    return D3Config(str(folder), **(defaults | SGD | options))
 
 
 class Scaled(D3Trainer):

@@ -113,6 +113,8 @@ def test_given_options_win():
 def test_another_optimizer_needs_its_own_learning_rate():
     with pytest.raises(ValueError, match="learning rate for adamw_torch: give learning_rate too with optim=sgd"):
         settled(tiny_vit(), optim="sgd")
+    with pytest.raises(ValueError, match="optim_args='momentum=0.8' is for one optimizer"):
+        settled(tiny_vit(), optim_args="momentum=0.8")
     assert settled(tiny_vit(), optim="sgd", learning_rate=0.01)[0]["optim_args"] == "momentum=0.9"
     assert settled(tiny_resnet(), optim="adamw_torch", learning_rate=1e-4)[0]["optim_args"] is None
     assert settled(tiny_vit(), optim="adamw_torch")[0]["learning_rate"] == TINY

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from every_defence import required
 from places import HELPERS, RECIPES
 from processes import launch
 from safetensors.torch import load_file
@@ -136,7 +137,7 @@ def pretended(monkeypatch):
 @pytest.mark.parametrize("name", DEFENCES)
 def test_other_defences_refuse_shards(pretended, tmp_path, name):
     config_class, trainer_class = defence(name)
-    args = config_class(output_dir=str(tmp_path / "run"), use_cpu=True)
+    args = config_class(output_dir=str(tmp_path / "run"), use_cpu=True, **required(name))
     pretended(**PLUGIN)
     if name in ("d3", "fine_tuning"):
         trainer = trainer_class(tiny_resnet(), args, tiny_samples())
