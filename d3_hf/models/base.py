@@ -28,7 +28,7 @@ from .load import kind_of
 from .shared import shared_names, with_all_names
 from .source import Source
 from .weight_names import told, unwrapped
-from .weights import _build, refuse_non_finite
+from .weights import build_pretrained, refuse_non_finite
 from .wrapper import WrappedClassifier
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,6 @@ def load_base(model: PreTrainedModel, base_model: str | Path, image_size: tuple[
     """
     name, head = str(base_model), find_head(model, image_size)
     weights, source = _read(base_model, revision)
-    refuse_non_finite(weights, name)
     body = [key for key, tensor in model.state_dict().items() if tensor.is_floating_point() and not key.startswith(f"{head}.")]
     found, others, reshaped = _under_names_of(model, weights, name)
     if others:
@@ -143,18 +142,20 @@ def _under_names_of(
     """
     start, own = f"{model.base_model_prefix}.", model.state_dict()
     bare = {key.removeprefix(start) for key in own}
-    weights = with_all_names(unwrapped(weights, where, own.keys() | bare), shared_names(model), where, start)
+    weights = unwrapped(weights, where, own.keys() | bare)
     if isinstance(model, WrappedClassifier):
+        refuse_non_finite(weights, where)
+        weights = with_all_names(weights, shared_names(model), where, start)
         weights = {f"{start}{key.removeprefix(start)}": tensor for key, tensor in weights.items()}
         found = {key: tensor.to(own[key].dtype) for key, tensor in weights.items() if key in own}
         reshaped = {key: (t.shape, own[key].shape) for key, t in found.items() if t.shape != own[key].shape}
         others = weights.keys() - own.keys()
     else:
         with torch.random.fork_rng(devices=[]):  # what the base lacks is drawn
-            built, report = _build(type(model), copy.deepcopy(model.config), weights, where)
-        found, others = built.state_dict(), report["unexpected_keys"]
-        reshaped = {key: (shape, needed) for key, shape, needed in report["mismatched_keys"]}
-        found = {key: tensor for key, tensor in found.items() if key not in report["missing_keys"]}
+            built, differences = build_pretrained(type(model), copy.deepcopy(model.config), weights, where)
+        found = {key: tensor for key, tensor in built.state_dict().items() if key not in differences.missing}
+        reshaped = {key: (shape, needed) for key, shape, needed in differences.mismatched}
+        others = differences.superfluous
     return {key: tensor for key, tensor in found.items() if key not in reshaped}, sorted(others), reshaped
 
 
