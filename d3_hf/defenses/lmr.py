@@ -9,16 +9,17 @@ paper, not from its text or code. With z the logits, c the backdoor's class and 
        L = [y != c] (CE + alpha (z_c - max_{j != c} z_j + m1)_+ + beta (max_{j != y} z_j - z_y + m2)_+)
 
 3. Restore: of the head's D input columns the p D whose weight for c changed most in step 2, s_j = |W1_cj - W0_cj|, become zero
-   and stay so; a short fine-tuning on all images with the cross-entropy brings c back.
+   and stay so; fine-tuning on all images with the cross-entropy brings c back.
 
 What the notes leave open, and what is this project's:
 
 - c is read along the ascent; the paper takes the class of the largest mean log-probability once accuracy is at chance. Each
   step votes for the class of the largest mean log-probability over its batch, and c has the most votes of all steps up to the
   first whose batch is at ``unlearn_accuracy``. On a pretrained ViT the backdoor's class led the first steps and another one
-  those at chance. A vote counts the same whatever the size of the logits, which grow without bound. It is a guess still: a
-  victim that confuses its classes may lean elsewhere. The manifest holds the whole path; ``target_label`` names c if it is
-  known.
+  those at chance. A vote counts the same whatever the size of the logits, which grow without bound. It is a guess still: the
+  published NAD network leaned to its target at every step, small ViTs whose backdoor worked on every image leaned elsewhere, by
+  this statistic and by others, and a network without a backdoor leans to one class as steadily. The manifest holds the whole
+  path; ``target_label`` names c if it is known.
 - The third term leaves images of c out; the notes have it for all, and it would hold c while step 2 waits for c to go.
 - The columns are pruned whole, for all classes: where a trigger raises z_c by a feature it lowers the others' logits by it, and
   the row of c is half of the difference.
@@ -26,8 +27,8 @@ What the notes leave open, and what is this project's:
 Cost: one forward and backward pass per step of the ascent and per update of steps 2 and 3, one forward pass over the images of
 c per epoch of step 2 and two over the retain set; memory for three models. Assumes a few clean images, of class c too. It works
 on every network whose head is a linear layer, whatever its normalisation; the ascent and step 2 use the optimizer that the
-configuration names. A wrong c costs accuracy only. A backdoor with several targets (all-to-all) is out of reach, and what is
-located then is any class.
+configuration names. With a wrong c what is left is fine-tuning. A backdoor with several targets (all-to-all) is out of reach,
+and what is located then is any class.
 """
 
 import copy
