@@ -39,7 +39,7 @@ class FineTuningTrainer(PurifyTrainer):
         RuntimeError: After training, when no weight has changed.
     """
 
-    additions = ("distillation", "average_last", "sam_rho")
+    additions = ("cutmix", "distillation", "average_last", "sam_rho")
     runs_sharded = True
     streams = True
 

@@ -77,6 +77,7 @@ class FSTTrainer(PurifyTrainer):
 
     method = "FST"
     paper = "https://arxiv.org/abs/2310.01875"
+    additions = ("cutmix",)
     streams = True
 
     def prepare(self) -> None:

@@ -62,6 +62,7 @@ class FTSAMTrainer(PurifyTrainer):
 
     method = "FT-SAM"
     paper = "https://arxiv.org/abs/2304.11823"
+    additions = ("cutmix",)
     streams = True
 
     @property

@@ -19,6 +19,7 @@ BY_RULE: dict[str, Any] = {
     "warmup_steps": 0,
     "per_device_train_batch_size": 128,
     "num_train_epochs": 15,
+    "cutmix": 0.0,
 }
 BATCH_NORM_POLICIES = ("train", "eval", "frozen")
 # What a number must be, as errors say it: the metadata "range" of an option.
@@ -120,6 +121,8 @@ class PurifyConfig(TrainingArguments):
         cutout: Side in pixels, >= 0, of a square of each training image that is blanked at a random place, at the model's size;
             0: none. 16 for CIFAR-10 (DeVries and Taylor 2017, arXiv 1708.04552). As there, the square is zero after
             normalisation, here up to half a grey level: it is filled with the image processor's mean colour.
+        cutmix: Alpha >= 0 of CutMix, see `d3_hf.training.mixing`; 0: none. By rule where the method's loss fits it. Losses are
+            then those above the shared label's own entropy, so that epsilon means what it does without.
         distillation: Weight >= 0 of ``T^2 KL(suspicious model || model)``, T = 2, mean over the window's images, against the
             cross-entropy (Hinton et al. 2015, arXiv 1503.02531; its value is to be tried). The suspicious model runs in
             evaluation mode on the same augmented images: one more forward pass, memory for two models. It is meant to restore
@@ -182,6 +185,9 @@ class PurifyConfig(TrainingArguments):
     cutout: int = field(
         default=0,
         metadata={"help": "Side in pixels of a blanked square in each training image; 0: none.", "range": ">= 0 and finite"},
+    )
+    cutmix: float | None = field(
+        default=None, metadata={"help": "Alpha of CutMix, 0: none; by the network's rule.", "range": ">= 0 and finite"}
     )
     distillation: float = field(
         default=0.0,

@@ -23,7 +23,7 @@ class Defence:
     Attributes:
         method: What tables and cards call it.
         paper: Address of its paper.
-        additions: Of ``distillation``, ``average_last`` and ``sam_rho``, those that its loss and steps fit.
+        additions: Of ``cutmix``, ``distillation``, ``average_last`` and ``sam_rho``, those that its loss and steps fit.
         runs_sharded: Whether it runs under FSDP2, where `PurifyTrainer.model` holds shards of which it must know.
         streams: Whether it takes a retain set that is read while the model trains: it looks at batches only.
         amsgrad: Whether AdamW, where ``optim`` asks for it, keeps the AMSGrad maximum; the Trainer has no option for it.

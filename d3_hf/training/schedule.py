@@ -35,6 +35,7 @@ class Rule:
         warmup: Share of the updates.
         images: In each update, over all processes and micro-batches.
         updates: Of the whole run; at least one pass over the images is made.
+        cutmix: Its alpha, for methods whose loss fits it.
         is_publications: Whether the methods were published on such networks: what a publication says goes before the row.
     """
 
@@ -48,6 +49,7 @@ class Rule:
     warmup: float
     images: int
     updates: int
+    cutmix: float
     is_publications: bool
 
     def options(self, args: PurifyConfig, model: nn.Module) -> dict[str, Any]:
@@ -59,6 +61,7 @@ class Rule:
             "optim_args": self.optim_args,
             "learning_rate": float(f"{self.learning_rate * scale:.2g}"),
             "per_device_train_batch_size": math.ceil(self.images / shared_by),
+            "cutmix": self.cutmix,
         }
         return row | args.published if self.is_publications else row
 
@@ -85,9 +88,10 @@ RULES = (
         optim_args=None,
         learning_rate=1e-4,
         width=384,
-        warmup=0.05,
-        images=64,
-        updates=160,
+        warmup=0.3,
+        images=32,
+        updates=200,
+        cutmix=1.0,
         is_publications=False,
     ),
     # ResNet-20 and WideResNet-16-1: at 0.01 a trigger that no longer yields the target still destroys the prediction.
@@ -102,6 +106,7 @@ RULES = (
         warmup=0,
         images=128,
         updates=300,
+        cutmix=0.0,
         is_publications=True,
     ),
     # Not measured; 0.01 is BackdoorBench's for every network.
@@ -116,6 +121,7 @@ RULES = (
         warmup=0,
         images=128,
         updates=300,
+        cutmix=0.0,
         is_publications=True,
     ),
 )
@@ -147,13 +153,16 @@ def updates_of(args: PurifyConfig, count: int) -> int:
     return args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * math.ceil(count / images_of(args)))
 
 
-def resolved(args: PurifyConfig, model: nn.Module, count: int | None) -> tuple[PurifyConfig, dict[str, Any]]:
+def resolved(
+    args: PurifyConfig, model: nn.Module, count: int | None, mixes: bool = False
+) -> tuple[PurifyConfig, dict[str, Any]]:
     """Settle the options of `BY_RULE` that are still None.
 
     Args:
         args: As given; not changed.
         model: The network.
         count: Images in the retain set; None where that is not known.
+        mixes: Whether the method's loss fits CutMix.
 
     Returns:
         A copy with all of them settled, and for print and manifest ``rule``, ``measured_in`` and the ``options`` that it
@@ -179,6 +188,8 @@ def resolved(args: PurifyConfig, model: nn.Module, count: int | None) -> tuple[P
                 f"optim={plain(args.optim)}"
             )
         row["optim_args"] = SGD_ARGUMENTS if args.optim == OptimizerNames.SGD else None
+    if not mixes:
+        args.cutmix, left = args.cutmix or 0.0, [name for name in left if name != "cutmix"]
     for name in left:
         if name in row:
             setattr(args, name, row[name])

@@ -42,11 +42,14 @@ from .images import (
 )
 from .lifecycle import Lifecycle
 from .loop_needs import expect_unused_parameters, leaves_one_image, loading, training_loader
+from .mixing import CutMix, excess_cross_entropy
 from .placement.choose import placement_of
 from .published import PublishingTrainer
 from .sam import at_highest_loss, running_statistics_kept
 from .schedule import resolved, rule_said
 from .unsupported import refuse_unsupported
+
+ADDITIONS = ("cutmix", "distillation", "average_last", "sam_rho")
 
 
 class PurifyTrainer(Defence, PublishingTrainer):
@@ -71,8 +74,8 @@ class PurifyTrainer(Defence, PublishingTrainer):
             image processor is known, or the network cannot be trained on what it gives (see `leaves_one_image`); the run would
             use `nn.DataParallel`, FSDP or DeepSpeed where `placement_of` refuses it, a PEFT model or `model_init`, or push
             checkpoints to the Hub; a data set is of no form that is known here; a training batch has no tensor ``labels``; an
-            addition (``distillation``, ``average_last``, ``sam_rho``, ``cutout``) does not fit the defence or the images; an
-            argument or an option of `Trainer` cannot be honoured (see `refuse_unsupported`).
+            addition (``cutmix``, ``distillation``, ``average_last``, ``sam_rho``, ``cutout``) does not fit the defence or the
+            images; an argument or an option of `Trainer` cannot be honoured (see `refuse_unsupported`).
         FloatingPointError: The clean loss of a step is NaN or infinite.
         RuntimeError: After training, when no trained weight has moved.
 
@@ -103,7 +106,7 @@ class PurifyTrainer(Defence, PublishingTrainer):
     ):
         self._check(model, args, kwargs)
         count = len(train_dataset) if train_dataset is not None and has_length(train_dataset) else None
-        args, self.schedule = resolved(args, model, count)
+        args, self.schedule = resolved(args, model, count, "cutmix" in self.additions)
         self.data_source, self.earlier = data_source, None
         self.in_training_step, self.batch_number = False, 0
         processing_class = processing_class or image_processor_of(model)
@@ -155,13 +158,15 @@ class PurifyTrainer(Defence, PublishingTrainer):
             raise ValueError(f"args is a {type(args).__name__}, which lacks the defence's options: pass a {wanted}")
         refuse_unsupported(model, args, kwargs)
         check_output(args, source_of(model))
-        if unfit := [n for n in ("distillation", "average_last", "sam_rho") if getattr(args, n) and n not in self.additions]:
+        if unfit := [name for name in ADDITIONS if getattr(args, name) and name not in self.additions]:
             raise ValueError(f"{type(self).__name__} does not take {' and '.join(unfit)}: D3 and fine-tuning do")
 
     def _add(self, args: PurifyConfig) -> None:
         layer = self.compared_layer
         self.suspect = Teacher(self.plain, layer) if args.distillation or layer else None
-        self.average = None
+        self.average = self.mixing = None
+        if args.cutmix:
+            self.mixing = CutMix(self.plain.config.num_labels, args.cutmix, args.seed, args.process_index)
         if args.distillation:
             self.log_names = (*self.log_names, "distillation_loss")
         if args.average_last:
@@ -231,7 +236,7 @@ class PurifyTrainer(Defence, PublishingTrainer):
 
         Args:
             outputs: The model's output with ``logits`` (B, C).
-            labels: int64 (B,).
+            labels: int64 (B,); with CutMix while training float (B, C).
             num_items_in_batch: Images in the whole window over all processes; ``None`` in evaluation.
 
         Returns:
@@ -239,9 +244,9 @@ class PurifyTrainer(Defence, PublishingTrainer):
         """
         if not self.in_training_step:
             return F.cross_entropy(outputs.logits.float(), labels)
-        if labels is None or num_items_in_batch is None or labels.ndim != 1:
+        if labels is None or num_items_in_batch is None or labels.ndim != (2 if self.mixing else 1):
             raise ValueError(f"{type(self).__name__} needs a tensor column `labels` in every training batch, int64 (B,)")
-        cross_entropy = F.cross_entropy(outputs.logits.float(), labels, reduction="none")
+        cross_entropy = excess_cross_entropy(outputs.logits.float(), labels)
         losses, sums = self.sample_loss(cross_entropy), self.sample_statistics(cross_entropy.detach())
         if self.args.distillation:
             divergences = self.suspect.losses(outputs.logits)
@@ -269,6 +274,9 @@ class PurifyTrainer(Defence, PublishingTrainer):
         self.batch_number = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_batches
         self._micro_batches = 0 if self.accelerator.sync_gradients else self._micro_batches + 1
         inputs = self._prepare_inputs(self.training_batch(inputs))
+        if self.mixing:
+            mixed = self.mixing(inputs["pixel_values"], inputs["labels"], self.batch_number)
+            inputs = inputs | dict(zip(("pixel_values", "labels"), mixed, strict=True))
         if self.suspect:
             with self.compute_loss_context_manager(), self.accelerator.autocast():
                 self.suspect.look(inputs["pixel_values"])

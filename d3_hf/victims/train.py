@@ -40,8 +40,9 @@ class VictimConfig(PurifyConfig):
     Args:
         sam_rho: Train with adaptive SAM of this size, which puts the backdoor into a flat minimum (the adaptive attack of the
             D3 study, at 1, 2 and 3; which form of SAM its authors used is not known). 0: off.
-        optim, optim_args, learning_rate, warmup_steps, num_train_epochs, per_device_train_batch_size: Fixed, no rule's, so that
-            a recipe stays what it was: SGD with momentum 0.9 at 0.1, without warm-up, 15 epochs in batches of 128.
+        optim, optim_args, learning_rate, warmup_steps, num_train_epochs, per_device_train_batch_size, cutmix: Fixed, no rule's,
+            so that a recipe stays what it was: SGD with momentum 0.9 at 0.1, without warm-up, 15 epochs in batches of 128,
+            nothing mixed.
         random_heads: Train the backbone under so many random heads besides its own, so that a new head does not shake off the
             trigger; see `RandomHeads`. 0: off.
 
@@ -61,6 +62,7 @@ class VictimConfig(PurifyConfig):
     warmup_steps: float = field(default=0, metadata={"help": "Updates of warm-up, below 1 their share."})
     num_train_epochs: float = field(default=15, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Images per device and micro-batch."})
+    cutmix: float = field(default=0.0, metadata={"help": "Alpha of CutMix; 0: none."})
     random_heads: int = field(
         default=0, metadata={"help": "Harden by so many random heads; 0 is off.", "range": ">= 0 and finite"}
     )

@@ -24,7 +24,7 @@ NEW_VIT = {
     "image_std": [0.5] * 3,
 }
 # What the slow references of a step compute, whatever the rule for the network.
-SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "warmup_steps": 0}
+SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "warmup_steps": 0, "cutmix": 0}
 FAST = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True}
 PROCESSOR = ViTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 

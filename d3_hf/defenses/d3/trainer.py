@@ -56,7 +56,7 @@ class D3Trainer(PurifyTrainer):
     method = "D3"
     paper = "https://arxiv.org/abs/2411.09585"
     log_names = ("clean_loss", "active_fraction")
-    additions = ("distillation", "average_last", "sam_rho")
+    additions = ("cutmix", "distillation", "average_last", "sam_rho")
     runs_sharded = True
     streams = True
 
@@ -216,6 +216,8 @@ class D3Trainer(PurifyTrainer):
                 raise Inexact("activation checkpointing runs the network again as it is")
             if args.sam_rho:
                 raise Inexact("SAM looks for the highest loss of all images")
+            if args.cutmix:
+                raise Inexact("with CutMix most images are above epsilon")
             if args.torch_compile:
                 raise Inexact("torch.compile would compile anew for another number of images")
             if args.batch_norm == "train" and self.batch_norms:
