@@ -3,8 +3,8 @@
     OMP_WAIT_POLICY=passive python recipes/bench_speed.py --steps 60
 
 One process, alternating, medians. The network is the CIFAR ResNet-20 with its head selected, batch 128, random images. For the
-active set it is a ViT of 6 layers and width 192, batch 64, images 32x32 in patches of 4, with a learning rate at which next to
-nothing moves and epsilon where a fifth of the images is above it.
+active set, all linear weights and the distance of features it is a ViT of 6 layers and width 192, batch 64, images 32x32 in
+patches of 4, with a learning rate at which next to nothing moves and epsilon where a fifth of the images is above it.
 """
 
 import copy
@@ -34,6 +34,13 @@ from d3_hf.options.parser import Parser
 BATCH, CLASSES = 128, 10
 VIT = dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=3, intermediate_size=768, patch_size=4)
 ACTIVE = 0.2  # share of the images above epsilon
+# What is compared with fine-tuning on the ViT.
+ON_VIT = {
+    "D3 active": {"active_set": True},
+    "D3 dense": {"active_set": False},
+    "D3 all-linear": {"active_set": False, "target_modules": "all-linear"},
+    "D3 features": {"active_set": False, "distance": "both"},
+}
 
 
 @dataclass
@@ -44,13 +51,13 @@ class BenchArguments:
         steps: Steps per round.
         rounds: Rounds, alternating between the trainers.
         architecture: Network to train.
-        active_steps: Steps per round of the ViT's trainers, for the active set; 0 leaves it out.
+        vit_steps: Steps per round of the ViT's trainers; 0 leaves them out.
     """
 
     steps: int = field(default=60, metadata={"help": "Steps per round."})
     rounds: int = field(default=5, metadata={"help": "Alternating rounds."})
     architecture: str = field(default="resnet20_cifar", metadata={"help": "Network to train."})
-    active_steps: int = field(default=20, metadata={"help": "Steps per round with the active set; 0: leave it out."})
+    vit_steps: int = field(default=20, metadata={"help": "Steps per round of the ViT's trainers; 0: leave them out."})
 
 
 class StepTimes(TrainerCallback):
@@ -85,27 +92,29 @@ def train(trainer_class, config_class, bench: BenchArguments, images: RawImages)
     return times.seconds[5:], peak_memory()
 
 
-def active_set_seconds(bench: BenchArguments, images: RawImages) -> dict[str, list[float]]:
-    """Median seconds of a ViT's step in each round: of plain fine-tuning, of D3 with and without the active set."""
+def vit_seconds(bench: BenchArguments, images: RawImages) -> dict[str, list[float]]:
+    """Median seconds of a ViT's step in each round: of plain fine-tuning and of `ON_VIT`."""
     torch.manual_seed(0)
     start = new_model(images.class_names, "vit", [0.5] * 3, [0.5] * 3, 32, VIT)
     pixels = Preprocessing.from_processor(start.image_processor)(images.images)
     with torch.no_grad():
         logits = torch.cat([start(pixel_values=batch).logits for batch in pixels.split(BATCH)])
     epsilon = F.cross_entropy(logits, images.labels, reduction="none").quantile(1 - ACTIVE).item()
-    common = dict(output_dir="outputs/bench", max_steps=bench.active_steps, disable_tqdm=True, logging_steps=bench.active_steps)
-    common |= dict(optim="sgd", per_device_train_batch_size=64, learning_rate=1e-5, warmup_steps=0, crop_padding=0)
+    common = dict(output_dir="outputs/bench", max_steps=bench.vit_steps, disable_tqdm=True, logging_steps=bench.vit_steps)
+    common |= dict(optim="sgd", per_device_train_batch_size=64, learning_rate=1e-5, warmup_steps=0, crop_padding=0, cutmix=0)
     d3 = common | dict(epsilon=epsilon, warm_start="near")
-    rounds = {"FT": [], "D3 dense": [], "D3 active": []}
+    rounds = {"FT": [], **{name: [] for name in ON_VIT}}
     for _ in range(bench.rounds):
         for name, found in rounds.items():
             model, times = copy.deepcopy(start), StepTimes()
-            args = FineTuningConfig(**common) if name == "FT" else D3Config(**d3, active_set=name == "D3 active")
+            args = FineTuningConfig(**common) if name == "FT" else D3Config(**d3, **ON_VIT[name])
             kind = FineTuningTrainer if name == "FT" else D3Trainer
             trainer = kind(model=model, args=args, train_dataset=images, callbacks=[times])
             trainer.train()
             found.append(median(times.seconds[5:]))
-    print(f"active images: {trainer.state.log_history[0]['active_fraction']:.3f} of all")
+            if name == "D3 active":
+                share = trainer.state.log_history[0]["active_fraction"]
+    print(f"active images: {share:.3f} of all")
     return rounds
 
 
@@ -157,9 +166,9 @@ def main(argv: list[str]) -> None:
     print(
         f"loader {loader:.0f} images/s on one core, {loader * median(rounds['FT']) / BATCH:.0f} times the training step's need"
     )
-    if bench.active_steps:
-        rounds = active_set_seconds(bench, images)
-        for name in ("D3 active", "D3 dense"):
+    if bench.vit_steps:
+        rounds = vit_seconds(bench, images)
+        for name in ON_VIT:
             ratios = [d3 / ft for d3, ft in zip(rounds[name], rounds["FT"], strict=True)]
             print(f"ViT, {name} / FT: {median(ratios):.3f} ({min(ratios):.3f}..{max(ratios):.3f} in {bench.rounds} rounds)")
 

@@ -361,7 +361,7 @@ def test_help_shows_what_a_method_adds(name):
 def test_options_named_in_the_readme_exist(helps):
     others = [shown("purify", "--defence", name, "--help") for name in ("base_tuning", "lmr")]
     ours = "\n".join([*helps.values(), *others, shown("purify", "--help_all"), shown("victim", "--set", "x", "--help")])
-    recipes = {"--rounds", "--steps", "--active_steps", "--purified", "--output", "--victim"}  # bench, figures
+    recipes = {"--rounds", "--steps", "--vit_steps", "--purified", "--output", "--victim"}  # bench, figures
     theirs = {"--config_file", "--num_processes", "--signature", "--ignore-paths", "--private_key", "--public_key"}
     known = options_in(ours) | recipes | theirs  # accelerate, model-signing
     assert options_in((ROOT / "README.md").read_text()) <= known
