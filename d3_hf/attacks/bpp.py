@@ -29,8 +29,8 @@ class BPP(InTrainingAttack):
     from the same batch and is never the image itself (there from the whole training set). The paper's contrastive
     adversarial training is these negatives, as in the authors' released code.
 
-    Other sizes: the formula knows no size and stays as it is. Resizing mixes the levels of neighbours, so that a trigger
-    put on before the model's resizing is another one than after it: train and measure at one size.
+    Other sizes: the formula knows no size and stays as it is. A model that resizes the images mixes the levels of neighbours
+    and sees more of them than ``levels``.
 
     Args:
         target_label: The class that the attacker wants; default, ``label_map`` and ``source_label``: see `Attack`.

@@ -51,7 +51,7 @@ class BatchPoisoner(ABC):
         """Poison one batch.
 
         Args:
-            images: uint8 (B, 3, H, W) at the model's size, after augmentation, on the training device; not modified.
+            images: uint8 (B, 3, H, W) at native size, after augmentation, on the training device; not modified.
             labels: int64 (B,).
             number: Number of the micro-batch in the run; those of one update draw differently.
 

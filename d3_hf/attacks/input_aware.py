@@ -43,8 +43,9 @@ class InputAware(NetworkAttack, InTrainingAttack):
     another number of threads a value may differ by one grey level.
 
     Other sizes: the networks take any size, but what they draw has its size in pixels: a mask at 32x32 is a stroke or two, at
-    224x224 dozens of small ones. Train the victim at the images' native size, where the trigger acts. `fit` costs in
-    proportion to the pixels; at 224x224 give it a model on a GPU (an update took 15 seconds of a CPU core and 3 GB there).
+    224x224 dozens of small ones. Where the model resizes the images, G trains through that resizing (see
+    `Preprocessing.resize_with_gradient`), on images that are then rounded. `fit` costs in proportion to the pixels; at
+    224x224 give it a model on a GPU (an update took 15 seconds of a CPU core and 3 GB there).
 
     Args:
         target_label: The class that the attacker wants; default, ``label_map`` and ``source_label``: see `Attack`.

@@ -26,8 +26,8 @@ class WaNet(InTrainingAttack):
     mode"), so that the victim learns this warp and not warping as such. At test time the noise-free grid is used.
 
     It differs from the original, and from BackdoorBench's copy of it, in two ways: the warp acts on uint8 images and its
-    result is rounded to grey levels (there: on normalised floats), and in training it acts after the augmentation, on
-    the batch as the victim sees it (there: crops, rotations and flips follow the warp), so that the field lies in the
+    result is rounded to grey levels (there: on normalised floats), and in training it acts after the augmentation and
+    before the model's resizing (there: crops, rotations and flips follow the warp), so that the field lies in the
     same place in training and at test time. Without `poisoner`, on fixed rows through `poison`, there are no cross
     images. The authors know square images only; W for x and H for y is ours. Their ``grid_rescale`` (1) is left out.
 
@@ -35,7 +35,7 @@ class WaNet(InTrainingAttack):
     grid move ``strength / 2`` on average, a quarter of a pixel by default (enlarged to the image: 0.3 pixels on average
     and at most about 0.6 along an axis), the cross noise up to half a pixel. In relation to the picture that is 7 times
     less at 224 than at 32, and the paper tried no size above 64; ``strength=3.5`` bends a picture at 224 as the default
-    does at 32. A warp put on before the model's resizing is another one than after it: train and measure at one size.
+    does at 32. A model that enlarges the images enlarges the warp with them.
 
     Args:
         target_label: The class that the attacker wants; default, ``label_map`` and ``source_label``: see `Attack`.

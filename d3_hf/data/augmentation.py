@@ -15,7 +15,8 @@ class Augmentation:
 
     Attributes:
         crop_padding: Pixels of padding on each side, at least 0 (0: no crop). 4 is BackdoorBench's, and so D3's
-            authors', for images of 32x32 to 64x64; it counts pixels at the model's size.
+            authors', for images of 32x32 to 64x64; it counts pixels at the model's size, or at the images' own for victims
+            whose batches are poisoned anew.
         horizontal_flip: Flip each image with probability 1/2. Off unless asked for: BackdoorBench flips for CIFAR-10
             only, and a flip changes what some signs and digits mean.
         seed: At least 0.

@@ -98,9 +98,30 @@ class Preprocessing:
             raise ValueError(f"images must be uint8 (B, 3, H, W); got {images.dtype} {tuple(images.shape)}")
         if len(images) == 0:
             return images.new_empty((0, 3, *self.size))
-        if self.keeps_size and tuple(images.shape[-2:]) == self.size:
+        return images if self._keeps(images) else self._geometry(images)
+
+    def resize_with_gradient(self, images: Tensor) -> Tensor:
+        """As `resize`, for images that carry gradients: the pixels are those of the images rounded to grey levels, the gradient
+        is that of the same resize and crop on floats. On floats alone a bicubic filter overshoots where on uint8 it is cut off.
+
+        Args:
+            images: float32 (B, 3, H, W) in [0, 255], any size, any device.
+
+        Returns:
+            float32 (B, 3, h, w) of grey levels; the argument itself, not rounded, where nothing is to be done.
+
+        Raises:
+            ValueError: The processor resizes pictures, through which no gradient passes.
+        """
+        if self._keeps(images):
             return images
-        return self._geometry(images)
+        levels, linear = self.resize(images.detach().round().to(torch.uint8)), self._geometry(images)
+        if images.requires_grad and not linear.requires_grad:
+            raise ValueError(
+                "no gradient passes the checkpoint's image processor, which resizes pictures: set interpolation to bilinear or "
+                "bicubic and crop_mode to center on it, or resize the images to the model's size first"
+            )
+        return levels + (linear - linear.detach())
 
     def normalize(self, images: Tensor) -> Tensor:
         """Map uint8 (B, 3, h, w), or float32 in [0, 255] with its gradient, to float32 ``(images / 255 - mean) / std``, on the
@@ -111,6 +132,9 @@ class Preprocessing:
     def __call__(self, images: Tensor) -> Tensor:
         """Map raw uint8 (B, 3, H, W) to the float32 (B, 3, h, w) that the model takes as ``pixel_values``."""
         return self.normalize(self.resize(images))
+
+    def _keeps(self, images: Tensor) -> bool:
+        return self.keeps_size and tuple(images.shape[-2:]) == self.size
 
     def _check(self, image_processor: BaseImageProcessor, probe: Tensor) -> None:
         if isinstance(image_processor, TimmWrapperImageProcessor):

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..attacks import ATTACK_FILE, LEARNED_FILE, Attack, InTrainingAttack, LearnedAttack, poison, save_attack
-from ..data.images import RawImages, content_hashes
+from ..data.augmentation import Augmentation
+from ..data.images import RawImages, content_hashes, stacked
 from ..data.preprocessing import Preprocessing
 from ..data.training_images import TrainingImages
 from ..evaluation.measure import measure, measure_trainer, rates
@@ -89,6 +90,22 @@ class PoisonedImages(TrainingImages):
         return batch if self.poisoned is None else batch | {"poisoned": self.poisoned[torch.as_tensor(positions)]}
 
 
+class NativeImages(TrainingImages):
+    """Training images at their own size, of batches that are poisoned first and resized then, as when they are measured."""
+
+    @classmethod
+    def from_raw(cls, raw: RawImages, preprocessing: Preprocessing, augmentation: Augmentation | None = None) -> "NativeImages":
+        """Take raw images as they are; a ValueError if they differ in size."""
+        images = raw.images if isinstance(raw.images, Tensor) else stacked(raw.images)
+        if not isinstance(images, Tensor):
+            sizes = sorted({tuple(image.shape[-2:]) for image in images})
+            raise ValueError(
+                "batches are poisoned at the images' own size, but there are images of "
+                f"{' and '.join(f'{h}x{w}' for h, w in sizes[:3])}: resize them to one size first"
+            )
+        return cls(images, raw.labels, augmentation, raw.index)
+
+
 class VictimTrainer(PurifyTrainer):
     """Trains on images that are poisoned, or poisons each batch, and says so in everything it writes.
 
@@ -100,7 +117,9 @@ class VictimTrainer(PurifyTrainer):
         kwargs: Further arguments of `PurifyTrainer`.
 
     Raises:
-        ValueError: Random heads are asked for without fixed poisoned images, or see `RandomHeads` and `PurifyTrainer`.
+        ValueError: Random heads are asked for without fixed poisoned images, batches are poisoned and images differ in size,
+            the attack's own networks get no gradient (see `Preprocessing.resize_with_gradient`), or see `RandomHeads` and
+            `PurifyTrainer`.
 
     Attributes:
         attack: The attack as it was planted, its trigger learned, to be written beside the weights; None before the training
@@ -119,11 +138,13 @@ class VictimTrainer(PurifyTrainer):
         self, model: PreTrainedModel, args: VictimConfig, train_dataset: RawImages, plan: VictimPlan | None = None, **kwargs
     ):
         self.plan = plan or VictimPlan()
+        if self.plan.poisoner:
+            self.images_class = NativeImages
         super().__init__(model, args, train_dataset, **kwargs)
         self.report = VictimReport()
 
     def prepare(self) -> None:
-        """Put random heads beside the network's own, if they are asked for."""
+        """Put random heads beside the network's own, if they are asked for; see that the attack's own networks can learn."""
         self.attack: Attack | None = None
         self.heads: RandomHeads | None = None
         self.training_seconds = 0.0
@@ -131,6 +152,8 @@ class VictimTrainer(PurifyTrainer):
         self.attack_sha256: dict[str, str] = {}
         self._began = time.perf_counter()
         self._batch_poisoned: Tensor | None = None
+        if self.plan.poisoner and has_own_networks(self.plan.attack):
+            self.preprocessing.resize_with_gradient(self.train_dataset.images[:1].float().requires_grad_())
         if self.args.random_heads:
             if self.plan.rows is None:
                 raise ValueError("random_heads need fixed poisoned images: this run has none, or poisons every batch anew")
@@ -146,14 +169,15 @@ class VictimTrainer(PurifyTrainer):
         return result
 
     def training_batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Poison the batch anew, if the attack does; remember which rows are poisoned, if random heads ask."""
+        """Poison the batch anew, if the attack does, and resize it; remember which rows are poisoned, if random heads ask."""
         inputs = Trainer._prepare_inputs(self, dict(inputs))  # to the device, still grey levels
         self._batch_poisoned = inputs.pop("poisoned", None)
         if self.plan.poisoner is None:
             return inputs
         images, labels = self.plan.poisoner(inputs["pixel_values"], inputs["labels"], self.batch_number)
-        images = images if images.dtype == torch.uint8 else self.preprocessing.normalize(images)
-        return {"pixel_values": images, "labels": labels}
+        preprocessing = self.preprocessing
+        resize = preprocessing.resize if images.dtype == torch.uint8 else preprocessing.resize_with_gradient
+        return {"pixel_values": preprocessing.normalize(resize(images)), "labels": labels}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The cross-entropy, and while training what the attack's own networks or the random heads add to it."""
@@ -254,9 +278,9 @@ def train_victim(
         trigger and poisoning, training and measuring took).
 
     Raises:
-        ValueError: The attack cannot learn its trigger (see its ``fit``), poisons batches of images that are not of the
-            model's size, trains its own networks where that is not possible (several processes, fp16, accumulated gradients,
-            SAM, resuming), the checkpoint to resume from saw other poisoned images, or see `poison`.
+        ValueError: The attack cannot learn its trigger (see its ``fit``), trains its own networks where that is not possible
+            (several processes, fp16, accumulated gradients, SAM, resuming), the checkpoint to resume from saw other poisoned
+            images, or see `VictimTrainer` and `poison`.
     """
     resumes, accumulates = is_asked_to_resume(args.resume_from_checkpoint), args.gradient_accumulation_steps > 1
     if has_own_networks(attack) and (args.world_size > 1 or args.fp16 or accumulates or args.sam_rho or resumes):
@@ -286,8 +310,6 @@ def train_victim(
         clean_model=None if clean_model is None else source_facts(clean_model),
     )
     trainer = VictimTrainer(model, args, poisoned, plan)
-    if poisoner:
-        _check_sizes(attack, train, trainer.preprocessing.size)
     trainer.train(args.resume_from_checkpoint)
     seconds = {"poisoning_seconds": poisoning_seconds, "training_seconds": trainer.training_seconds}
     found = seconds | _measured(trainer, test, clean_model)
@@ -331,12 +353,3 @@ def _measured(trainer: VictimTrainer, test: RawImages, clean_model: PreTrainedMo
         floor = measure(clean_model, test, preprocessing, trainer.attack, device=trainer.args.device)
         measured["clean_model"] = rates(floor)
     return measured | {"measuring_seconds": time.perf_counter() - start}
-
-
-def _check_sizes(attack: Attack, train: RawImages, size: tuple[int, int]) -> None:
-    shapes = {tuple(image.shape[-2:]) for image in train.images}
-    if shapes != {tuple(size)}:
-        raise ValueError(
-            f"{attack.name} poisons batches at the model's size {size[0]}x{size[1]}, but there are images of "
-            f"{' and '.join(f'{h}x{w}' for h, w in sorted(shapes)[:3])}: give image_size, or resize the images first"
-        )

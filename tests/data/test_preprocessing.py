@@ -175,6 +175,46 @@ def test_only_batches_of_rgb_uint8_are_resized(batch):
         Preprocessing.from_processor(ViTImageProcessor(size=VIT)).resize(batch)
 
 
+@pytest.mark.parametrize(
+    "processor",
+    [
+        *(ViTImageProcessor(size=VIT, resample=filter) for filter in (0, 1, 2, 3)),
+        CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}),
+        timm_processor(crop_pct=0.875),
+    ],
+)
+def test_a_resize_with_gradient_gives_the_pixels_of_the_plain_one(processor):
+    preprocessing, batch = Preprocessing.from_processor(processor), images(3, 3, 10, 9)
+    floats = (batch + 0.4).clamp(max=255).requires_grad_()
+    found = preprocessing.resize_with_gradient(floats)
+    assert torch.equal(found, preprocessing.resize(batch).float()) and found.requires_grad
+
+
+@pytest.mark.parametrize(("resample", "mode"), [(2, "bilinear"), (3, "bicubic")])
+@pytest.mark.parametrize("shape", [(10, 9), (40, 33)])
+def test_the_gradient_of_a_resize_is_that_of_its_weights(resample, mode, shape):
+    preprocessing = Preprocessing.from_processor(ViTImageProcessor(size=VIT, resample=resample))
+    floats, weights = images(2, 3, *shape).float().requires_grad_(), images(2, 3, 24, 20).float() / 255
+    (found,) = torch.autograd.grad((weights * preprocessing.resize_with_gradient(floats)).sum(), floats)
+    height, width = shape
+    # What each row and column of the image gives to each of the result: the resize of single rows and columns of ones.
+    ones = torch.eye(height)[None, None], torch.eye(width)[None, None]
+    down = torch.nn.functional.interpolate(ones[0], (24, height), mode=mode, antialias=True)[0, 0]
+    across = torch.nn.functional.interpolate(ones[1], (20, width), mode=mode, antialias=True)[0, 0]
+    torch.testing.assert_close(found, torch.einsum("yh,bcyx,xw->bchw", down, weights, across), rtol=1e-4, atol=1e-5)
+
+
+def test_images_of_the_models_size_keep_their_fractions():
+    floats = images(2, 3, 24, 20).float() + 0.25
+    assert Preprocessing.from_processor(ViTImageProcessor(size=VIT)).resize_with_gradient(floats) is floats
+
+
+def test_no_gradient_passes_pictures():
+    preprocessing = Preprocessing.from_processor(timm_processor(interpolation="lanczos"))
+    with pytest.raises(ValueError, match="no gradient passes .* set interpolation to bilinear or bicubic"):
+        preprocessing.resize_with_gradient(images(2, 3, 10, 10).float().requires_grad_())
+
+
 def test_the_way_out_for_pil_processors_works(tmp_path):
     ViTImageProcessorPil(size=VIT).save_pretrained(tmp_path)
     processor = AutoImageProcessor.from_pretrained(tmp_path, backend="torchvision")

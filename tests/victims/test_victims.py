@@ -169,15 +169,6 @@ def test_record_and_card_say_what_the_attack_measures_and_how_long_it_took(digit
     assert all(record["measured"][f"{part}_seconds"] > 0 for part in ("poisoning", "training", "measuring"))
 
 
-def test_batches_that_are_poisoned_must_be_of_the_models_size(digits, tmp_path):
-    model = small_resnet()
-    model.image_processor = ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    with pytest.raises(
-        ValueError, match="wanet poisons batches at the model's size 16x16, but there are images of 32x32: give"
-    ):
-        train_victim(model, *digits, from_description({"name": "wanet"}), config(tmp_path, 1))
-
-
 def test_every_micro_batch_is_poisoned_by_draws_of_its_own_and_sam_sees_it_once(digits, tmp_path):
     numbers = []
 
