@@ -11,7 +11,7 @@ from .attacks import Attack
 from .data.images import RawImages
 from .errors import GuardRailBroken
 from .evaluation.class_order import order_contradiction
-from .evaluation.guard import GuardArguments, broken_rails
+from .evaluation.guard import GuardArguments, broken_rails, uncertain_rails
 from .evaluation.measure import measure_trainer, results
 from .evaluation.retain_check import retain_warnings
 from .labels import check_labels
@@ -31,7 +31,8 @@ def purify(
     """Measure, train, measure again, save; push if ``trainer.args.push_to_hub``.
 
     The trigger is used for the two measurements only: the trainer was built without it and is not handed it. What makes the
-    retain set look unfit is logged before the training and kept in the manifest; see `retain_warnings`.
+    retain set look unfit is logged before the training and kept in the manifest; see `retain_warnings`. So is, after it, that
+    the test images cannot tell whether ACC fell by more than is allowed; see `uncertain_rails`.
 
     Args:
         trainer: A defence's trainer, built from the suspicious model and the retain set.
@@ -42,8 +43,8 @@ def purify(
 
     Returns:
         The report, with what was found. ``results`` holds what ``all_results.json`` does: ``accuracy_before``,
-        ``accuracy_after``, with an attack also ``asr_*``, ``ra_*``, ``pacc_*``, ``trigger_drift_*`` and ``der``; fractions in
-        [0, 1], each proportion with ``_ci95`` and ``_n``; empty on all but the main process.
+        ``accuracy_after``, ``accuracy_drop``, with an attack also ``asr_*``, ``ra_*``, ``pacc_*``, ``trigger_drift_*`` and
+        ``der``; fractions in [0, 1], each proportion with ``_ci95`` and ``_n``; empty on all but the main process.
 
     Raises:
         GuardRailBroken: A guard rail is broken. The model is then in ``rejected`` below ``output_dir``, with the reasons in its
@@ -76,9 +77,13 @@ def purify(
     training = time.perf_counter() - started
     after = measure_trainer(trainer, test, attack)
     if trainer.is_world_process_zero():
+        uncertain = uncertain_rails(guard, before, after, test.labels) if guard else []
+        for warning in uncertain:
+            logger.warning(warning)
         report = replace(
             report,
-            results=results(before, after),
+            warnings=(*report.warnings, *uncertain),
+            results=results(before, after, test.labels),
             trigger=attack.describe() if attack else None,
             n_images=len(test),
             seconds={"before": before.seconds, "training": training, "after": after.seconds},

@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
 from accelerate import PartialState
 from tqdm.auto import tqdm
@@ -166,7 +167,7 @@ class Runner:
         last = next((log for log in reversed(trainer.state.log_history) if "clean_loss" in log), {})
         row = asdict(cell) | {"method": trainer.method, "attack": attack.name, "network": _network(model)}
         row |= {"curve": self.grid.defences[cell.defence].get("curve"), "retain_n": len(retain)}
-        row |= results(before, after)
+        row |= (found := results(before, after, self.inputs.test.labels))
         row |= {"seconds_training": seconds, "seconds_measuring": after.seconds, "peak_memory_mib": peak}
         if watch.images is not None:
             series = [*watch.series, (seconds, after.asr.value)]  # for methods without epochs, and what they do after these
@@ -177,7 +178,6 @@ class Runner:
         row |= versions | {"arguments": json.dumps(manifest.arguments_of(args))}
         row |= {"execution": json.dumps(trainer.execution), "source": json.dumps(manifest.source_facts(model))}
         if self.grid.save_models:
-            found = results(before, after)
             trainer.record(Report(results=found, trigger=attack.describe(), n_images=len(self.inputs.test)))
             trainer.save_model()
             row["weights_sha256"] = sha256(self.folder(cell) / SAFE_WEIGHTS_NAME)
@@ -186,7 +186,8 @@ class Runner:
     def before(self, model_of: str, attack_of: str) -> Measurement:
         """Measure an untouched model under a victim's trigger, once; by what is compared and what is not see `spec`.
 
-        What an earlier version measured without PACC is measured again: unlike a cell it costs one pass.
+        What an earlier version measured without PACC is measured again: unlike a cell it costs one pass. One that did not keep
+        the predictions, which only ``accuracy_drop`` needs, is taken as it is.
         """
         name = re.sub(r"[^\w.-]+", "_", f"{model_of}--{attack_of}")
         attack = self.inputs.attack(attack_of)
@@ -198,14 +199,15 @@ class Runner:
         if counts and "pacc" in counts:
             rates = ("accuracy", "asr", "ra", "pacc", "trigger_drift")
             shares = {key: counts[key] and Proportion(**counts[key]) for key in rates}
-            return Measurement(**shares, seconds=counts["seconds"], forward_images=counts["forward_images"])
+            kept = counts.get("predictions") and np.array(counts["predictions"])
+            return Measurement(**shares, seconds=counts["seconds"], forward_images=counts["forward_images"], predictions=kept)
         model, test = self.inputs.model(model_of), self.inputs.test
         preprocessing = Preprocessing.from_processor(model.image_processor)
         check_labels(test.class_names, model.config)
         found = measure(model, test, preprocessing, attack, device=PartialState().device)
         if said := order_contradiction(found.predictions, test.labels, test.class_names, model.config):
             raise ValueError(said)
-        _write(file, {"spec": spec}, asdict(replace(found, predictions=None)))
+        _write(file, {"spec": spec}, asdict(replace(found, predictions=found.predictions.tolist())))
         return found
 
     def rows(self) -> Iterator[dict[str, Any]]:

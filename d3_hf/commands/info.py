@@ -87,7 +87,7 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
         if (folder / RESULTS).is_file():
             rates = read_mapping(folder / RESULTS, "table of a purification's results", "purify again")
         measured = facts["measured"]
-        kept = {f"{rate}_{when}" for rate in RATES for when in ("before", "after")} | {"der"}
+        kept = {f"{rate}_{when}" for rate in RATES for when in ("before", "after")} | {"accuracy_drop", "der"}
         said = {"method": facts.get("method"), "measured": {key: rates[key] for key in rates if key in kept}}
         shown = ("data", "configuration", "split", "trigger", "warnings", REJECTED)
         said |= {key: measured[key] for key in shown if measured.get(key)}

@@ -11,6 +11,9 @@ from torch import Tensor
 from ..errors import join_names
 from .measure import Measurement
 from .metrics import accuracy
+from .paired import PairedTable, paired_table
+
+LOSE_LESS = "give more images, with D3 a larger --lambda_clean or --sam_rho 2, or a larger --max_accuracy_drop"
 
 
 @dataclass
@@ -19,7 +22,8 @@ class GuardArguments:
 
     Args:
         max_accuracy_drop: Points of ACC that the purification may cost. 0.05 in the recipes and on the command line (here);
-            1 turns it off. `workflow.purify` has no rails unless it is given some.
+            1 turns it off. `workflow.purify` has no rails unless it is given some. The drop that was measured decides; where
+            its 95 % interval lies on both sides of the limit, the reason or a warning says that the images cannot tell.
         min_class_accuracy: ACC that every class must keep; a class without test images is passed over. Default off.
         min_agreement: Share of the test images on which the purified model must predict what the suspicious one did, be it
             right or wrong. Default off.
@@ -54,13 +58,10 @@ def broken_rails(
         One line for each rail that is broken; empty when all hold.
     """
     reasons = []
-    drop = (before.accuracy.successes - after.accuracy.successes) / after.accuracy.n
-    if guard.max_accuracy_drop is not None and drop > guard.max_accuracy_drop:
-        reasons.append(
-            f"ACC fell by {100 * drop:.1f} points, from {100 * before.accuracy.value:.1f} % to "
-            f"{100 * after.accuracy.value:.1f} %; max_accuracy_drop allows {100 * guard.max_accuracy_drop:g}: "
-            "give more images, with D3 a larger --lambda_clean or --sam_rho 2, or a larger --max_accuracy_drop"
-        )
+    table = paired_table(before.predictions, after.predictions, labels)
+    if (allowed := guard.max_accuracy_drop) is not None and table.drop > allowed:
+        said = _accuracy_line(table, allowed)
+        reasons.append(f"{said}; to lose less, {LOSE_LESS}" if _is_uncertain(table, allowed) else f"{said}: {LOSE_LESS}")
     if guard.min_class_accuracy is not None:
         rates = class_rates(after.predictions, labels)
         low = [f"{class_names[k]} ({100 * rate:.1f} %)" for k, rate in rates.items() if rate < guard.min_class_accuracy]
@@ -77,6 +78,43 @@ def broken_rails(
                 f"{100 * guard.min_agreement:g} %"
             )
     return reasons
+
+
+def uncertain_rails(guard: GuardArguments, before: Measurement, after: Measurement, labels: Tensor) -> list[str]:
+    """What to warn of: a rail that holds although the test images cannot tell whether it does.
+
+    Only ``max_accuracy_drop`` is looked at: the drop that was measured is allowed, and its interval reaches beyond the limit.
+
+    Args:
+        guard: The rails.
+        before: The suspicious model.
+        after: The purified one, measured on the same images.
+        labels: Their true classes, int64 (N,).
+
+    Returns:
+        One line for each such rail.
+    """
+    table = paired_table(before.predictions, after.predictions, labels)
+    if (allowed := guard.max_accuracy_drop) is None or table.drop > allowed or not _is_uncertain(table, allowed):
+        return []
+    return [_accuracy_line(table, allowed)]
+
+
+def _is_uncertain(table: PairedTable, allowed: float) -> bool:
+    """Whether the interval of the drop lies on both sides of what is allowed."""
+    low, high = table.interval()
+    return low <= allowed < high
+
+
+def _accuracy_line(table: PairedTable, allowed: float) -> str:
+    """What became of ACC, and what was allowed."""
+    low, high = table.interval()
+    change, ends = ("fell", (low, high)) if table.drop >= 0 else ("rose", (-high, -low))
+    said = (
+        f"ACC {change} by {100 * abs(table.drop):.1f} points, 95 % interval [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}], from "
+        f"{100 * table.before.value:.1f} % to {100 * table.after.value:.1f} %; max_accuracy_drop allows {100 * allowed:g}"
+    )
+    return f"cannot tell with {table.n} images: {said}; give more test images" if _is_uncertain(table, allowed) else said
 
 
 def class_rates(predictions: np.ndarray, labels: Tensor) -> dict[int, float]:

@@ -18,6 +18,7 @@ from ..data.images import RawImages
 from ..models.evaluating import evaluating
 from .fitting import BATCH, run_with_fitting_batch
 from .metrics import Proportion, accuracy, attack_success_rate, poisoned_accuracy, robust_accuracy, trigger_drift
+from .paired import paired_table
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Measurement:
         pacc: PACC over the triggered images of all classes; None when no attack was given.
         trigger_drift: See `metrics.trigger_drift`, over the triggered images that the attack counts; None when no attack was
             given or it wants several classes of them (all-to-all), among which no single one is the trigger's new target.
-        predictions: Predicted classes (N,) of the images as they are, for what compares two models; no part of a record.
+        predictions: Predicted classes (N,) of the images as they are, for what compares two models; no rate of one.
     """
 
     accuracy: Proportion
@@ -247,17 +248,19 @@ def detoxification_effectiveness_rating(before: Measurement, after: Measurement)
     return (max(0.0, asr_drop) - max(0.0, accuracy_drop) + 1) / 2
 
 
-def results(before: Measurement, after: Measurement) -> dict[str, Any]:
+def results(before: Measurement, after: Measurement, labels: Tensor | None = None) -> dict[str, Any]:
     """The content of ``all_results.json``: fractions in [0, 1] with ``<key>_ci95`` = [low, high] and ``<key>_n``.
 
     Args:
         before: The suspicious model.
         after: The purified one, measured on the same images.
+        labels: Their true classes, int64 (N,); without them, or the predictions of one model, accuracy_drop is left out.
 
     Returns:
         accuracy_before, asr_before, ra_before, pacc_before, accuracy_after, asr_after, ra_after, pacc_after and der; without
         the keys of asr, ra, pacc and der when no trigger was measured. Where they are defined, trigger_drift_before and
-        trigger_drift_after, without interval.
+        trigger_drift_after, without interval. Also accuracy_drop, ACC before minus ACC after in [-1, 1], with the interval of
+        pairs, and accuracy_drop_p of McNemar's exact test, see `paired`.
 
     Raises:
         ValueError: Only one of them was measured with a trigger, or they counted different numbers of images.
@@ -271,4 +274,6 @@ def results(before: Measurement, after: Measurement) -> dict[str, Any]:
         fields |= _fields(measurement, f"_{suffix}")
     if before.asr is not None or after.asr is not None:
         fields["der"] = detoxification_effectiveness_rating(before, after)
+    if labels is not None and before.predictions is not None and after.predictions is not None:
+        fields |= paired_table(before.predictions, after.predictions, labels).as_dict("accuracy_drop")
     return fields

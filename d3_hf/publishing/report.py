@@ -18,7 +18,8 @@ class Report:
         data: What the images measured on are called, on the Hub or by the last part of their path.
         configuration: Which configuration of that data set, if one was chosen.
         split: Which split of them.
-        warnings: What makes the retain set look unfit, said before the start.
+        warnings: What makes the retain set look unfit, said before the start, and that the test images cannot tell
+            whether a guard rail holds, said at the end.
         results: What ``all_results.json`` holds, see `evaluation.measure.results`; empty if nothing was measured, and on all
             processes but the main one.
         trigger: Description of the trigger that was measured with.

@@ -30,7 +30,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def results_table(results: dict) -> str:
-    """Markdown table of ACC, ASR, RA and PACC before and after, each with count and 95 % interval, trigger drift and DER.
+    """Markdown table of ACC, ASR, RA and PACC before and after, with counts and 95 % intervals, ACC drop, trigger drift, DER.
 
     Args:
         results: As `measure.results` makes it: fractions in [0, 1] with ``_ci95`` and ``_n``. What an earlier version did not
@@ -44,6 +44,8 @@ def results_table(results: dict) -> str:
         for key, short in _ROWS.items()
         if f"{key}_after" in results
     ]
+    if "accuracy_drop" in results:
+        rows.insert(1, ["ACC drop", "", _percent(results, "accuracy_drop", "points"), str(results["accuracy_drop_n"])])
     if "der" in results:
         rows.append(["DER", "", f"{results['der']:.4f}", ""])
     return markdown_table(["", "before", "after", "images"], rows)
@@ -67,9 +69,9 @@ def rates_table(columns: dict[str, dict]) -> str:
     return markdown_table(["", *columns, "images"], rows)
 
 
-def _percent(rates: dict, key: str) -> str:
+def _percent(rates: dict, key: str, unit: str = "%") -> str:
     """``91.20 % [90.40, 91.95]`` of a proportion as `Proportion.as_dict` writes it; without interval where it has none."""
-    share = f"{100 * rates[key]:.2f} %"
+    share = f"{100 * rates[key]:.2f} {unit}"
     if f"{key}_ci95" not in rates:
         return share
     low, high = rates[f"{key}_ci95"]

@@ -45,6 +45,7 @@ def test_a_row_holds_rates_costs_and_how_they_came_about(rows):
     row = rows[(rows["defence"] == "D3") & (rows["victim"] == "vit/badnets") & (rows["seed"] == 1)].iloc[0]
     assert (row["method"], row["attack"], row["network"], row["accuracy_after_n"]) == ("D3", "badnets", "vit", 40)
     assert row["asr_after_ci95"][0] <= row["asr_after"] <= row["asr_after_ci95"][1]
+    assert row["accuracy_drop"] == pytest.approx(row["accuracy_before"] - row["accuracy_after"])
     assert (row["pacc_after_n"], row["trigger_drift_after_n"]) == (40, row["asr_after_n"]) and row["trigger_drift_after"] > 0
     assert (row["retain_n"], row["forward_images"], row["backward_images"]) == (30, 30, 30)  # one epoch of one pass each
     assert row["seconds_training"] > 0 and row["peak_memory_mib"] > 100 and row["hardware"] and row["version_torch"]

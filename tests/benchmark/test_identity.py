@@ -249,6 +249,16 @@ def test_cells_without_pacc_stay_made_and_untouched_models_are_measured_again(gr
     assert render(rows[list(without_pacc(rows))]).count(" / –") == 3 * 3  # three models: victim, average, worst
 
 
+def test_a_victim_measured_without_its_predictions_is_not_measured_again(grid, tmp_path):
+    part, victim = replace(grid, output_dir=str(tmp_path)), grid.victims[0]
+    found, again = (Runner(part).before(victim, victim) for _ in range(2))
+    assert again.predictions.tolist() == found.predictions.tolist() and len(again.predictions) == again.accuracy.n
+    (file,) = (tmp_path / "before").iterdir()
+    _write(file, {}, {key: value for key, value in _verified(file).items() if key != "predictions"})
+    written = file.read_text()
+    assert Runner(part).before(victim, victim).predictions is None and file.read_text() == written
+
+
 # Which class is which -------------------------------------------------------------------------------------------------
 
 

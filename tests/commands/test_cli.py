@@ -98,7 +98,7 @@ def test_json_is_what_the_files_hold(folder, capsys):
     about = json.loads(capsys.readouterr().out)
     results = json.loads(Path("purified/all_results.json").read_text())
     assert about["manifest"]["measured"] == {key: results[key] for key in about["manifest"]["measured"]}
-    assert len(about["manifest"]["measured"]) == 11 and about["manifest"]["method"] == "D3"
+    assert len(about["manifest"]["measured"]) == 12 and about["manifest"]["method"] == "D3"
     command("benchmark", "grid.yaml", "--json")
     rows = json.loads(capsys.readouterr().out)["rows"]
     frame = pandas.read_parquet("grid/results.parquet")

@@ -18,6 +18,7 @@ from d3_hf.publishing.card import render_card
 from d3_hf.publishing.tables import results_table
 
 TOY = {"max_steps": 6, "disable_tqdm": True, "use_cpu": True, "report_to": "none"}
+DROP = {f"accuracy_drop{suffix}" for suffix in ("", "_ci95", "_n", "_p")}
 DRIFTS = {f"trigger_drift_{when}{suffix}" for when in ("before", "after") for suffix in ("", "_n")}
 DIGITS = ["--model_name_or_path", "VICTIM", "--dataset_name", "digits"]
 KEYS = {f"{rate}_{when}" for rate in ("accuracy", "asr", "ra", "pacc") for when in ("before", "after")}
@@ -43,7 +44,7 @@ def drill(tmp_path_factory):
 
 def test_drill_prints_the_table_and_the_distances(drill):
     _, done = drill
-    for rate in ("ACC", "ASR", "RA", "PACC", "trigger drift", "DER"):
+    for rate in ("ACC", "ACC drop", "ASR", "RA", "PACC", "trigger drift", "DER"):
         assert f"| {rate} |" in done.stdout
     assert "D3 moved classifier.weight to relative distance" in done.stdout and "training" in done.stdout
     assert "D3 moves 1 weight (classifier.weight)" in done.stdout
@@ -61,7 +62,7 @@ def test_drill_leaves_these_files(drill):
 def test_results_have_exactly_these_keys(drill):
     folder, done = drill
     results = json.loads((folder / "purified" / "all_results.json").read_text())
-    assert set(results) == KEYS | {f"{k}_ci95" for k in KEYS} | {f"{k}_n" for k in KEYS} | DRIFTS | {"der"}
+    assert set(results) == KEYS | {f"{k}_ci95" for k in KEYS} | {f"{k}_n" for k in KEYS} | DROP | DRIFTS | {"der"}
     assert results["accuracy_before_n"] == 360 and results["asr_after_n"] < 360
     for key in KEYS:
         low, high = results[f"{key}_ci95"]
@@ -142,7 +143,7 @@ def test_without_a_trigger_only_accuracy_is_reported(drill, tmp_path):
         + ["--max_test_images", "50", "--disable_tqdm", "true", "--use_cpu", "--max_accuracy_drop", "1"]
     )
     rates = {"accuracy_before", "accuracy_after"}
-    assert set(results) == rates | {f"{k}_ci95" for k in rates} | {f"{k}_n" for k in rates}
+    assert set(results) == rates | {f"{k}_ci95" for k in rates} | {f"{k}_n" for k in rates} | DROP
     assert results["accuracy_after_n"] == 50
     assert "ASR, RA and PACC were not measured" in (tmp_path / "README.md").read_text()
 

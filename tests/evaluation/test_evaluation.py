@@ -2,7 +2,9 @@
 
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from d3_hf.attacks import BadNets, Blended
 from d3_hf.data.images import RawImages
 from d3_hf.evaluation.measure import Measurement, detoxification_effectiveness_rating, measure, results
 from d3_hf.evaluation.metrics import Proportion
+from d3_hf.evaluation.paired import paired_table
 
 CLASSES = 10
 
@@ -272,6 +275,17 @@ def test_results_without_a_trigger():
     found = results(measurement(9000), measurement(8900))
     keys = ["accuracy_before", "accuracy_after"]
     assert set(found) == {f"{key}{suffix}" for key in keys for suffix in ("", "_ci95", "_n")}
+
+
+def test_results_hold_the_drop_where_the_images_are_known():
+    labels = torch.arange(50) % 10
+    before, after = labels.numpy(), np.where(np.arange(50) < 4, 1 - labels.numpy(), labels.numpy())
+    models = [replace(measurement(right, n=50), predictions=found) for right, found in ((50, before), (46, after))]
+    found = results(*models, labels)
+    assert {key: found[key] for key in found if "drop" in key} == paired_table(before, after, labels).as_dict("accuracy_drop")
+    assert found["accuracy_drop"] == pytest.approx(found["accuracy_before"] - found["accuracy_after"]) == pytest.approx(0.08)
+    assert json.loads(json.dumps(found)) == found
+    assert results(*models) == results(measurement(50, n=50), models[1], labels)  # a record of an earlier version
 
 
 def broken(value: float, when_triggered: bool = False) -> Oracle:

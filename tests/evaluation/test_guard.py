@@ -15,9 +15,10 @@ from d3_hf.data.preprocessing import Preprocessing
 from d3_hf.defenses.d3.trainer import D3Config
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
 from d3_hf.errors import GuardRailBroken
-from d3_hf.evaluation.guard import GuardArguments, broken_rails, class_rates
+from d3_hf.evaluation.guard import GuardArguments, broken_rails, class_rates, uncertain_rails
 from d3_hf.evaluation.measure import Measurement, measure
 from d3_hf.evaluation.metrics import accuracy
+from d3_hf.evaluation.paired import paired_table
 from d3_hf.evaluation.retain_check import retain_warnings
 
 NAMES = ["red", "green", "blue"]
@@ -65,7 +66,7 @@ def wrong(count):
     ("guard", "before", "after", "reason"),
     [
         (dict(max_accuracy_drop=0.1), 0, 3, None),
-        (dict(max_accuracy_drop=0.1), 0, 4, "ACC fell by 13.3 points, from 100.0 % to 86.7 %; max_accuracy_drop allows 10"),
+        (dict(max_accuracy_drop=0.1), 0, 4, "from 100.0 % to 86.7 %; max_accuracy_drop allows 10; give"),
         (dict(max_accuracy_drop=0.1), 4, 0, None),
         (dict(max_accuracy_drop=None), 0, 30, None),
         (dict(max_accuracy_drop=None, min_class_accuracy=0.9), 0, 3, None),
@@ -89,6 +90,37 @@ def test_what_a_lost_accuracy_advises_can_be_given():
     advised = set(re.findall(r"--(\w+)", reason))
     assert "more images" in reason and advised == {"lambda_clean", "sam_rho", "max_accuracy_drop"}
     assert advised <= {option.name for kind in (GuardArguments, D3Config) for option in fields(kind)}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "allowed", "fell", "verdict"),
+    [
+        (0, 20, 0.05, "fell by 66.7 points", "rejected"),
+        (0, 3, 0.05, "fell by 10.0 points", "rejected, uncertain"),
+        (0, 3, 0.1, "fell by 10.0 points", "uncertain"),
+        (0, 0, 0.05, "fell by 0.0 points", "uncertain"),
+        (2, 1, 0.05, "rose by 3.3 points", "uncertain"),
+        (0, 3, 0.5, None, "accepted"),
+        (20, 0, 0.05, None, "accepted"),
+        (0, 30, 1, None, "accepted"),
+    ],
+)  # fmt: skip
+def test_the_measured_drop_decides_and_its_interval_says_whether_that_is_certain(before, after, allowed, fell, verdict):
+    guard, models = GuardArguments(max_accuracy_drop=allowed), (measured(wrong(before)), measured(wrong(after)))
+    rejected, uncertain = broken_rails(guard, *models, LABELS, NAMES), uncertain_rails(guard, *models, LABELS)
+    said = rejected + uncertain
+    assert bool(rejected) == ("rejected" in verdict) and len(said) == (fell is not None)
+    low, high = paired_table(wrong(before), wrong(after), LABELS).interval()
+    ends = (100 * low, 100 * high) if before <= after else (-100 * high, -100 * low)
+    cannot = "cannot tell with 30 images: " if "uncertain" in verdict else ""
+    for line in said:
+        assert line.startswith(f"{cannot}ACC {fell}, 95 % interval [{ends[0]:.1f}, {ends[1]:.1f}], from ")
+        assert ("give more test images" in line) == bool(cannot) and ("--max_accuracy_drop" in line) == bool(rejected)
+    assert (low <= allowed < high) == ("uncertain" in verdict)
+
+
+def test_a_rail_that_is_off_says_nothing():
+    assert uncertain_rails(GuardArguments(max_accuracy_drop=None), measured(wrong(0)), measured(wrong(3)), LABELS) == []
 
 
 def test_a_class_without_images_is_passed_over():
@@ -248,3 +280,16 @@ def test_warnings_are_logged_and_written_down(tmp_path, caplog):
         warning
     ]
     assert f"\n- {warning}\n" in (tmp_path / "README.md").read_text()
+
+
+def test_that_the_test_images_cannot_tell_is_logged_and_written_down(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "d3_hf"):
+        report = purify(trainer_of(tmp_path, images(LABELS), max_steps=1), images(LABELS, seed=1), guard=GuardArguments())
+    (warning,) = report.warnings
+    assert warning.startswith("cannot tell with 30 images: ACC fell by 0.0 points, 95 % interval [-11.4, 11.4]")
+    assert [record.getMessage() for record in caplog.records if "cannot tell" in record.getMessage()] == [warning]
+    assert json.loads((tmp_path / "purification.json").read_text())["measured"]["warnings"] == [warning]
+    assert f"\n- {warning}\n" in (tmp_path / "README.md").read_text()
+    low, high = report.results["accuracy_drop_ci95"]
+    assert report.results["accuracy_drop"] == 0 and report.results["accuracy_drop_p"] == 1 and high == -low > 0.05
+    assert "| ACC drop | | 0.00 points [-11.35, 11.35] | 30 |" in (tmp_path / "README.md").read_text()

@@ -22,11 +22,13 @@ def test_what_stands_in_a_cell_neither_ends_it_nor_its_line():
 
 
 def test_results_before_and_after():
-    results = rates("accuracy", 0.9, "_before") | rates("accuracy", 0.85, "_after") | {"der": 0.5}
+    results = rates("accuracy", 0.9, "_before") | rates("accuracy", 0.85, "_after") | rates("accuracy_drop", 0.05)
+    results["der"] = 0.5
     assert results_table(results).splitlines() == [
         "| | before | after | images |",
         "| --- | ---: | ---: | ---: |",
         "| ACC | 90.00 % [89.00, 91.00] | 85.00 % [84.00, 86.00] | 360 |",
+        "| ACC drop | | 5.00 points [4.00, 6.00] | 360 |",
         "| DER | | 0.5000 | |",
     ]
 
