@@ -19,7 +19,10 @@ FLOORS = [
     {"recipes": "scripts and configurations that a user copies"},
     {"cli": "the command line: which command, what an error looks like, exit codes"},
     {"commands": "what each command does with its options"},
-    {"benchmark": "victims x retain sets x defences x seeds: cells, tables, plots"},
+    {
+        "benchmark": "victims x retain sets x defences x seeds: cells, tables, plots",
+        "auto": "which defence with which settings, chosen without a trigger",
+    },
     {
         "defenses": "D3 and its rivals, one file or folder each",
         "victims": "backdoored models, made for research, and what is recorded of them",
@@ -44,6 +47,7 @@ FLOORS = [
 NEVER = {
     "defenses": {"attacks", "evaluation", "victims", "options"},  # a defence sees the model and the retain set, nothing else
     "training": {"attacks"},  # no trainer sees a trigger
+    "auto": {"attacks", "victims", "workflow"},  # nor does a choice, nor a test image
     "defenses.shared.geometry": {"training", "models", "data"},  # D3's mathematics alone
 }
 
@@ -114,6 +118,24 @@ def test_shut_doors(place):
     for module in inhabitants:
         forbidden = sorted(used for used in GRAPH[module] if room(used) in NEVER[place])
         assert not forbidden, f"{module} imports {', '.join(forbidden)}"
+
+
+def reached(start):
+    """Every module that importing a room brings along, packages on the way included; what they load later too."""
+    found, open_ends = set(), [module for module in MODULES if inside(module, start)]
+    while open_ends:
+        module = open_ends.pop()
+        if module and module not in found:
+            found.add(module)
+            open_ends += GRAPH.get(module, ()) | {module.rpartition(".")[0]}
+    return found
+
+
+def test_a_choice_reaches_neither_a_trigger_nor_a_test_image():
+    found = reached("auto")
+    assert {"defenses", "evaluation", "data"} <= {room(module) for module in found}
+    assert not {room(module) for module in found} & {"attacks", "victims", "workflow", "commands", "benchmark"}
+    assert "options.arguments" not in found  # which loads the test images
 
 
 def test_no_modules_import_each_other_in_a_circle():

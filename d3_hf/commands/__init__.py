@@ -42,7 +42,9 @@ COMMANDS = {
             arguments="[CONFIG.yaml] --option value ...",
             summary="purify a checkpoint with D3; --defence NAME takes another method",
             example="d3-hf purify --model_name_or_path me/suspicious-vit --dataset_name path/to/images --retain_count 500",
-            further=tuple(textwrap.wrap(", ".join(DEFENCES), 110, initial_indent="  --defence  ", subsequent_indent=" " * 13)),
+            further=tuple(
+                textwrap.wrap(", ".join([*DEFENCES, "auto"]), 110, initial_indent="  --defence  ", subsequent_indent=" " * 13)
+            ),
         ),
         Command(
             name="measure",

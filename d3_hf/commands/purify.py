@@ -1,10 +1,13 @@
 """``d3-hf purify`` and the recipes: load, purify, print the table."""
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..auto.config import AutoConfig
+from ..auto.plan import make_plan
+from ..auto.run import choose_recipe, dry_run
 from ..defenses import defence
 from ..errors import GuardRailBroken
 from ..evaluation.guard import GuardArguments
@@ -17,6 +20,8 @@ from ..publishing.report import Report
 from ..training.trainer import PurifyTrainer
 from ..victims.sets import make_victim
 from ..workflow import purify
+
+AUTO = "auto"  # in place of a defence's name: tried and chosen without a trigger
 
 
 @dataclass
@@ -37,11 +42,14 @@ OPTIONS = [ModelArguments, DataArguments, AttackArguments, DrillArguments, Guard
 def run(argv: list[str]) -> dict[str, Any]:
     """Run ``[--defence NAME] [CONFIG.yaml] --option value ...``: load, purify by D3 or another method, print the table.
 
+    With ``--defence auto`` the method and its settings are chosen first, see `choose_recipe`, which gets model and retain set
+    and nothing else.
+
     Args:
         argv: Arguments without the program's name.
 
     Returns:
-        `Report.results` of `purify`.
+        `Report.results` of `purify`; with ``--dry_run`` the plan, see `dry_run`.
 
     Raises:
         GuardRailBroken: See `purify`; ``max_accuracy_drop`` is five points unless it is given.
@@ -51,7 +59,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--defence", "--defense", default="d3", nargs="?", const="")
     chosen, argv = parser.parse_known_args(argv)
-    config_class, trainer_class = defence(chosen.defence)
+    config_class, trainer_class = (AutoConfig, None) if chosen.defence == AUTO else defence(chosen.defence)
     model_args, data_args, attack_args, drill, guard, args = parse_arguments([*OPTIONS, config_class], argv)
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16 is for a GPU and this run has none: use bf16, or leave it out")
@@ -61,6 +69,9 @@ def run(argv: list[str]) -> dict[str, Any]:
         raise ValueError(NO_IMAGES)
     if model_args.model_name_or_path is None and attack_args.attack:
         raise ValueError("--attack is that of the victim in a drill, which --victim_config says: give one of the two")
+    is_dry = isinstance(args, AutoConfig) and args.dry_run
+    if is_dry and model_args.model_name_or_path is None:
+        raise ValueError("--dry_run writes nothing, a victim neither: make it first and give --model_name_or_path")
     attack = attack_args.load()
     if model_args.model_name_or_path is None:
         victim = make_victim([drill.victim_config])
@@ -70,8 +81,15 @@ def run(argv: list[str]) -> dict[str, Any]:
     if data_args.is_default_size:
         _refuse_few(len(images.retain), len(images.retain) + len(images.rest), len(images.test.class_names))
     check_labels(images.test.class_names, model.config)
-    trainer = trainer_class(model=model, args=args, train_dataset=images.retain, data_source=images.source)
     report = Report(data=public_name(images.source), configuration=images.configuration, split=images.split)
+    if isinstance(args, AutoConfig):
+        plan = make_plan(model, images.retain, args, guard.max_accuracy_drop, images.source)
+        if is_dry:
+            return dry_run(plan)
+        choice = choose_recipe(plan)
+        trainer, report = plan.trainer(choice.rung), replace(report, chosen=choice.facts)
+    else:
+        trainer = trainer_class(model=model, args=args, train_dataset=images.retain, data_source=images.source)
     try:
         report = purify(trainer, images.test, attack, guard, report)
     except GuardRailBroken as broken:

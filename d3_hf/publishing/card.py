@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .tables import RESULT_NAMES, rates_table, results_table
+from .tables import RESULT_NAMES, chosen_table, rates_table, results_table
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -79,6 +79,7 @@ def render_card(
         model_name=model_name,
         facts=facts,
         results_table=results_table(results) if results else None,
+        chosen_table=chosen_table(facts["chosen"]) if facts.get("chosen") else None,
         place=hub_model_id or FOLDER,
     )
 

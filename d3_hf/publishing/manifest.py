@@ -188,7 +188,8 @@ class Purification(Protocol):
 def facts_of(run: Purification) -> dict[str, Any]:
     """What every manifest holds: the run's method, source, retain set, options, execution, steps, report and versions.
 
-    JSON-able. ``resumed`` only where a checkpoint was trained otherwise, see `execution.resumed`.
+    JSON-able. ``chosen`` only where a rule chose the method, ``resumed`` only where a checkpoint was trained otherwise, see
+    `execution.resumed`.
     """
     facts = {"source_checks": run.source_checks} if run.source_checks else {}
     facts |= {
@@ -204,6 +205,7 @@ def facts_of(run: Purification) -> dict[str, Any]:
         "execution": run.execution,
         "steps": run.state.global_step,
         "measured": run.report.measured(),
+        **({"chosen": run.report.chosen} if run.report.chosen else {}),
         "versions": versions(),
     }
     parts = resumed(run.earlier, facts)

@@ -27,6 +27,7 @@ class Report:
         seconds: Of measuring before, of training and of measuring after.
         guard_rails: Options of `GuardArguments`.
         rejected: Why a guard rail rejected the model, a line each; empty if none did.
+        chosen: How the method and its settings were chosen, where a rule did it.
     """
 
     data: str | None = None
@@ -39,10 +40,11 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     guard_rails: dict[str, Any] | None = None
     rejected: tuple[str, ...] = ()
+    chosen: dict[str, Any] | None = None
 
     def measured(self) -> dict[str, Any]:
-        """The manifest's entry ``measured``: what is set, without the results, which have a file of their own."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "results"}
+        """The manifest's entry ``measured``: what is set, without results and choice, which have places of their own."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("results", "chosen")}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v or self._must_show(name)}
 
     def _must_show(self, name: str) -> bool:

@@ -51,6 +51,27 @@ def results_table(results: dict) -> str:
     return markdown_table(["", "before", "after", "images"], rows)
 
 
+def chosen_table(chosen: dict) -> str:
+    """Markdown table of the recipes that were tried before one was chosen, in their order.
+
+    Args:
+        chosen: The manifest's entry ``chosen``: per recipe in ``tried`` its ``name``, ``floor``, ``seconds``, and unless it
+            raised its validation ``accuracy`` as `Proportion.as_dict` writes it and its ``scores``.
+
+    Returns:
+        The table, without a final line break; the chosen one is in bold.
+    """
+    scores = list(dict.fromkeys(name for row in chosen["tried"] for name in row.get("scores") or {}))
+    rows = []
+    for row in chosen["tried"]:
+        name = f"**{row['name']}**" if row["name"] == chosen["recipe"] else row["name"]
+        found = [f"{row['scores'][score]:.4g}" if score in (row.get("scores") or {}) else "" for score in scores]
+        accuracy = _percent(row, "accuracy") if "accuracy" in row else row["error"]
+        rows.append([name, accuracy, row["floor"], *found, f"{row['seconds']:.0f}"])
+    header = ["recipe", "validation ACC", "floor", *(score.replace("_", " ") for score in scores), "seconds"]
+    return markdown_table(header, rows)
+
+
 def rates_table(columns: dict[str, dict]) -> str:
     """Markdown table of ACC, ASR, RA, PACC and trigger drift, one column per model.
 

@@ -1,0 +1,46 @@
+"""Thoroughness: how far a recipe went from the suspicious model, as far as that can be told without a trigger; larger is more.
+
+Not measured against the truth yet: neither says that a backdoor is gone.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..models.evaluating import evaluating
+from ..training.features import feature_distances, recorded_input
+
+# What each score says of the recipe that has most of it.
+SCORES = {"place": "that is farthest up the ladder", "feature_distance": "that moved the features most"}
+RULE = "place"  # the score that decides. Until the scores are measured against the truth: it is there for every network
+
+
+def place(rung: int) -> float:
+    """The rung on the ladder, 0 the gentlest: what its order claims."""
+    return float(rung)
+
+
+@torch.no_grad()  # no inference mode: weights that are moved to the device inside would stay inference tensors
+def feature_distance(suspect: PreTrainedModel, purified: PreTrainedModel, layer: str, batches: Iterable[Tensor]) -> float:
+    """Mean over images of ``||f / ||f|| - f_0 / ||f_0|| ||^2``, f what a layer reads; in [0, 4].
+
+    Args:
+        suspect: The suspicious model, of f_0.
+        purified: The other one, of f; both are computed on its device in evaluation mode, and left as they were.
+        layer: Name of the layer: the head, see `find_head`.
+        batches: Inputs float32 (B, 3, h, w), on that device; at least one image.
+    """
+    distances = []
+    with evaluating(purified), evaluating(suspect, next(purified.parameters()).device):
+        for pixel_values in batches:
+            f, f_0 = (_read(model, layer, pixel_values) for model in (purified, suspect))
+            distances.append(feature_distances(f, f_0))
+    return torch.cat(distances).double().mean().item()
+
+
+def _read(model: PreTrainedModel, layer: str, pixel_values: Tensor) -> Tensor:
+    with recorded_input(model.get_submodule(layer)) as found:
+        model(pixel_values=pixel_values)
+    return found[-1]

@@ -1,0 +1,226 @@
+"""`--defence auto`: trials on a tiny model, what stops one, how a walk goes on, and the whole command.
+
+The recipes do what they do on every processor: FT at a rate that changes no prediction keeps the floor, D3 from the negated
+head answers every image otherwise, a rate of 1e30 diverges, ANP refuses a network without BatchNorm.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import ClassLabel, Dataset, Features, Image
+from pictures import encoded
+from raising import same_weights
+from safetensors.torch import load_file
+from tiny import CLASSES, SGD, SIZE, tiny_vit
+
+from d3_hf import FineTuningConfig, FineTuningTrainer, load_classifier, load_images, retain_split
+from d3_hf.auto import run as auto
+from d3_hf.auto.config import AutoConfig
+from d3_hf.auto.plan import make_plan
+from d3_hf.auto.record import RECORD
+from d3_hf.auto.run import choose_recipe, dry_run
+from d3_hf.commands.purify import OPTIONS, run
+from d3_hf.options.parser import parse_arguments
+from d3_hf.training.reference import fingerprint
+
+COMMON = SGD | {"max_steps": 4, "per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True}
+RECIPES = {
+    "gentle": {"defence": "fine_tuning", "options": {"learning_rate": 1e-4}},
+    "firm": {"defence": "fine_tuning", "options": {"learning_rate": 2e-4}},
+    "unfit": {"defence": "anp", "options": {"learning_rate": 0.1}},
+    "harsh": {"defence": "d3", "options": {"warm_start": "far", "learning_rate": 1e-4}},
+    "harsher": {"defence": "d3", "options": {"warm_start": "far", "learning_rate": 2e-4}},
+    "diverging": {"defence": "fine_tuning", "options": {"learning_rate": 1e30}},
+    "rooted": {"defence": "base_tuning", "options": {"learning_rate": 0.1}, "needs": "base"},
+}
+WHOLE = ("gentle", "firm*", "unfit", "harsh", "harsher", "rooted")
+
+
+def coloured(count, seed):
+    """Images whose colour tells the class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % CLASSES
+    pixels = torch.randint(0, 80, (count, SIZE, SIZE, 3), generator=generator, dtype=torch.uint8)
+    pixels[torch.arange(count), :, :, labels] += 120
+    rows = [{"bytes": encoded(image), "path": None} for image in pixels.numpy()]
+    features = Features({"image": Image(), "label": ClassLabel(names=[f"LABEL_{k}" for k in range(CLASSES)])})
+    return Dataset.from_dict({"image": rows, "label": labels.tolist()}, features=features)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Folders of a classifier that knows its images, and of these."""
+    folder = tmp_path_factory.mktemp("auto")
+    (folder / "data").mkdir()
+    for name, count, seed in (("train", 120, 0), ("test", 60, 1)):
+        coloured(count, seed).to_parquet(folder / "data" / f"{name}.parquet")
+    args = FineTuningConfig(str(folder / "out"), **COMMON | {"max_steps": 40, "learning_rate": 0.05, "crop_padding": 0})
+    trainer = FineTuningTrainer(tiny_vit(), args, coloured(120, 0))
+    trainer.train()
+    trainer.plain.save_pretrained(folder / "suspect")
+    trainer.plain.image_processor.save_pretrained(folder / "suspect")
+    return folder
+
+
+@pytest.fixture
+def planned(place, tmp_path):
+    def make(names=WHOLE, folder="out", count=100, max_accuracy_drop=0.05, **options):
+        file = ladder(tmp_path / "ladder.yaml", names)
+        args = AutoConfig(str(tmp_path / folder), ladder=str(file), **COMMON | options)
+        retain, _ = retain_split(load_images(str(place / "data"))["train"], count=count)
+        return make_plan(load_classifier(str(place / "suspect")), retain, args, max_accuracy_drop)
+
+    return make
+
+
+def ladder(file, names):
+    """A file of recipes; the one with a star is tried first."""
+    recipes = [{"name": n.rstrip("*"), "start": n.endswith("*")} | RECIPES[n.rstrip("*")] for n in names]
+    file.write_text(yaml.safe_dump({"recipes": recipes}))
+    return file
+
+
+def untimed(facts):
+    return facts | {"tried": [{name: v for name, v in row.items() if name != "seconds"} for row in facts["tried"]]}
+
+
+def outcomes(facts):
+    return {row["name"]: row["floor"] for row in facts["tried"]}
+
+
+def test_one_more_severe_while_the_floor_holds(planned, tmp_path, capsys):
+    plan = planned()
+    before = fingerprint(plan.model.state_dict().values())
+    choice = choose_recipe(plan)
+    assert outcomes(choice.facts) == {"firm": "kept", "harsh": "broken"}
+    assert choice.rung.recipe.name == choice.facts["recipe"] == "firm" and choice.facts["above_floor"]
+    assert "BatchNorm" in choice.facts["left_out"]["unfit"] and choice.facts["left_out"]["rooted"] == "needs --base_model"
+    firm, harsh = choice.facts["tried"]
+    assert firm["lost"] == firm["gained"] == 0 and firm["accuracy"] == choice.facts["accuracy_before"]
+    assert harsh["lost"] > 10 and firm["updates"] == harsh["updates"] == 4
+    assert [row["scores"]["place"] for row in (firm, harsh)] == [1, 3]
+    assert 0 <= firm["scores"]["feature_distance"] < 1e-3
+    assert choice.facts["split"] == {"tune": 60, "validate": 20, "audit": 20}
+    assert fingerprint(plan.model.state_dict().values()) == before  # copies were trained
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [RECORD]
+    shown = capsys.readouterr().out
+    assert "1/4 trying firm" in shown and "2/4 trying harsh" in shown and "4/4 purifying by firm" in shown
+
+
+def test_one_gentler_where_it_breaks_and_the_gentlest_where_none_holds(planned):
+    choice = choose_recipe(planned(("gentle", "firm", "harsh*")))
+    assert list(outcomes(choice.facts)) == ["harsh", "firm"] and choice.facts["recipe"] == "firm"
+    choice = choose_recipe(planned(("gentle", "harsh", "harsher*"), "other", auto_budget=2))
+    assert outcomes(choice.facts) == {"harsher": "broken", "harsh": "broken"}
+    assert choice.facts["recipe"] == "harsh" and not choice.facts["above_floor"]
+
+
+def test_a_recipe_that_diverges_is_broken(planned):
+    choice = choose_recipe(planned(("gentle", "diverging*")))
+    assert outcomes(choice.facts) == {"diverging": "raised", "gentle": "kept"} and choice.facts["recipe"] == "gentle"
+    assert "diverged" in choice.facts["tried"][0]["error"] and "accuracy" not in choice.facts["tried"][0]
+
+
+def test_an_interrupted_ladder_goes_on(planned, tmp_path, monkeypatch):
+    whole = choose_recipe(planned(folder="whole")).facts
+    tries, really = [], auto.try_recipe
+
+    def interrupted(plan, rung, before):
+        tries.append(rung.recipe.name)
+        if len(tries) == 2:
+            raise KeyboardInterrupt
+        return really(plan, rung, before)
+
+    monkeypatch.setattr(auto, "try_recipe", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="while trying unfit: what was tried before it stays in .*tried.json; run"):
+        choose_recipe(planned())
+    found = choose_recipe(planned()).facts
+    assert tries == ["firm", "unfit", "unfit", "harsh"] and untimed(found) == untimed(whole)
+
+    with pytest.raises(ValueError, match=r"tried.json is of another run \(options differ\)"):
+        choose_recipe(planned(max_steps=5))
+    with pytest.raises(ValueError, match=r"of another run \(retain_sha256 differ\)"):
+        choose_recipe(planned(count=105))
+    monkeypatch.setitem(RECIPES, "firm", RECIPES["gentle"])
+    with pytest.raises(ValueError, match=r"of another run \(recipe 'firm' differ\)"):
+        choose_recipe(planned())
+    del tries[:]
+    choose_recipe(planned(overwrite_output_dir=True, auto_budget=1))
+    assert tries == ["firm"] and list(json.loads((tmp_path / "out" / RECORD).read_text())["tried"]) == ["firm"]
+
+
+def test_mistakes_are_said_before_anything_is_trained(planned, place, tmp_path):
+    with pytest.raises(ValueError, match="96 images leave 19 to validate on, .* give at least 100 images"):
+        planned(count=96)
+    assert len(planned(count=10, max_accuracy_drop=1).validation) == 2
+    with pytest.raises(ValueError, match="^learning_rate: recipes of the ladder settle it"):
+        planned(learning_rate=0.1)
+    with pytest.raises(ValueError, match="auto_budget must be >= 1"):
+        planned(auto_budget=0)
+    with pytest.raises(ValueError, match=r"no recipe of the ladder can be tried: unfit \(.*BatchNorm"):
+        choose_recipe(planned(("unfit",)))
+    with pytest.raises(ValueError, match="where the suspicious model lies"):
+        planned(folder=str(place / "suspect"))
+
+
+def test_options_at_their_defaults_are_not_given():
+    *_, args = parse_arguments([*OPTIONS, AutoConfig], [])
+    assert args.given == {}
+    *_, args = parse_arguments([*OPTIONS, AutoConfig], ["--max_steps", "6", "--hub_model_id", "me/x", "--auto_budget", "2"])
+    assert args.given == {"max_steps": 6, "hub_model_id": "me/x"} and args.of_trials() == {"max_steps": 6}
+
+
+def test_the_whole_command(place, tmp_path, capsys):
+    file = ladder(tmp_path / "ladder.yaml", WHOLE)
+    argv = ["--defence", "auto", "--ladder", str(file), "--model_name_or_path", str(place / "suspect")]
+    argv += ["--dataset_name", str(place / "data"), "--retain_count", "100", "--use_cpu", "--disable_tqdm", "true"]
+    argv += [f"--{name}={COMMON[name]}" for name in (*SGD, "max_steps", "per_device_train_batch_size")]
+    plan = run([*argv, "--output_dir", str(tmp_path / "out"), "--dry_run"])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["ladder.yaml"]  # nothing is written
+    assert plan["minutes"] > 0 and "* " in capsys.readouterr().out
+
+    results = run([*argv, "--output_dir", str(tmp_path / "out"), "--attack", '{"name": "badnets", "size": 3}'])
+    assert {"accuracy_after", "asr_after"} <= results.keys()
+    manifest = json.loads((tmp_path / "out" / "purification.json").read_text())
+    chosen = manifest["chosen"]
+    assert chosen["recipe"] == "firm" and manifest["method"] == "FT" and "chosen" not in manifest["measured"]
+    planned = {recipe["name"]: recipe for recipe in plan["recipes"]}
+    for row in chosen["tried"]:
+        assert {name: row[name] for name in planned[row["name"]]} == planned[row["name"]]
+    assert (chosen["tried"][0]["name"], chosen["split"]) == (plan["start"], plan["split"])
+    assert chosen["left_out"] == plan["left_out"] and len(chosen["tried"]) <= plan["budget"]
+
+    card = Path(tmp_path, "out", "README.md").read_text()
+    assert "## How the method was chosen" in card and "| **firm** |" in card and "- not tried: unfit (" in card
+    assert str(tmp_path) not in card + json.dumps(manifest)
+
+    retain, _ = retain_split(load_images(str(place / "data"))["train"], count=100)
+    rows = json.loads((tmp_path / "out" / "retain_indices.json").read_text())
+    assert sorted(rows + chosen["audit_rows"]) == retain["index"][:] and manifest["retain"]["n"] == 80
+    args = FineTuningConfig(str(tmp_path / "direct"), **COMMON | {"learning_rate": 2e-4})
+    kept = retain.select([position for position, row in enumerate(retain["index"]) if row in rows])
+    direct = FineTuningTrainer(load_classifier(str(place / "suspect")), args, kept)
+    direct.train()
+    same_weights(load_classifier(str(tmp_path / "out")), direct.plain)
+
+    # Neither the trigger that is measured with nor the test images change anything but the measurement.
+    run([*argv, "--output_dir", str(tmp_path / "blind"), "--max_test_images", "30"])
+    blind = json.loads((tmp_path / "blind" / "purification.json").read_text())
+    assert untimed(blind["chosen"]) == untimed(chosen) and blind["measured"]["trigger"] is None
+    one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "blind"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    with pytest.raises(ValueError, match="holds the results of another run"):
+        run([*argv, "--output_dir", str(tmp_path / "out")])
+
+
+def test_a_dry_run_of_a_drill_would_write_a_victim():
+    with pytest.raises(ValueError, match="--dry_run writes nothing, a victim neither"):
+        run(["--defence", "auto", "--dry_run", "--victim_config", "absent.yaml", "--dataset_name", "digits"])
+
+
+def test_a_dry_run_names_what_no_trainer_takes(planned):
+    plan = planned()
+    assert "unfit" in [rung.recipe.name for rung in plan.rungs] and "BatchNorm" in dry_run(plan)["left_out"]["unfit"]

@@ -1,0 +1,203 @@
+"""Split, floor, scores, ladder and rule: pure functions against slow references and planted truths."""
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_resnet, tiny_vit
+from tiny_trained import base_of
+
+from d3_hf.auto.choose import Tried, choose, next_place
+from d3_hf.auto.floor import STANDARD_ERRORS, Paired, images_needed, keeps_floor
+from d3_hf.auto.ladder import MOST, read_ladder
+from d3_hf.auto.split import split
+from d3_hf.auto.thoroughness import RULE, SCORES, feature_distance
+from d3_hf.defenses import defence
+from d3_hf.models.head import find_head
+from d3_hf.training.config import BY_RULE
+
+SHARES = {"tune": 0.6, "validate": 0.2, "audit": 0.2}
+
+
+# The split -------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=5, max_size=80), st.integers(0, 3))
+def test_the_split_is_disjoint_covering_and_stratified(labels, seed):
+    labels = np.array(labels)
+    parts = vars(split(labels, seed))
+    assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(len(labels)))
+    for number in set(labels.tolist()):
+        count = int(np.sum(labels == number))
+        for name, share in SHARES.items():
+            of_class = int(np.sum(labels[parts[name]] == number))
+            assert of_class == (name == "tune") if count == 1 else abs(of_class - share * count) < 1
+            assert of_class >= 1 or count < (2 if name == "tune" else 5)
+
+
+def test_the_split_is_drawn_by_its_seed():
+    labels = np.arange(300) % 10
+    first, again, other = (split(labels, seed) for seed in (1, 1, 2))
+    assert all(np.array_equal(getattr(first, name), getattr(again, name)) for name in SHARES)
+    assert not np.array_equal(first.validate, other.validate)
+    assert first.counts() == {"tune": 180, "validate": 60, "audit": 60}
+    assert np.array_equal(np.bincount(labels[first.validate]), [6] * 10)
+    assert np.array_equal(first.retained, np.setdiff1d(np.arange(300), first.audit))
+
+
+def test_with_seven_images_a_class_every_part_has_every_class():
+    labels = np.arange(301) % 43
+    parts = split(labels, 0)
+    assert all(len(np.unique(labels[getattr(parts, name)])) == 43 for name in SHARES)
+
+
+def test_too_few_images_to_split():
+    with pytest.raises(ValueError, match="4 images cannot be split into three parts"):
+        split(np.zeros(4, np.int64), 0)
+
+
+# The floor -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_floor_is_that_of_the_images_one_by_one():
+    for n in range(1, 25):
+        for lost in range(n + 1):
+            for gained in range(n + 1 - lost):
+                changes = np.array([1] * lost + [-1] * gained + [0] * (n - lost - gained))
+                pair, error = Paired(n, lost, gained), np.std(changes) / np.sqrt(n)
+                assert pair.drop == pytest.approx(changes.mean()) and pair.standard_error == pytest.approx(error)
+                for allowed in (0.0511, 0.2013):
+                    assert keeps_floor(pair, allowed) == (changes.mean() + STANDARD_ERRORS * error <= allowed)
+
+
+def test_pairs_are_counted_image_by_image():
+    before, after, labels = np.random.default_rng(0).integers(0, 3, (3, 200))
+    both = [(b == y, a == y) for b, a, y in zip(before, after, labels, strict=True)]
+    assert Paired.of(before, after, labels) == Paired(200, both.count((True, False)), both.count((False, True)))
+
+
+def test_a_model_that_answers_alike_keeps_every_floor():
+    assert all(keeps_floor(Paired(n, 0, 0), allowed) for n in (1, 60, 500) for allowed in (0, 0.05, 1))
+    assert not keeps_floor(Paired(60, 3, 0), 0.05) and keeps_floor(Paired(500, 15, 5), 0.05)
+    assert keeps_floor(Paired(60, 60, 0), 1)  # 1 turns it off
+
+
+def test_images_needed_are_those_of_which_one_is_allowed():
+    assert [images_needed(allowed) for allowed in (0.05, 0.07, 1, 0)] == [20, 15, 1, 1]
+
+
+# The rule --------------------------------------------------------------------------------------------------------------
+
+
+def walked(start, budget, available, holds):
+    """The places that are tried, in their order."""
+    held = {}
+    while len(held) < budget and (place := next_place(start, held, available)) is not None:
+        assert place in available and place not in held
+        held[place] = holds(place)
+    return list(held)
+
+
+def tried(place, holds, **further):
+    return Tried(f"recipe {place}", place, 1.0, Paired(100, 0 if holds else 30, 0), scores={"place": place}, **further)
+
+
+@settings(deadline=None)
+@given(st.sets(st.integers(0, 11), min_size=1), st.integers(0, 11), st.integers(-1, 11), st.integers(1, 12))
+def test_the_best_recipe_is_found_on_a_ladder_with_a_planted_truth(available, start, truth, budget):
+    """Ladders with gaps, whose recipes keep the floor up to the truth and erase more the higher they stand."""
+    places = walked(start, budget, available, lambda place: place <= truth)
+    assert len(places) <= budget
+    found, is_above = choose([tried(place, place <= truth) for place in places], 0.05, "place")
+    above = [place for place in places if place <= truth]
+    assert (found.place, is_above) == ((max(above), True) if above else (min(places), False))
+    if budget == 12:
+        best = max((place for place in available if place <= truth), default=min(available))
+        assert found.place == best
+
+
+def test_the_score_that_is_asked_for_decides():
+    one, two = (
+        Tried(name, place, 1.0, Paired(100, 0, 0), scores={"place": place, "feature_distance": moved})
+        for name, place, moved in (("gentle", 0, 0.8), ("severe", 1, 0.3))
+    )
+    assert choose([one, two], 0.05, "place")[0] is two and choose([two, one], 0.05, "feature_distance")[0] is one
+    assert RULE in SCORES
+
+
+def test_what_raised_is_never_chosen():
+    raised = Tried("raised", 5, 1.0, error="the clean loss is nan")
+    assert choose([raised, tried(2, False), tried(1, False)], 0.05, "place")[0].place == 1
+    with pytest.raises(RuntimeError, match="no recipe could be tried: raised: the clean loss is nan"):
+        choose([raised], 0.05, "place")
+
+
+# Thoroughness ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [tiny_vit, tiny_resnet])
+def test_the_distance_of_features_is_that_of_images_one_by_one(make):
+    suspect, purified = make(0).train(), make(1).eval()
+    pixels = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    head = find_head(suspect, (16, 16))
+
+    def feature(model, image):
+        seen = []
+        hook = model.get_submodule(head).register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten()))
+        with torch.no_grad():
+            model(pixel_values=image[None])
+        hook.remove()
+        return seen[0] / seen[0].norm()
+
+    found = feature_distance(suspect, purified, head, pixels.split(4))
+    assert suspect.training and not purified.training  # as they were
+    suspect.eval()
+    slow = [(feature(purified, image) - feature(suspect, image)).square().sum().item() for image in pixels]
+    assert found == pytest.approx(np.mean(slow), rel=1e-4)
+    assert feature_distance(suspect, suspect, head, [pixels]) == 0
+
+
+# The ladder ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_ladder_of_the_package(tmp_path):
+    recipes = read_ladder()
+    assert len(recipes) <= MOST and [recipe.start for recipe in recipes].count(True) == 1
+    for recipe in recipes:
+        assert not recipe.options.keys() & {*BY_RULE, "max_steps"}  # the schedule is the network's
+        base = {"base_model": base_of(tiny_vit)} if recipe.needs == "base" else {}
+        defence(recipe.defence)[0](str(tmp_path), use_cpu=True, **recipe.options, **base)
+        assert recipe.needs == "base" or recipe.defence != "base_tuning"
+
+
+FT = {"name": "FT", "defence": "fine_tuning"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"recipes": []}, "must hold `recipes`, a list of 1 to 12"),
+        ({"recipes": [FT | {"name": str(number)} for number in range(13)]}, "a list of 1 to 12"),
+        ({"recipes": [FT], "seed": 1}, "and nothing else"),
+        ({"recipes": [FT, FT]}, "several recipes called FT"),
+        ({"recipes": [{"name": "FT"}]}, "recipe 1 must be a mapping with name and defence"),
+        ({"recipes": [FT | {"rung": 1}]}, "recipe 1 must be a mapping"),
+        ({"recipes": [FT | {"name": 1}]}, "recipe 1: name must be str; got 1, a int"),
+        ({"recipes": [FT | {"defence": "unheard"}]}, "unknown defence 'unheard'; known: d3, "),
+        ({"recipes": [FT | {"needs": "luck"}]}, "needs must be base, or be left out; got 'luck'"),
+        ({"recipes": [FT | {"options": {"lambda_clean": 1}}]}, "fine_tuning has no option lambda_clean"),
+        ({"recipes": [FT | {"options": {"push_to_hub": True}}]}, "push_to_hub is no recipe's: give it to the command"),
+        ({"recipes": [FT | {"options": {"sam_rho": "1e-4"}}]}, "sam_rho must be a number, and '1e-4' is text"),
+        ({"recipes": [FT | {"options": {"sam_rho": None}}]}, "sam_rho must be float; got None"),
+        ({"recipes": [FT | {"start": True}, FT | {"name": "2", "start": True}]}, "says `start` of several recipes"),
+    ],
+)
+def test_a_ladder_that_cannot_be_read(tmp_path, content, message):
+    (tmp_path / "ladder.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=message):
+        read_ladder(tmp_path / "ladder.yaml")
+    with pytest.raises(FileNotFoundError, match="no configuration file"):
+        read_ladder(tmp_path / "absent.yaml")
