@@ -13,7 +13,7 @@ class Tried:
 
     Attributes:
         name: The recipe's.
-        place: Its rung, 0 the gentlest.
+        place: Its rung, 1 the gentlest.
         seconds: Of training and measuring.
         pair: Validation images, before and after; None where it raised or diverged.
         right: Validation images that were right after it.

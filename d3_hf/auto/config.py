@@ -36,8 +36,10 @@ class AutoConfig(PurifyConfig):
 
     def __post_init__(self):
         defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(PurifyConfig)}
-        self.given = {name: value for name in defaults if (value := getattr(self, name)) != defaults[name]}
+        given = {name: value for name in defaults if ((value := getattr(self, name)) or None) != (defaults[name] or None)}
         super().__post_init__()
+        # The parser spells some defaults otherwise than the library, which has now put them right.
+        self.given = {name: value for name, value in given.items() if getattr(self, name) != defaults[name]}
 
     def of_trials(self) -> dict[str, Any]:
         """What is given of the training itself: a trial saves, reports and pushes nothing."""

@@ -32,7 +32,7 @@ class Rung:
     """A recipe as it runs on a network.
 
     Attributes:
-        place: Its number on the ladder, 0 the gentlest.
+        place: Its number on the ladder, 1 the gentlest.
         recipe: The recipe.
         options: Of its configuration, beside those that are given for every recipe.
         schedule: What the network's rule settled, see `schedule.resolved`.
@@ -175,9 +175,9 @@ def make_plan(
             f"max_accuracy_drop, {100 * allowed:g} points: give at least {least * len(PATTERN)} images (--retain_count), name "
             "a --defence, or allow more"
         )
-    begin = next((place for place, recipe in enumerate(recipes) if recipe.start), 0)
+    begin = next((place for place, recipe in enumerate(recipes, 1) if recipe.start), 1)
     plan = Plan(model, retain, images, args, allowed, data_source, parts, begin)
-    for place, recipe in enumerate(recipes):
+    for place, recipe in enumerate(recipes, 1):
         try:
             plan.rungs.append(_rung(plan, place, recipe))
         except ValueError as reason:
@@ -211,7 +211,7 @@ def as_text(plan: Plan) -> str:
     ]
     for rung in plan.available.values():
         star = "*" if rung is first else " "
-        lines.append(f"{star} {rung.place + 1:2} {rung.recipe.name}: {rung.recipe.defence}, {rung.updates} updates")
+        lines.append(f"{star} {rung.place:2} {rung.recipe.name}: {rung.recipe.defence}, {rung.updates} updates")
     return "\n".join(lines + ([f"left out: {_listed(plan.left_out)}"] if plan.left_out else []))
 
 

@@ -18,7 +18,7 @@ RULE = "place"  # the score that decides. Until the scores are measured against 
 
 
 def place(rung: int) -> float:
-    """The rung on the ladder, 0 the gentlest: what its order claims."""
+    """The rung on the ladder, 1 the gentlest: what its order claims."""
     return float(rung)
 
 

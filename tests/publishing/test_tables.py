@@ -3,7 +3,7 @@
 import pandas
 
 from d3_hf.benchmark.tables import failures
-from d3_hf.publishing.tables import markdown_table, rates_table, results_table
+from d3_hf.publishing.tables import chosen_table, markdown_table, rates_table, results_table
 
 
 def rates(key, value, suffix=""):
@@ -54,4 +54,25 @@ def test_rates_of_several_models():
         "| --- | ---: | ---: | ---: |",
         "| ACC | 90.00 % [89.00, 91.00] | 91.00 % [90.00, 92.00] | 360 |",
         "| ASR | 99.00 % [98.00, 100.00] | | 360 |",
+    ]
+
+
+def test_the_table_of_what_was_tried():
+    found = {
+        "accuracy": 0.9,
+        "accuracy_ci95": [0.8, 0.95],
+        "accuracy_n": 60,
+        "scores": {"place": 2.0, "feature_distance": 0.25},
+    }
+    tried = [
+        found | {"name": "FT", "floor": "kept", "seconds": 12.4},
+        {"name": "D3", "floor": "raised", "seconds": 3.0, "error": "diverged | at step 2"},
+        found | {"name": "LMR", "floor": "broken", "seconds": 30.0, "scores": {"place": 3.0}},
+    ]
+    assert chosen_table({"recipe": "FT", "tried": tried}).splitlines() == [
+        "| recipe | validation ACC | floor | place | feature distance | seconds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| **FT** | 90.00 % [80.00, 95.00] | kept | 2 | 0.25 | 12 |",
+        "| D3 | diverged \\| at step 2 | raised | | | 3 |",
+        "| LMR | 90.00 % [80.00, 95.00] | broken | 3 | | 30 |",
     ]
