@@ -359,7 +359,7 @@ def test_help_shows_what_a_method_adds(name):
 
 
 def test_options_named_in_the_readme_exist(helps):
-    others = [shown("purify", "--defence", name, "--help") for name in ("base_tuning", "lmr")]
+    others = [shown("purify", "--defence", name, "--help") for name in ("base_tuning", "lmr", "auto")]
     ours = "\n".join([*helps.values(), *others, shown("purify", "--help_all"), shown("victim", "--set", "x", "--help")])
     recipes = {"--rounds", "--steps", "--vit_steps", "--purified", "--output", "--victim"}  # bench, figures
     theirs = {"--config_file", "--num_processes", "--signature", "--ignore-paths", "--private_key", "--public_key"}
