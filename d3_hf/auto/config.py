@@ -36,10 +36,11 @@ class AutoConfig(PurifyConfig):
 
     def __post_init__(self):
         defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(PurifyConfig)}
-        given = {name: value for name in defaults if ((value := getattr(self, name)) or None) != (defaults[name] or None)}
+        given = {name: value for name in defaults if (value := getattr(self, name)) != defaults[name]}
         super().__post_init__()
-        # The parser spells some defaults otherwise than the library, which has now put them right.
-        self.given = {name: value for name, value in given.items() if getattr(self, name) != defaults[name]}
+        # The parser spells some defaults otherwise: None for an empty one, and what the library has put right by now.
+        spelt = [name for name, value in given.items() if value is None and not defaults[name]]
+        self.given = {n: value for n, value in given.items() if n not in spelt and getattr(self, n) != defaults[n]}
 
     def of_trials(self) -> dict[str, Any]:
         """What is given of the training itself: a trial saves, reports and pushes nothing."""

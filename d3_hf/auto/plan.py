@@ -191,10 +191,11 @@ def _rung(plan: Plan, place: int, recipe: Recipe) -> Rung:
         if not args.base_model:
             raise ValueError("needs --base_model")
         options |= {"base_model": args.base_model, "base_revision": args.base_revision}
-    config_class, _ = defence(recipe.defence)
+    config_class, trainer_class = defence(recipe.defence)
     config = config_class(**args.of_trials() | options | {"output_dir": args.output_dir})
     counts = len(plan.split.tune), len(plan.split.retained)
-    (trial, schedule), (final, _) = (resolved(config, plan.model, count) for count in counts)
+    mixes = "cutmix" in trainer_class.additions
+    (trial, schedule), (final, _) = (resolved(config, plan.model, count, mixes) for count in counts)
     return Rung(place, recipe, options, schedule, updates_of(trial, counts[0]), updates_of(final, counts[1]))
 
 

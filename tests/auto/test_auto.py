@@ -169,8 +169,10 @@ def test_mistakes_are_said_before_anything_is_trained(planned, place, tmp_path):
 def test_options_at_their_defaults_are_not_given():
     *_, args = parse_arguments([*OPTIONS, AutoConfig], [])
     assert args.given == {}
-    *_, args = parse_arguments([*OPTIONS, AutoConfig], ["--max_steps", "6", "--hub_model_id", "me/x", "--auto_budget", "2"])
-    assert args.given == {"max_steps": 6, "hub_model_id": "me/x"} and args.of_trials() == {"max_steps": 6}
+    given = ["--max_steps=6", "--cutmix=0", "--hub_model_id=me/x", "--auto_budget=2"]
+    *_, args = parse_arguments([*OPTIONS, AutoConfig], given)
+    assert args.given == {"max_steps": 6, "cutmix": 0, "hub_model_id": "me/x"}
+    assert args.of_trials() == {"max_steps": 6, "cutmix": 0}
 
 
 def test_the_whole_command(place, tmp_path, capsys):
