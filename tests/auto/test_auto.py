@@ -15,13 +15,16 @@ from pictures import encoded
 from raising import same_weights
 from safetensors.torch import load_file
 from tiny import CLASSES, SGD, SIZE, tiny_vit
+from tiny_trained import base_of
 
 from d3_hf import FineTuningConfig, FineTuningTrainer, load_classifier, load_images, retain_split
 from d3_hf.auto import run as auto
 from d3_hf.auto.config import AutoConfig
+from d3_hf.auto.ladder import read_ladder
 from d3_hf.auto.plan import make_plan
 from d3_hf.auto.record import RECORD
 from d3_hf.auto.run import choose_recipe
+from d3_hf.auto.trial import refusal
 from d3_hf.commands.purify import OPTIONS, run
 from d3_hf.options.parser import parse_arguments
 from d3_hf.training.reference import fingerprint
@@ -68,8 +71,8 @@ def place(tmp_path_factory):
 @pytest.fixture
 def planned(place, tmp_path):
     def make(names=WHOLE, folder="out", count=100, max_accuracy_drop=0.05, **options):
-        file = ladder(tmp_path / "ladder.yaml", names)
-        args = AutoConfig(str(tmp_path / folder), ladder=str(file), **COMMON | options)
+        file = names and str(ladder(tmp_path / "ladder.yaml", names))
+        args = AutoConfig(str(tmp_path / folder), ladder=file, **COMMON | options)
         retain, _ = retain_split(load_images(str(place / "data"))["train"], count=count)
         return make_plan(load_classifier(str(place / "suspect")), retain, args, max_accuracy_drop)
 
@@ -150,6 +153,14 @@ def test_an_interrupted_ladder_goes_on(planned, tmp_path, monkeypatch):
     del tries[:]
     choose_recipe(planned(overwrite_output_dir=True, auto_budget=1))
     assert tries == ["firm"] and list(json.loads((tmp_path / "out" / RECORD).read_text())["tried"]) == ["firm"]
+
+
+def test_every_recipe_of_the_package_fits_a_vit(planned):
+    by_rule = dict.fromkeys(SGD)
+    plan = planned(None, base_model=base_of(tiny_vit), **by_rule)
+    assert plan.left_out == {} and len(plan.rungs) == len(read_ladder())
+    assert [refusal(plan, rung) for rung in plan.rungs] == [None] * len(plan.rungs)
+    assert list(planned(None, **by_rule).left_out.values()) == ["needs --base_model"] * 2
 
 
 def test_mistakes_are_said_before_anything_is_trained(planned, place, tmp_path):
