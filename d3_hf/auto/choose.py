@@ -4,7 +4,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .floor import Paired, keeps_floor
+from ..evaluation.paired import PairedTable
+from .floor import keeps_floor
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,6 @@ class Tried:
         place: Its rung, 1 the gentlest.
         seconds: Of training and measuring.
         pair: Validation images, before and after; None where it raised or diverged.
-        right: Validation images that were right after it.
         scores: By their names in `thoroughness.SCORES`; one that the network has not is missing.
         updates: That it took.
         error: Why it is broken, if it raised.
@@ -25,8 +25,7 @@ class Tried:
     name: str
     place: int
     seconds: float
-    pair: Paired | None = None
-    right: int | None = None
+    pair: PairedTable | None = None
     scores: Mapping[str, float] | None = None
     updates: int | None = None
     error: str | None = None
@@ -34,7 +33,7 @@ class Tried:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "Tried":
         """What ``asdict`` made."""
-        return cls(**found | {"pair": found["pair"] and Paired(**found["pair"])})
+        return cls(**found | {"pair": found["pair"] and PairedTable(**found["pair"])})
 
     def holds(self, max_accuracy_drop: float) -> bool:
         """Whether it keeps the floor; one that raised does not."""

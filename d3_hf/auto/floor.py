@@ -13,57 +13,32 @@ of b times 1, c times -1 and else 0, and the root of their variance over n. A re
 One standard error is the rule of Breiman et al. ("Classification and Regression Trees", 1984) for choosing by a validation set:
 wide enough that one image more or less does not decide, while 95 % on 60 images would refuse every model that answers three of
 them otherwise. Images that both models answer alike add nothing to SE: a model equal to the suspicious one keeps every floor,
-however few images there are. Intervals of the score kind would not give that.
+however few images there are. Newcombe's interval, which the guard rails state (`evaluation.paired`), would not give that.
 """
 
-from dataclasses import dataclass
+import math
 
-import numpy as np
+from ..evaluation.paired import PairedTable
 
 STANDARD_ERRORS = 1.0  # in the margin; the study of the rule decides
 
 
-@dataclass(frozen=True)
-class Paired:
-    """Two models on the same images.
-
-    Attributes:
-        n: Images, at least 1.
-        lost: b, right before and wrong after.
-        gained: c, wrong before and right after.
-    """
-
-    n: int
-    lost: int
-    gained: int
-
-    @classmethod
-    def of(cls, before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> "Paired":
-        """Count predictions of the suspicious and the purified model against the true classes; each int (N,)."""
-        was, now = before == labels, after == labels
-        return cls(len(labels), int(np.sum(was & ~now)), int(np.sum(now & ~was)))
-
-    @property
-    def drop(self) -> float:
-        """d, the fall of ACC; negative where it rose."""
-        return (self.lost - self.gained) / self.n
-
-    @property
-    def standard_error(self) -> float:
-        """SE of `drop`."""
-        return (self.lost + self.gained - (self.lost - self.gained) ** 2 / self.n) ** 0.5 / self.n
+def standard_error(table: PairedTable) -> float:
+    """SE of the fall of ACC, see above."""
+    b, c, n = table.lost, table.gained, table.n
+    return math.sqrt(b + c - (b - c) ** 2 / n) / n
 
 
-def keeps_floor(pair: Paired, max_accuracy_drop: float) -> bool:
+def keeps_floor(table: PairedTable, max_accuracy_drop: float) -> bool:
     """Whether the fall and its margin stay within what is allowed.
 
     Args:
-        pair: The counts.
+        table: The suspicious and the purified model on the validation images.
         max_accuracy_drop: Allowed fall in [0, 1].
     """
-    return pair.drop + STANDARD_ERRORS * pair.standard_error <= max_accuracy_drop
+    return table.drop + STANDARD_ERRORS * standard_error(table) <= max_accuracy_drop
 
 
 def images_needed(max_accuracy_drop: float) -> int:
     """Validation images without which a single one would be more than is allowed."""
-    return int(np.ceil(1 / max_accuracy_drop)) if max_accuracy_drop else 1
+    return math.ceil(1 / max_accuracy_drop) if max_accuracy_drop else 1

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from ..evaluation.class_order import order_contradiction
 from ..evaluation.measure import measure
-from ..evaluation.metrics import Proportion
+from ..evaluation.metrics import accuracy
 from ..publishing.names import public_name
 from .choose import Tried, choose
 from .floor import STANDARD_ERRORS
@@ -106,9 +106,8 @@ def _outcome(tried: Tried, max_accuracy_drop: float) -> str:
     if tried.pair is None:
         return f"broken: {tried.error}"
     floor = "kept" if tried.holds(max_accuracy_drop) else "broken"
-    pair, n = tried.pair, tried.pair.n
-    before = tried.right + pair.lost - pair.gained
-    return f"validation ACC {100 * before / n:.1f} -> {100 * tried.right / n:.1f} % ({n} images), floor {floor}"
+    pair = tried.pair
+    return f"validation ACC {100 * pair.before.value:.1f} -> {100 * pair.after.value:.1f} % ({pair.n} images), floor {floor}"
 
 
 def _facts(plan: Plan, walk: _Walk, chosen: Tried, is_above: bool) -> dict[str, Any]:
@@ -120,12 +119,10 @@ def _facts(plan: Plan, walk: _Walk, chosen: Tried, is_above: bool) -> dict[str, 
         if pair is None:
             row |= {"error": _published(tried.error, plan)}
         else:
-            row |= Proportion(tried.right, pair.n).as_dict("accuracy") | {"lost": pair.lost, "gained": pair.gained}
+            row |= pair.after.as_dict("accuracy") | {"lost": pair.lost, "gained": pair.gained}
             row |= {"floor": "kept" if tried.holds(plan.max_accuracy_drop) else "broken", "scores": tried.scores}
             row |= {"updates": tried.updates}
         rows.append(row)
-    labels = plan.validation.labels.numpy()
-    right = int(np.sum(walk.before == labels))
     return {
         "recipe": chosen.name,
         "above_floor": is_above,
@@ -138,7 +135,7 @@ def _facts(plan: Plan, walk: _Walk, chosen: Tried, is_above: bool) -> dict[str, 
         "max_accuracy_drop": plan.max_accuracy_drop,
         "split": plan.split.counts(),
         "audit_rows": plan.images.index[plan.split.audit].tolist(),
-        **Proportion(right, len(labels)).as_dict("accuracy_before"),
+        **accuracy(walk.before, plan.validation.labels).as_dict("accuracy_before"),
         "tried": rows,
         "left_out": {name: _published(why, plan) for name, why in plan.left_out.items()},
     }

@@ -12,11 +12,11 @@ from transformers import TrainerCallback
 
 from ..evaluation.fitting import run_with_fitting_batch
 from ..evaluation.measure import measure_trainer
+from ..evaluation.paired import paired_table
 from ..files import first_line
 from ..models.head import NoOneHead, find_head
 from ..training.trainer import PurifyTrainer
 from .choose import Tried
-from .floor import Paired
 from .plan import Plan, Rung
 from .thoroughness import feature_distance, place
 
@@ -65,9 +65,9 @@ def try_recipe(plan: Plan, rung: Rung, before: np.ndarray) -> Tried:
             after = measure_trainer(trainer, plan.validation)
             if after is None:
                 return Tried(name, rung.place, 0.0)
-            pair = Paired.of(before, after.predictions, plan.validation.labels.numpy())
+            pair = paired_table(before, after.predictions, plan.validation.labels)
             scores, updates = _scores(plan, rung, trainer), trainer.state.global_step
-            return Tried(name, rung.place, time.perf_counter() - started, pair, after.accuracy.successes, scores, updates)
+            return Tried(name, rung.place, time.perf_counter() - started, pair, scores, updates)
     except (Refused, OSError):
         raise
     except Exception as error:  # whatever a defence raises: the other recipes go on

@@ -10,13 +10,19 @@ from tiny import tiny_resnet, tiny_vit
 from tiny_trained import base_of
 
 from d3_hf.auto.choose import Tried, choose, next_place
-from d3_hf.auto.floor import STANDARD_ERRORS, Paired, images_needed, keeps_floor
+from d3_hf.auto.floor import STANDARD_ERRORS, images_needed, keeps_floor, standard_error
 from d3_hf.auto.ladder import MOST, read_ladder
 from d3_hf.auto.split import split
 from d3_hf.auto.thoroughness import RULE, SCORES, feature_distance
 from d3_hf.defenses import defence
+from d3_hf.evaluation.paired import PairedTable
 from d3_hf.models.head import find_head
 from d3_hf.training.config import BY_RULE
+
+
+def paired(n, lost, gained):
+    return PairedTable(n - lost - gained, lost, gained, 0)
+
 
 SHARES = {"tune": 0.6, "validate": 0.2, "audit": 0.2}
 
@@ -67,22 +73,16 @@ def test_the_floor_is_that_of_the_images_one_by_one():
         for lost in range(n + 1):
             for gained in range(n + 1 - lost):
                 changes = np.array([1] * lost + [-1] * gained + [0] * (n - lost - gained))
-                pair, error = Paired(n, lost, gained), np.std(changes) / np.sqrt(n)
-                assert pair.drop == pytest.approx(changes.mean()) and pair.standard_error == pytest.approx(error)
+                table, error = paired(n, lost, gained), np.std(changes) / np.sqrt(n)
+                assert table.drop == pytest.approx(changes.mean()) and standard_error(table) == pytest.approx(error)
                 for allowed in (0.0511, 0.2013):
-                    assert keeps_floor(pair, allowed) == (changes.mean() + STANDARD_ERRORS * error <= allowed)
-
-
-def test_pairs_are_counted_image_by_image():
-    before, after, labels = np.random.default_rng(0).integers(0, 3, (3, 200))
-    both = [(b == y, a == y) for b, a, y in zip(before, after, labels, strict=True)]
-    assert Paired.of(before, after, labels) == Paired(200, both.count((True, False)), both.count((False, True)))
+                    assert keeps_floor(table, allowed) == (changes.mean() + STANDARD_ERRORS * error <= allowed)
 
 
 def test_a_model_that_answers_alike_keeps_every_floor():
-    assert all(keeps_floor(Paired(n, 0, 0), allowed) for n in (1, 60, 500) for allowed in (0, 0.05, 1))
-    assert not keeps_floor(Paired(60, 3, 0), 0.05) and keeps_floor(Paired(500, 15, 5), 0.05)
-    assert keeps_floor(Paired(60, 60, 0), 1)  # 1 turns it off
+    assert all(keeps_floor(paired(n, 0, 0), allowed) for n in (1, 60, 500) for allowed in (0, 0.05, 1))
+    assert not keeps_floor(paired(60, 3, 0), 0.05) and keeps_floor(paired(500, 15, 5), 0.05)
+    assert keeps_floor(paired(60, 60, 0), 1)  # 1 turns it off
 
 
 def test_images_needed_are_those_of_which_one_is_allowed():
@@ -102,7 +102,7 @@ def walked(start, budget, available, holds):
 
 
 def tried(place, holds, **further):
-    return Tried(f"recipe {place}", place, 1.0, Paired(100, 0 if holds else 30, 0), scores={"place": place}, **further)
+    return Tried(f"recipe {place}", place, 1.0, paired(100, 0 if holds else 30, 0), scores={"place": place}, **further)
 
 
 @settings(deadline=None)
@@ -121,7 +121,7 @@ def test_the_best_recipe_is_found_on_a_ladder_with_a_planted_truth(available, st
 
 def test_the_score_that_is_asked_for_decides():
     one, two = (
-        Tried(name, place, 1.0, Paired(100, 0, 0), scores={"place": place, "feature_distance": moved})
+        Tried(name, place, 1.0, paired(100, 0, 0), scores={"place": place, "feature_distance": moved})
         for name, place, moved in (("gentle", 0, 0.8), ("severe", 1, 0.3))
     )
     assert choose([one, two], 0.05, "place")[0] is two and choose([two, one], 0.05, "feature_distance")[0] is one
