@@ -42,8 +42,13 @@ class CutMix:
         self._mix = v2.CutMix(num_classes=num_classes, alpha=alpha)
         self._seed = (seed * 1_000_003 + process) * 1_000_003
 
-    def __call__(self, images: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Mix a batch: images (B, 3, h, w) and labels int64 (B,) to images and shares of the classes, float32 (B, C)."""
+    def __call__(self, images: Tensor, labels: Tensor, number: int) -> dict[str, Tensor]:
+        """Mix a batch of images (B, 3, h, w) and labels int64 (B,).
+
+        Returns:
+            ``pixel_values``, the mixed images, and ``labels``, shares of the classes, float32 (B, C).
+        """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed((self._seed + number) % (2**63 - 25))
-            return self._mix(images, labels)
+            mixed, shares = self._mix(images, labels)
+        return {"pixel_values": mixed, "labels": shares}

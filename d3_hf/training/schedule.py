@@ -197,7 +197,7 @@ def resolved(
     if args.num_train_epochs is None:
         args.num_train_epochs = passes(args.max_steps if args.max_steps > 0 else rule.updates, count or 1, images_of(args))
     if args.warmup_steps is None:
-        args.warmup_steps = round(rule.warmup * updates_of(args, count or 1))
+        args.warmup_steps = int(rule.warmup * updates_of(args, count or 1))  # none in a run of two or three updates
     options = {name: plain(getattr(args, name)) for name in left if getattr(args, name) is not None}
     said = {"rule": rule.name, "measured_in": rule.measured, "options": options}
     return args, said if options else {}

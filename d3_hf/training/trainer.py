@@ -47,9 +47,7 @@ from .placement.choose import placement_of
 from .published import PublishingTrainer
 from .sam import at_highest_loss, running_statistics_kept
 from .schedule import resolved, rule_said
-from .unsupported import refuse_unsupported
-
-ADDITIONS = ("cutmix", "distillation", "average_last", "sam_rho")
+from .unsupported import refuse_additions, refuse_unsupported
 
 
 class PurifyTrainer(Defence, PublishingTrainer):
@@ -74,8 +72,8 @@ class PurifyTrainer(Defence, PublishingTrainer):
             image processor is known, or the network cannot be trained on what it gives (see `leaves_one_image`); the run would
             use `nn.DataParallel`, FSDP or DeepSpeed where `placement_of` refuses it, a PEFT model or `model_init`, or push
             checkpoints to the Hub; a data set is of no form that is known here; a training batch has no tensor ``labels``; an
-            addition (``cutmix``, ``distillation``, ``average_last``, ``sam_rho``, ``cutout``) does not fit the defence or the
-            images; an argument or an option of `Trainer` cannot be honoured (see `refuse_unsupported`).
+            addition (see `Defence.additions`) does not fit the defence, or ``cutout`` the images; an argument or an option of
+            `Trainer` cannot be honoured (see `refuse_unsupported`).
         FloatingPointError: The clean loss of a step is NaN or infinite.
         RuntimeError: After training, when no trained weight has moved.
 
@@ -158,15 +156,12 @@ class PurifyTrainer(Defence, PublishingTrainer):
             raise ValueError(f"args is a {type(args).__name__}, which lacks the defence's options: pass a {wanted}")
         refuse_unsupported(model, args, kwargs)
         check_output(args, source_of(model))
-        if unfit := [name for name in ADDITIONS if getattr(args, name) and name not in self.additions]:
-            raise ValueError(f"{type(self).__name__} does not take {' and '.join(unfit)}: D3 and fine-tuning do")
+        refuse_additions(self, args)
 
     def _add(self, args: PurifyConfig) -> None:
-        layer = self.compared_layer
-        self.suspect = Teacher(self.plain, layer) if args.distillation or layer else None
-        self.average = self.mixing = None
-        if args.cutmix:
-            self.mixing = CutMix(self.plain.config.num_labels, args.cutmix, args.seed, args.process_index)
+        self.suspect = Teacher(self.plain, self.compared_layer) if args.distillation or self.compared_layer else None
+        self.mixing = CutMix(self.plain.config.num_labels, args.cutmix, args.seed, args.process_index) if args.cutmix else None
+        self.average = None
         if args.distillation:
             self.log_names = (*self.log_names, "distillation_loss")
         if args.average_last:
@@ -275,8 +270,7 @@ class PurifyTrainer(Defence, PublishingTrainer):
         self._micro_batches = 0 if self.accelerator.sync_gradients else self._micro_batches + 1
         inputs = self._prepare_inputs(self.training_batch(inputs))
         if self.mixing:
-            mixed = self.mixing(inputs["pixel_values"], inputs["labels"], self.batch_number)
-            inputs = inputs | dict(zip(("pixel_values", "labels"), mixed, strict=True))
+            inputs |= self.mixing(inputs["pixel_values"], inputs["labels"], self.batch_number)
         if self.suspect:
             with self.compute_loss_context_manager(), self.accelerator.autocast():
                 self.suspect.look(inputs["pixel_values"])
@@ -284,8 +278,7 @@ class PurifyTrainer(Defence, PublishingTrainer):
         self._window_loss += share
         if not self.accelerator.sync_gradients:
             return torch.zeros_like(share)
-        # One host sync per update, in place of the Trainer's own NaN filter. NaN > epsilon is False: unchecked, a diverged
-        # run would look like a satisfied constraint.
+        # One host sync per update, in place of the Trainer's own NaN filter: NaN > epsilon is False, a satisfied constraint.
         if not torch.isfinite(self._window_loss):
             raise FloatingPointError(
                 f"the clean loss is {self._window_loss.item()} at step {self.state.global_step}: the run diverged; nothing was "

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from ..models.computed import refuse_hooked
 from ..models.config import settle
 from .config import PurifyConfig
+from .contract import Defence
 
 # Options of `TrainingArguments` by name: the values that fit, and why no other does.
 UNFIT = {
@@ -18,6 +19,14 @@ UNFIT = {
     "remove_unused_columns": ((False,), "the trainer takes what it needs of the columns; leave it out"),
     "train_sampling_strategy": (("random", "sequential"), "images have no lengths; use random or sequential"),
 }
+
+ADDITIONS = ("cutmix", "distillation", "average_last", "sam_rho")
+
+
+def refuse_additions(defence: Defence, args: PurifyConfig) -> None:
+    """Refuse what is asked for besides the defence and does not fit its loss and steps; a ValueError names it."""
+    if unfit := [name for name in ADDITIONS if getattr(args, name) and name not in defence.additions]:
+        raise ValueError(f"{type(defence).__name__} does not take {' and '.join(unfit)}: D3 and fine-tuning do")
 
 
 def refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict[str, Any]) -> None:

@@ -62,6 +62,7 @@ class VictimReport:
     quality: dict[str, Any] | None = None
     results: dict[str, Any] = field(default_factory=dict)  # of a purification: none here
     rejected: tuple[str, ...] = ()
+    chosen: dict[str, Any] | None = None
 
     def measured(self) -> dict[str, Any]:
         """The entry ``measured``."""

@@ -14,7 +14,7 @@ from d3_hf.training.mixing import CutMix, excess_cross_entropy
 
 def test_a_box_comes_from_the_neighbour_and_the_label_is_shared_by_area():
     images, labels = torch.randn(5, 3, 16, 12), torch.tensor([0, 1, 2, 1, 0])
-    mixed, shares = CutMix(3, 1.0, seed=4, process=0)(images, labels, 7)
+    mixed, shares = CutMix(3, 1.0, seed=4, process=0)(images, labels, 7).values()
     for i in range(5):
         own = (mixed[i] == images[i]).all(0)
         other = (mixed[i] == images[i - 1]).all(0)
@@ -31,7 +31,7 @@ def test_draws_depend_on_seed_process_and_number_alone():
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
 
     def drawn(seed=0, process=0, number=0):
-        return CutMix(4, 1.0, seed, process)(images, labels, number)[1]
+        return CutMix(4, 1.0, seed, process)(images, labels, number)["labels"]
 
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
@@ -88,9 +88,10 @@ def test_a_step_is_that_on_the_mixed_batch(tmp_path):
     mix = made.mixing
     made.mixing = lambda *batch: batches.append((batch, mix(*batch))) or batches[-1][1]
     made.train()
-    (((pixels, labels, number), (mixed, shares)),) = batches
+    (((pixels, labels, number), found),) = batches
+    mixed, shares = found.values()
     again = CutMix(3, 1.0, made.args.seed, 0)(pixels, labels, number)
-    assert number == 0 and torch.equal(again[0], mixed) and not torch.equal(mixed, pixels)
+    assert number == 0 and torch.equal(again["pixel_values"], mixed) and not torch.equal(mixed, pixels)
     excess_cross_entropy(reference(pixel_values=mixed).logits, shares).mean().backward()
     for (name, moved), start in zip(made.model.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(moved.detach(), (start - start.grad).detach(), msg=name)

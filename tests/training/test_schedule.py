@@ -74,7 +74,7 @@ def test_what_is_settled_is_the_row():
         "optim": rule.optim,
         "optim_args": None,
         "learning_rate": TINY,
-        "warmup_steps": round(rule.warmup * updates),
+        "warmup_steps": int(rule.warmup * updates),
         "per_device_train_batch_size": rule.images,
         "num_train_epochs": None,
     }
