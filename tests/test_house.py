@@ -36,6 +36,7 @@ FLOORS = [
         "publishing": "manifest, card and push",
         "attacks": "triggers, to plant and to measure",
         "evaluation": "ACC, ASR, RA and PACC, guard rails, the retain set's check",
+        "assurance": "what can be said of a suspicious model without its trigger",
     },
     {"models": "load, wrap and make classifiers"},
     {"data": "images, labels and batches"},

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..models.evaluating import evaluating
-from ..training.features import feature_distances, recorded_input
+from ..models.features import recorded_input
+from ..training.features import feature_distances
 
 # What each score says of the recipe that has most of it.
 SCORES = {"place": "that is farthest up the ladder", "feature_distance": "that moved the features most"}

@@ -10,7 +10,7 @@ import numpy as np
 from accelerate.utils.memory import clear_device_cache
 from transformers import TrainerCallback
 
-from ..evaluation.fitting import run_with_fitting_batch
+from ..data.fitting import run_with_fitting_batch
 from ..evaluation.measure import measure_trainer
 from ..evaluation.paired import paired_table
 from ..files import first_line

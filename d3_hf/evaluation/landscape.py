@@ -13,17 +13,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import silhouette_samples
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..data.fitting import BATCH, run_with_fitting_batch
 from ..data.images import RawImages
 from ..data.preprocessing import Preprocessing
 from ..models.batch_norm import reestimate_batch_norm
-from ..models.evaluating import evaluating
-from ..models.head import find_head
-from .fitting import BATCH, run_with_fitting_batch
-from .measure import Measurement, Trigger, measure, predict
+from ..models.features import read_head
+from .measure import Measurement, Trigger, measure
 from .metrics import Proportion, accuracy
 
 STEPS = tuple(quarter / 4 for quarter in range(-2, 17))
@@ -246,24 +245,7 @@ def penultimate_features(model: PreTrainedModel, images: RawImages, preprocessin
     Raises:
         ValueError: The model has no single head, or a logit is not finite.
     """
-    head = model.get_submodule(find_head(model, preprocessing.size))
-    with evaluating(model, model.device):
-        return run_with_fitting_batch(lambda size: _features(model, head, images, preprocessing, size))
-
-
-@torch.no_grad()
-def _features(
-    model: PreTrainedModel, head: nn.Module, images: RawImages, preprocessing: Preprocessing, batch_size: int
-) -> Tensor:
-    order, features = [], []
-    hook = head.register_forward_pre_hook(lambda module, args: features.append(args[0].flatten(1).float().cpu()))
-    try:
-        for rows, raw, _ in images.batches(batch_size):
-            predict(model, raw.to(model.device), preprocessing, "clean images")
-            order.append(rows)
-    finally:
-        hook.remove()
-    return torch.cat(features)[torch.cat(order).argsort()]
+    return read_head(model, images, preprocessing).features
 
 
 def silhouette(clean: Tensor, labels: Tensor, triggered: Tensor) -> float:

@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 
+from ..data.fitting import BATCH, run_with_fitting_batch
 from ..data.images import RawImages
 from ..models.evaluating import evaluating
-from .fitting import BATCH, run_with_fitting_batch
+from ..models.features import finite_logits
 from .metrics import Proportion, accuracy, attack_success_rate, poisoned_accuracy, robust_accuracy, trigger_drift
 from .paired import paired_table
 
@@ -70,10 +71,7 @@ def _fields(measurement: Measurement, suffix: str = "") -> dict[str, Any]:
 
 def predict(model: PreTrainedModel, images: Tensor, preprocessing: Callable[[Tensor], Tensor], what: str) -> np.ndarray:
     """Predicted classes (B,) of raw uint8 (B, 3, H, W); ``what`` these are, for the ValueError if a logit is not finite."""
-    logits = model(pixel_values=preprocessing(images)).logits
-    if not torch.isfinite(logits).all():
-        raise ValueError(f"the model's logits on {what} are not finite (NaN or infinite): its weights are broken")
-    return logits.argmax(-1).cpu().numpy()
+    return finite_logits(model, images, preprocessing, what).argmax(-1).cpu().numpy()
 
 
 class Trigger(Protocol):

@@ -8,12 +8,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..data.fitting import run_with_fitting_batch
 from ..data.images import RawImages, content_hashes
 from ..data.preprocessing import Preprocessing
 from ..data.training_images import TrainingImages
 from ..errors import join_names
 from ..models.evaluating import evaluating
-from .fitting import run_with_fitting_batch
 from .measure import Measurement
 from .metrics import accuracy
 

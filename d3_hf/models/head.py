@@ -28,7 +28,7 @@ def find_head(model: nn.Module, image_size: tuple[int, int]) -> str:
     Raises:
         NoOneHead: No linear layer, or more than one, gives the logits (an average of two heads, say); the message begins with
             those that have as many outputs as there are classes.
-        ValueError: The classifier fails on the image, see `run`.
+        ValueError: The classifier fails on the image, see `run`, or its logits are NaN.
     """
     outputs: dict[str, Tensor] = {}
 
@@ -44,6 +44,8 @@ def find_head(model: nn.Module, image_size: tuple[int, int]) -> str:
     finally:
         for hook in hooks:
             hook.remove()
+    if logits.isnan().any():
+        raise ValueError(f"{type(model).__name__}: the logits of a black image are not finite (NaN): its weights are broken")
     heads = [
         name for name, out in outputs.items() if out.numel() == logits.numel() and torch.equal(out.flatten(), logits.flatten())
     ]

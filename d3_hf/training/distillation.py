@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.features import recorded_input
 from . import reference
-from .features import recorded_input
 
 # T, one of the values that Hinton et al. try (1, 2, 5 and 10 in section 4). Fixed: T^2 keeps the gradient's size, so that the
 # weight of the whole term is the number to choose.

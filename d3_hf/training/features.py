@@ -1,21 +1,7 @@
-"""Features: what a layer reads, recorded while a network runs, and how far they are from another network's."""
-
-import contextlib
-from collections.abc import Iterator
+"""Features, what a layer reads: how far they are from another network's."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-
-@contextlib.contextmanager
-def recorded_input(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """The inputs of a layer, one for each pass that is made inside, with their graphs; what the layer computes stays."""
-    found: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda module, args: found.append(args[0]))
-    try:
-        yield found
-    finally:
-        hook.remove()
+from torch import Tensor
 
 
 def feature_distances(features: Tensor, others: Tensor) -> Tensor:

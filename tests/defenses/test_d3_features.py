@@ -9,8 +9,9 @@ from raising import D3, build, same_weights
 from tiny import tiny_resnet, tiny_samples, tiny_timm_vit, tiny_vit
 from transformers import TrainerCallback
 
+from d3_hf.models.features import recorded_input
 from d3_hf.models.head import find_head
-from d3_hf.training.features import cut_off, feature_distances, recorded_input
+from d3_hf.training.features import cut_off, feature_distances
 
 FEATURES = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
 

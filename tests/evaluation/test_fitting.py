@@ -7,11 +7,11 @@ import torch
 from tiny import SIZE, tiny_resnet, tiny_vit
 
 from d3_hf.attacks import BadNets
+from d3_hf.data.fitting import run_with_fitting_batch
 from d3_hf.data.images import RawImages
 from d3_hf.data.preprocessing import Preprocessing
 from d3_hf.data.training_images import TrainingImages
 from d3_hf.evaluation import landscape
-from d3_hf.evaluation.fitting import run_with_fitting_batch
 from d3_hf.evaluation.measure import measure
 from d3_hf.evaluation.retain_check import retain_warnings
 

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...models.base import load_base
+from ...models.features import recorded_input
 from ...models.head import NoOneHead, find_head
-from ...training.features import cut_off, feature_distances, recorded_input
+from ...training.features import cut_off, feature_distances
 from ...training.reference import UNMOVED
 from ...training.trainer import PurifyTrainer
 from ..shared import geometry
