@@ -82,7 +82,7 @@ class Watched(BaseTuningTrainer):
 
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_dinov2])  # DINOv2 does not use its mask token
 def test_the_pull_and_distillation_in_the_objective(make, tmp_path):
-    options = QUIET | {"max_steps": 1, "logging_steps": 1, "learning_rate": 0.02, "base_model": base_of(make)}
+    options = QUIET | {"max_steps": 1, "logging_steps": 1, "learning_rate": 0.02, "cutmix": 0, "base_model": base_of(make)}
     args = BaseTuningConfig(str(tmp_path), keep=0.5, base_pull=0.7, distillation=0.4, **options)
     trainer = Watched(trained(make), args, tiny_samples(8))
     trainer.train()
