@@ -75,8 +75,8 @@ def check_declared(args: TrainingArguments) -> None:
         if not numbers or not all(number is None or RANGES[needed](number) for number in numbers):
             raise ValueError(f"{name} must be {needed}; got {value}")
     for name, choices in declared(type(args), "choices").items():
-        if getattr(args, name) not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {getattr(args, name)!r}")
+        if (value := getattr(args, name)) is not None and value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
 
 
 def launched_precision(given: Mapping[str, Any]) -> dict[str, bool]:

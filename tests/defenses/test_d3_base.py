@@ -10,7 +10,7 @@ from d3_hf.defenses.d3 import D3Config, D3Trainer
 
 def build(folder, make=tiny_vit, base=None, **options):
     options = {"target_modules": "all-linear", "learning_rate": 0.05, "num_train_epochs": 2} | SGD | options
-    args = D3Config(str(folder), base_model=base or base_of(make), **(QUIET | options))
+    args = D3Config(str(folder), base_model=base or base_of(make), **({"warm_start": "random"} | QUIET | options))
     return D3Trainer(trained(make), args, tiny_samples(40))
 
 

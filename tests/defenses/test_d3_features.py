@@ -143,3 +143,13 @@ def test_what_does_not_fit_is_refused(tmp_path):
         build(D3, tmp_path, tiny_vit(), distance="both", active_set=True)
     with pytest.raises(ValueError, match="feature_threshold must be in"):
         build(D3, tmp_path, tiny_vit(), distance="both", feature_threshold=5)
+
+
+@pytest.mark.parametrize(("make", "start"), [(tiny_vit, "near"), (tiny_resnet, "random")])
+def test_the_start_follows_the_network_and_a_rate_of_zero_moves_nothing_from_it(tmp_path, make, start):
+    config_class, trainer_class = D3
+    args = config_class(str(tmp_path), max_steps=2, use_cpu=True, disable_tqdm=True, learning_rate=0.0)
+    made = trainer_class(make(), args, tiny_samples())
+    assert made.warm_start == start and made.facts()["warm_start"] == start
+    with pytest.raises(RuntimeError, match="no selected weight moved"):
+        made.train()

@@ -32,6 +32,7 @@ def test_two_launchers_equal_one_process(tmp_path):
     (tmp_path / "victim.yaml").write_text(yaml.safe_dump(victim))
     make_victim([str(tmp_path / "victim.yaml")])
     options = IMAGES | QUIET | {"model_name_or_path": str(tmp_path / "victim"), "max_steps": 3, "max_accuracy_drop": 1}
+    options["cutmix"] = 0  # each process mixes its own images
     (tmp_path / "purify.yaml").write_text(yaml.safe_dump(options))
     for name, content in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(content)

@@ -36,8 +36,8 @@ class D3Config(PurifyConfig):
         target_modules: The weights theta_s: ``"head"``, ``"all-linear"``, a list of name suffixes or a regular expression; see
             `select_weights`. The code selects the head of PreAct-ResNet18.
         warm_start: Where theta_s starts: ``"near"``, ``"middle"``, ``"far"``, ``"noise"`` or ``"random"`` (code); see
-            `geometry.warm_start`. Seeded by ``seed``. On a pretrained ViT with 1,000 images ``"random"``
-            costs eight points of ACC and ``"near"`` three (model_cards/vit.md).
+            `geometry.warm_start`. Seeded by ``seed``. None: near on a network with LayerNorm, else random. On a pretrained ViT
+            with 1,000 images random costs eight points of ACC and near three (model_cards/vit.md).
         projection: S, applied to each weight after each step: ``"sphere"`` ||W_k|| = ||W_k^0|| (code), ``"ball"`` (<=; the
             other reading of the paper) or ``"none"``.
         base_model: Hub id, folder or weights file of the public model that the suspicious one was fine-tuned from: those
@@ -89,8 +89,12 @@ class D3Config(PurifyConfig):
         default_factory=lambda: "head",  # HfArgumentParser overlooks a plain default of a list
         metadata={"help": "head, all-linear or module name suffixes (in YAML also a regular expression)."},
     )
-    warm_start: str = field(
-        default="random", metadata={"help": "Where the selected weights start.", "choices": geometry.WARM_STARTS}
+    warm_start: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the selected weights start; default: near with LayerNorm, else random.",
+            "choices": geometry.WARM_STARTS,
+        },
     )
     projection: str = field(
         default="sphere",

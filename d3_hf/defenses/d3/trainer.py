@@ -22,6 +22,7 @@ from ...models.features import recorded_input
 from ...models.head import NoOneHead, find_head
 from ...training.features import cut_off, feature_distances
 from ...training.reference import UNMOVED
+from ...training.schedule import rule_of
 from ...training.trainer import PurifyTrainer
 from ..shared import geometry
 from ..shared.selection import select_weights
@@ -89,6 +90,11 @@ class D3Trainer(PurifyTrainer):
             return None
         base = load_base(self.plain, self.args.base_model, self.preprocessing.size, self.args.base_revision)
         return Anchor(base, self.plain, self.segments, self.references)
+
+    @functools.cached_property
+    def warm_start(self) -> str:
+        """Where theta_s starts: as given, or by the network's layers."""
+        return self.args.warm_start or ("near" if rule_of(self.plain).name == "LayerNorm" else "random")
 
     def weights(self) -> list[Tensor]:
         """The selected weights ``W_k`` as detached views that share memory with the plain model."""
@@ -247,7 +253,7 @@ class D3Trainer(PurifyTrainer):
         generator = torch.Generator().manual_seed(self.args.seed)
         starts = self.anchor.centres if self.anchor else {}
         drawn = {
-            k: geometry.warm_start(self.references[k].cpu(), self.args.warm_start, generator).to(self.references[k])
+            k: geometry.warm_start(self.references[k].cpu(), self.warm_start, generator).to(self.references[k])
             for k in self._free
         }
         return [(starts | drawn)[k] for k in range(len(self.references))]
@@ -259,7 +265,7 @@ class D3Trainer(PurifyTrainer):
         weights = "weight" if len(self.segments) == 1 else "weights"
         self.accelerator.print(
             f"D3 moves {len(self.segments)} {weights} ({names}); "
-            f"{'resumed' if resumed else self.args.warm_start + ' start'} at relative distance "
+            f"{'resumed' if resumed else self.warm_start + ' start'} at relative distance "
             f"{sum(relative.values()) / len(relative):.3f} of at most 2 on the sphere"
         )
 
@@ -270,7 +276,11 @@ class D3Trainer(PurifyTrainer):
 
     def check_moved(self) -> None:
         """Raise if no selected weight moved, from its warm start as well as from its reference."""
-        moved = [(w - s).norm() / r for w, s, r in zip(self.weights(), self._warm_starts(), self.radii, strict=True)]
+        starts = self._warm_starts()
+        if self._free:  # the near start lies beside S
+            free = [starts[k] for k in self._free]
+            geometry.project(free, [self.radii[k] for k in self._free], self.args.projection)
+        moved = [(w - s).norm() / r for w, s, r in zip(self.weights(), starts, self.radii, strict=True)]
         if not min(max(moved), max(self.relative_distances().values())) > UNMOVED:
             raise RuntimeError(
                 "no selected weight moved: the model is not purified. Check learning_rate, num_train_epochs and warm_start"
@@ -298,7 +308,7 @@ class D3Trainer(PurifyTrainer):
         return {"lambda": self.multiplier.item()} if self.args.dual_rate else {}
 
     def facts(self) -> dict[str, Any]:
-        """Adds the selected weights with radius and relative distance, lambda and epsilon where they were found."""
+        """Adds the selected weights with radius and relative distance, and lambda, epsilon and start where they were found."""
         distances = self.relative_distances()
         selected = [
             {"name": segment.name, "initial_norm": radius.item(), "relative_distance": distances[segment.name]}
@@ -306,6 +316,7 @@ class D3Trainer(PurifyTrainer):
         ]
         found = self._found_lambda() | ({"epsilon": self.epsilon} if self.args.epsilon is None else {})
         found |= {"base": self.anchor.facts()} if self.anchor else {}
+        found |= {"warm_start": self.warm_start} if self.args.warm_start is None else {}
         return super().facts() | {"selected_weights": selected} | found
 
     def resume_state(self) -> dict[str, Any]:
