@@ -15,8 +15,11 @@ Source: the locator of LMR (Yang et al., CVPR 2026; see `d3_hf/defenses/lmr.py`,
 from published notes; the learning rates start at what those recommend. Clip, steps and sizes are this project's.
 
 Cost: for each learning rate tried at most 60 steps of 128 images forward and backward and 128 forward; memory for two models.
-Blind to: backdoors of all classes, and weak ones. A network without a backdoor leans to a class too: only twins tell how far is
-usual. Unlike the signals on the head, the path depends on how hidden units are scaled, since the steps of SGD do.
+Blind to: backdoors of all classes, and weak ones; also to some strong ones, since losing the images of the backdoor's class
+raises the loss as winning those of the others does: a small network with a shortcut to one class leaned away from it at one
+learning rate, to it at ten times that. A network without a backdoor leans to a class too: a clean ResNet-20 leaned to the dogs
+of CIFAR-10 farther than NAD's published WideResNet, whose backdoor's class that is. Only twins tell what is usual. Unlike the
+signals on the head, the path depends on how hidden units are scaled, since the steps of SGD do.
 """
 
 import copy
