@@ -10,8 +10,9 @@ from every_defence import build
 from tiny import tiny_dinov2, tiny_resnet, tiny_samples, tiny_timm_vit, tiny_vit
 from tiny_trained import QUIET, base_of, differing, trained
 
-from d3_hf.defenses.base_tuning import BaseTuningConfig, BaseTuningTrainer, add_pull_gradient, between
+from d3_hf.defenses.base_tuning import BaseTuningConfig, BaseTuningTrainer, add_pull_gradient
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
+from d3_hf.defenses.shared.base_start import between
 from d3_hf.models.source import Source
 from d3_hf.publishing.card import render_card
 
@@ -55,7 +56,8 @@ def test_between_base_and_victim(keep):
 @pytest.mark.parametrize("make", HEADS)
 @pytest.mark.parametrize("keep", [0.0, 0.25])
 def test_the_body_starts_between_base_and_victim_under_the_head_of_ft_init(make, keep, tmp_path):
-    trainer, base, victim = trainer_of(tmp_path, make, keep=keep), make().state_dict(), trained(make).state_dict()
+    trainer = trainer_of(tmp_path, make, keep=keep, reinitialize_head=True)
+    base, victim = make().state_dict(), trained(make).state_dict()
     assert differing(trainer.model, trained(make)) == []
     trainer.start()
     for name, found in trainer.model.state_dict().items():
@@ -67,9 +69,15 @@ def test_the_body_starts_between_base_and_victim_under_the_head_of_ft_init(make,
     ft_init.start()
     apart = differing(trainer.model, ft_init.model)
     assert apart and not any(name.startswith(HEADS[make]) for name in apart)
-    kept = trainer_of(tmp_path, make, reinitialize_head=False)
-    kept.start()
-    assert not any(name.startswith(HEADS[make]) for name in differing(kept.model, trained(make)))
+
+
+@pytest.mark.parametrize(
+    ("keep", "given", "drawn"), [(0.0, None, True), (0.25, None, False), (0.25, True, True), (0.0, False, False)]
+)
+def test_the_head_is_drawn_anew_where_nothing_of_the_body_is_kept_or_where_asked_for(keep, given, drawn, tmp_path):
+    trainer = trainer_of(tmp_path, keep=keep, reinitialize_head=given)
+    trainer.start()
+    assert ("classifier.weight" in differing(trainer.model, trained(tiny_vit))) == drawn == trainer.args.reinitialize_head
 
 
 class Watched(BaseTuningTrainer):
@@ -126,7 +134,7 @@ def test_a_strong_pull_holds_the_body_at_the_base(tmp_path):
         trainer = trainer_of(tmp_path / str(options), num_train_epochs=2, keep=0.5, **options)
         trainer.train()
         state = trainer.model.state_dict()
-        return sum(((state[name] - base[name]) ** 2).sum().item() for name in trainer.base.weights) ** 0.5
+        return sum(((state[name] - base[name]) ** 2).sum().item() for name in trainer.beginning.base.weights) ** 0.5
 
     assert distance(base_pull=10.0) < distance() / 2
 
@@ -155,7 +163,7 @@ def test_a_checkpoint_of_another_start_is_refused(tmp_path):
     for options, message in (
         (
             {"base_model": str(tmp_path / "moved")},
-            "checkpoint-1 belongs to a run from another base: resume with its base_model",
+            "checkpoint-1 belongs to a run from another base, or from none: resume with its base_model",
         ),
         ({"keep": 0.5}, "checkpoint-1 belongs to a run that began with keep 0.0: resume with it"),
     ):

@@ -63,27 +63,6 @@ def test_projection_keeps_a_weight_at_zero_finite():
     assert torch.equal(weight, torch.zeros(3, 3))
 
 
-@pytest.mark.parametrize("radii", [(0.0, 0.0, 0.0), (0.5, 2.0, 100.0), (100.0, 200.0, 300.0)])
-def test_projection_around_a_centre(radii):
-    weights, centres = draw(*SHAPES, seed=3), draw(*SHAPES, seed=4)
-    radii = [torch.tensor(radius) for radius in radii]
-    expected = []
-    for weight, centre, reach in zip(weights, centres, radii, strict=True):
-        offsets = [w - c for w, c in zip(weight.flatten().tolist(), centre.flatten().tolist(), strict=True)]
-        share = min(1.0, reach.item() / sum(o**2 for o in offsets) ** 0.5)
-        expected.append(centre + share * torch.tensor(offsets).reshape(centre.shape))
-    before = [weight.clone() for weight in weights]
-    geometry.project_around(weights, centres, radii)
-    for weight, want, old, radius in zip(weights, expected, before, radii, strict=True):
-        torch.testing.assert_close(weight, want)
-        assert torch.equal(weight, old) == (radius >= 100)  # what lies inside is not rounded
-    again = [weight.clone() for weight in weights]
-    geometry.project_around(again, centres, radii)
-    torch.testing.assert_close(again, weights)
-    geometry.project_around(centres, [centre.clone() for centre in centres], radii)
-    assert all(torch.equal(centre, old) for centre, old in zip(centres, draw(*SHAPES, seed=4), strict=True))
-
-
 def test_warm_starts():
     (reference,) = draw((40, 50), seed=5)
     radius = reference.norm()

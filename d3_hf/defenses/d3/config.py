@@ -40,11 +40,12 @@ class D3Config(PurifyConfig):
             with 1,000 images random costs eight points of ACC and near three (model_cards/vit.md).
         projection: S, applied to each weight after each step: ``"sphere"`` ||W_k|| = ||W_k^0|| (code), ``"ball"`` (<=; the
             other reading of the paper) or ``"none"``.
-        base_model: Hub id, folder or weights file of the public model that the suspicious one was fine-tuned from: those
-            selected weights that it has start at it in place of ``warm_start`` and stay in a ball around it in place of
-            ``projection``, see `anchor` (Fine-mixing's idea, arXiv 2210.09545, with D3's distance; its value is to be tried).
-            Whoever names it vouches for it. Select weights of the body.
+        base_model: Hub id, folder or weights file of the public model that the suspicious one was fine-tuned from: the body,
+            all that the base has, starts between the two (see `BaseStart`; theta_s of it in place of ``warm_start``). Whoever
+            names it vouches for it.
         base_revision: Branch, tag or commit of a Hub id.
+        keep: Share in [0, 1] of the way from the base to the suspicious model that the start keeps. 0.25 (here): on a
+            pretrained ViT it ended at the ACC of 0.5 with a fifth of its ASR (model_cards/vit.md).
         distance: What is to be moved away from the suspicious model. ``"weights"``: theta_s (paper). ``"features"``: what the
             head reads of each training image, ``P = ||f / ||f|| - f_0 / ||f_0|| ||^2`` against the suspicious model on the
             same augmented image, since a body can follow a head that only turns (Croce et al., "PAR", arXiv 2412.00727, for
@@ -104,6 +105,9 @@ class D3Config(PurifyConfig):
         default=None, metadata={"help": "Public model that the suspicious one was fine-tuned from: move towards it."}
     )
     base_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base."})
+    keep: float = field(
+        default=0.25, metadata={"help": "Share of the fine-tuning that the start keeps, with a base.", "range": "in [0, 1]"}
+    )
     distance: str = field(
         default="weights", metadata={"help": "What is moved away: weights, features or both.", "choices": DISTANCES}
     )

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...models.base import load_base
 from ...models.features import recorded_input
 from ...models.head import NoOneHead, find_head
 from ...training.features import cut_off, feature_distances
@@ -25,9 +24,9 @@ from ...training.reference import UNMOVED
 from ...training.schedule import rule_of
 from ...training.trainer import PurifyTrainer
 from ..shared import geometry
+from ..shared.base_start import BaseStart, between
 from ..shared.selection import select_weights
 from .active_set import ActiveSet, Inexact, forward_active, trained_apart
-from .anchor import Anchor
 from .config import D3Config as D3Config
 
 
@@ -51,7 +50,7 @@ class D3Trainer(PurifyTrainer):
         radii: The norms of these.
         epsilon: In nats; measured when training begins if the configuration gives none.
         multiplier: lambda as it is now; a tensor under dual ascent.
-        anchor: The base's part of them; None without one.
+        beginning: Where the body starts; None without a base.
         active_set: None where every image is trained on.
     """
 
@@ -79,17 +78,12 @@ class D3Trainer(PurifyTrainer):
         with torch.no_grad():
             self.references = [weight.clone() for weight in self.weights()]
             self.radii = geometry.norms(self.references)
-            self.anchor = self._anchor()
-        self._free = [k for k in range(len(self.segments)) if self.anchor is None or k not in self.anchor.centres]
-        self.epsilon = self.args.epsilon
-        self._begin_lambda(self.args.lambda_clean)
+        args, self.beginning = self.args, None
+        if args.base_model:
+            self.beginning = BaseStart(self.plain, args.base_model, self.preprocessing.size, args.base_revision, args.keep)
+        self.epsilon = args.epsilon
+        self._begin_lambda(args.lambda_clean)
         self.active_set = self._active_set()
-
-    def _anchor(self) -> Anchor | None:
-        if self.args.base_model is None:
-            return None
-        base = load_base(self.plain, self.args.base_model, self.preprocessing.size, self.args.base_revision)
-        return Anchor(base, self.plain, self.segments, self.references)
 
     @functools.cached_property
     def warm_start(self) -> str:
@@ -166,11 +160,7 @@ class D3Trainer(PurifyTrainer):
     def optimizer_step(self) -> None:
         """After the optimizer's step, the projection of the selected weights onto S."""
         self.placement.read(self.selected)
-        weights = self.weights()
-        if self.anchor:
-            self.anchor.project(weights)
-        if self._free:
-            geometry.project([weights[k] for k in self._free], [self.radii[k] for k in self._free], self.args.projection)
+        geometry.project(self.weights(), self.radii, self.args.projection)
         self.placement.write(self.selected)
 
     def constrain(self) -> None:
@@ -238,31 +228,38 @@ class D3Trainer(PurifyTrainer):
     # The beginning and the end -----------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Measure epsilon if it is not given, then the warm start."""
+        """Measure epsilon if it is not given; then the warm start, and with a base the body between the two."""
         if self.epsilon is None:
             self.epsilon = self._mean_loss()
             self.accelerator.print(f"D3: epsilon is the suspicious model's mean loss on the retain set, {self.epsilon:.4g}")
         self._begin_lambda(self.args.lambda_clean)
         if self.active_set:
             self.active_set.begin(1.0)
+        if self.beginning:
+            self.beginning.place(self.plain)
         for weight, start in zip(self.weights(), self._warm_starts(), strict=True):
             weight.copy_(start)
-        self.placement.write(self.selected)
+        self.placement.write(None if self.beginning else self.selected)
 
     def _warm_starts(self) -> list[Tensor]:
+        """Of the selected weights: drawn about the suspicious ones, but of those that a base has between the two."""
         generator = torch.Generator().manual_seed(self.args.seed)
-        starts = self.anchor.centres if self.anchor else {}
-        drawn = {
-            k: geometry.warm_start(self.references[k].cpu(), self.warm_start, generator).to(self.references[k])
-            for k in self._free
-        }
-        return [(starts | drawn)[k] for k in range(len(self.references))]
+        names = {id(parameter): name for name, parameter in self.plain.named_parameters()}
+        base, starts = self.beginning.base.weights if self.beginning else {}, []
+        for segment, reference in zip(self.segments, self.references, strict=True):
+            if (name := names[id(segment.parameter)]) in base:
+                starts += between([segment.of(base[name]).to(reference)], [reference], self.args.keep)
+            else:
+                starts.append(geometry.warm_start(reference.cpu(), self.warm_start, generator).to(reference))
+        return starts
 
     def announce(self, resumed: bool) -> None:
         """Say what will move."""
         relative = self.relative_distances()
         names = ", ".join(segment.name for segment in self.segments)
         weights = "weight" if len(self.segments) == 1 else "weights"
+        if self.beginning:
+            self.accelerator.print(f"D3 {self.beginning.said(resumed)}")
         self.accelerator.print(
             f"D3 moves {len(self.segments)} {weights} ({names}); "
             f"{'resumed' if resumed else self.warm_start + ' start'} at relative distance "
@@ -277,9 +274,7 @@ class D3Trainer(PurifyTrainer):
     def check_moved(self) -> None:
         """Raise if no selected weight moved, from its warm start as well as from its reference."""
         starts = self._warm_starts()
-        if self._free:  # the near start lies beside S
-            free = [starts[k] for k in self._free]
-            geometry.project(free, [self.radii[k] for k in self._free], self.args.projection)
+        geometry.project(starts, self.radii, self.args.projection)  # the near start lies beside S
         moved = [(w - s).norm() / r for w, s, r in zip(self.weights(), starts, self.radii, strict=True)]
         if not min(max(moved), max(self.relative_distances().values())) > UNMOVED:
             raise RuntimeError(
@@ -315,7 +310,7 @@ class D3Trainer(PurifyTrainer):
             for segment, radius in zip(self.segments, self.radii, strict=True)
         ]
         found = self._found_lambda() | ({"epsilon": self.epsilon} if self.args.epsilon is None else {})
-        found |= {"base": self.anchor.facts()} if self.anchor else {}
+        found |= {"base": self.beginning.facts()} if self.beginning else {}
         found |= {"warm_start": self.warm_start} if self.args.warm_start is None else {}
         return super().facts() | {"selected_weights": selected} | found
 
@@ -325,9 +320,9 @@ class D3Trainer(PurifyTrainer):
             "selected": [segment.name for segment in self.segments],
             "lambda": float(self.multiplier),
             "dual_rate": self.args.dual_rate,
-            "base_sha256": self.anchor.sha256 if self.anchor else None,
             "epsilon": self.epsilon if self.args.epsilon is None else None,
             "active_share": self.active_set.share if self.active_set else 1.0,
+            **(self.beginning.resume_state() if self.beginning else {"base_sha256": None}),
         }
 
     def load_resume_state(self, state: dict[str, Any]) -> None:
@@ -335,8 +330,10 @@ class D3Trainer(PurifyTrainer):
         super().load_resume_state(state)
         if state["selected"] != [segment.name for segment in self.segments]:
             raise ValueError(f"belongs to a run that moves {', '.join(state['selected'])}: resume with its target_modules")
-        if state["base_sha256"] != (self.anchor.sha256 if self.anchor else None):
-            raise ValueError("belongs to a run with another base_model, or none: resume with its own")
+        if self.beginning:
+            self.beginning.check_resumed(state)
+        elif state["base_sha256"]:
+            raise ValueError("belongs to a run from a base: resume with its base_model")
         if bool(state["dual_rate"]) != bool(self.args.dual_rate):
             raise ValueError(f"was written with dual_rate {state['dual_rate']}: resume with it")
         if (state["epsilon"] is not None) != (self.args.epsilon is None):

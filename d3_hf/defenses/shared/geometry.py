@@ -72,22 +72,6 @@ def project(weights: list[Tensor], radii: list[Tensor], projection: str) -> None
     torch._foreach_mul_(weights, factors)
 
 
-def project_around(weights: list[Tensor], centres: list[Tensor], radii: list[Tensor]) -> None:
-    """Project every weight onto the ball ``||W_k - B_k||_F <= R_k`` around a centre, in place; what lies inside stays as it is.
-
-    Args:
-        weights: The ``W_k``, float32.
-        centres: The ``B_k``: the weights of a base, say.
-        radii: The ``R_k`` >= 0, scalar tensors: the norms of tau, say, so that W starts on the surface.
-    """
-    offsets = torch._foreach_sub(weights, centres)
-    factors = torch._foreach_div(radii, torch._foreach_clamp_min(norms(offsets), 1e-12))
-    torch._foreach_clamp_max_(factors, 1.0)
-    torch._foreach_sub_(factors, 1.0)
-    torch._foreach_mul_(offsets, factors)
-    torch._foreach_add_(weights, offsets)  # W + (f - 1)(W - B), and not B + f (W - B), which would round what lies inside
-
-
 def warm_start(reference: Tensor, method: str, generator: torch.Generator) -> Tensor:
     """Starting point of one selected weight before the first step.
 
