@@ -12,7 +12,7 @@ from .data.images import RawImages
 from .errors import GuardRailBroken
 from .evaluation.class_order import order_contradiction
 from .evaluation.guard import GuardArguments, broken_rails, uncertain_rails
-from .evaluation.measure import measure_trainer, results
+from .evaluation.measure import measure_trainer, paired_results, results
 from .evaluation.retain_check import retain_warnings
 from .labels import check_labels
 from .publishing.report import REJECTED, Report
@@ -27,6 +27,7 @@ def purify(
     attack: Attack | None = None,
     guard: GuardArguments | None = None,
     report: Report | None = None,
+    audit: RawImages | None = None,
 ) -> Report:
     """Measure, train, measure again, save; push if ``trainer.args.push_to_hub``.
 
@@ -40,6 +41,8 @@ def purify(
         attack: Trigger and target label to measure ASR, RA and PACC with; ``None`` measures ACC alone.
         guard: What the purified model must keep; ``None``: nothing.
         report: What the images measured on are called, for manifest and card.
+        audit: Images that neither the training nor the choice of its settings saw: what becomes of ACC on them is evidence in
+            manifest and card, and decides nothing.
 
     Returns:
         The report, with what was found. ``results`` holds what ``all_results.json`` does: ``accuracy_before``,
@@ -60,6 +63,7 @@ def purify(
     (contradiction,) = broadcast_object_list([contradiction])
     if contradiction:
         raise ValueError(contradiction)
+    audit_before = measure_trainer(trainer, audit) if audit else None
     if trainer.is_world_process_zero():
         found = retain_warnings(
             trainer.train_dataset,
@@ -76,6 +80,7 @@ def purify(
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     training = time.perf_counter() - started
     after = measure_trainer(trainer, test, attack)
+    audit_after = measure_trainer(trainer, audit) if audit else None
     if trainer.is_world_process_zero():
         uncertain = uncertain_rails(guard, before, after, test.labels) if guard else []
         for warning in uncertain:
@@ -89,6 +94,7 @@ def purify(
             seconds={"before": before.seconds, "training": training, "after": after.seconds},
             guard_rails=asdict(guard) if guard else None,
             rejected=tuple(broken_rails(guard, before, after, test.labels, test.class_names)) if guard else (),
+            audit=paired_results(audit_before, audit_after, audit.labels) if audit else {},
         )
     (rejected,) = broadcast_object_list([report.rejected])
     trainer.record(replace(report, rejected=rejected))

@@ -19,10 +19,8 @@ FLOORS = [
     {"recipes": "scripts and configurations that a user copies"},
     {"cli": "the command line: which command, what an error looks like, exit codes"},
     {"commands": "what each command does with its options"},
-    {
-        "benchmark": "victims x retain sets x defences x seeds: cells, tables, plots",
-        "auto": "which defence with which settings, chosen without a trigger",
-    },
+    {"benchmark": "victims x retain sets x defences x seeds: cells, tables, plots; the blind study of auto"},
+    {"auto": "which defence with which settings, chosen without a trigger"},
     {
         "defenses": "D3 and its rivals, one file or folder each",
         "victims": "backdoored models, made for research, and what is recorded of them",

@@ -1,6 +1,6 @@
 """The rule: which recipe to try next, and which of those that were tried to take. Counts and scores in, a recipe out."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ class Tried:
         scores: By their names in `thoroughness.SCORES`; one that the network has not is missing.
         updates: That it took.
         error: Why it is broken, if it raised.
+        stopped_at: The share of its updates after which it was given up, see `early`; ``pair`` is of that moment. None of one
+            that ran to its end.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Tried:
     scores: Mapping[str, float] | None = None
     updates: int | None = None
     error: str | None = None
+    stopped_at: float | None = None
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "Tried":
@@ -36,8 +39,8 @@ class Tried:
         return cls(**found | {"pair": found["pair"] and PairedTable(**found["pair"])})
 
     def holds(self, max_accuracy_drop: float) -> bool:
-        """Whether it keeps the floor; one that raised does not."""
-        return self.pair is not None and keeps_floor(self.pair, max_accuracy_drop)
+        """Whether it keeps the floor; one that raised or was given up does not."""
+        return self.pair is not None and self.stopped_at is None and keeps_floor(self.pair, max_accuracy_drop)
 
 
 def next_place(start: int, held: Mapping[int, bool], available: Collection[int]) -> int | None:
@@ -62,8 +65,18 @@ def next_place(start: int, held: Mapping[int, bool], available: Collection[int])
     return None
 
 
+def walked(start: int, budget: int, available: Collection[int], holds: Callable[[int], bool]) -> list[int]:
+    """The rungs that a walk tries, in their order, if ``holds`` says which of them keep the floor; see `next_place`."""
+    held: dict[int, bool] = {}
+    while len(held) < budget and (place := next_place(start, held, available)) is not None:
+        held[place] = holds(place)
+    return list(held)
+
+
 def choose(tried: Sequence[Tried], max_accuracy_drop: float, score: str) -> tuple[Tried, bool]:
     """The most thorough recipe above the floor; where there is none, the gentlest that ran, and the guard rails say the rest.
+
+    One that was given up on the way is taken only where no other ran.
 
     Args:
         tried: What was tried.
@@ -76,7 +89,7 @@ def choose(tried: Sequence[Tried], max_accuracy_drop: float, score: str) -> tupl
     Raises:
         RuntimeError: None of them ran.
     """
-    ran = sorted((one for one in tried if one.pair is not None), key=lambda one: one.place)
+    ran = sorted((one for one in tried if one.pair is not None), key=lambda one: (one.stopped_at is not None, one.place))
     if not ran:
         raise RuntimeError(f"no recipe could be tried: {'; '.join(f'{one.name}: {one.error}' for one in tried)}")
     above = [one for one in ran if one.holds(max_accuracy_drop)]

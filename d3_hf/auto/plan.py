@@ -20,7 +20,7 @@ from ..publishing.manifest import MANIFEST, source_facts
 from ..training.checkpoints import check_output
 from ..training.schedule import resolved, updates_of
 from ..training.trainer import PurifyTrainer
-from .choose import next_place
+from .choose import next_place, walked
 from .config import AutoConfig
 from .floor import STANDARD_ERRORS, images_needed
 from .ladder import Recipe, read_ladder
@@ -71,7 +71,7 @@ class Plan:
     """
 
     model: PreTrainedModel
-    retain: Dataset
+    retain: Dataset | RawImages
     images: RawImages
     args: AutoConfig
     max_accuracy_drop: float
@@ -94,10 +94,21 @@ class Plan:
         place = next_place(self.begin, held, available)
         return None if place is None else available[place]
 
+    def longest_walks(self) -> list[list[Rung]]:
+        """The two ways that take most rungs: each one keeps the floor, or each one breaks it. Every other is part of one."""
+        available = self.available
+        walks = [walked(self.begin, self.args.auto_budget, available, lambda place, holds=h: holds) for h in (True, False)]
+        return [[available[place] for place in walk] for walk in walks]
+
     @functools.cached_property
     def validation(self) -> RawImages:
         """What trials are measured on."""
         return self.images.select(self.split.validate)
+
+    @functools.cached_property
+    def audit(self) -> RawImages:
+        """What no decision sees."""
+        return self.images.select(self.split.audit)
 
     @functools.cached_property
     def preprocessing(self) -> Preprocessing:
@@ -138,7 +149,7 @@ class Plan:
 
 def make_plan(
     model: PreTrainedModel,
-    retain: Dataset,
+    retain: Dataset | RawImages,
     args: AutoConfig,
     max_accuracy_drop: float | None,
     data_source: str | None = None,
@@ -147,7 +158,7 @@ def make_plan(
 
     Args:
         model: The suspicious model.
-        retain: The retain set, as `retain_split` draws it.
+        retain: The retain set, as `retain_split` draws it, or decoded.
         args: The options.
         max_accuracy_drop: That of the guard rails; None allows any fall.
         data_source: See `PurifyTrainer`.
@@ -167,7 +178,7 @@ def make_plan(
     if args.push_to_hub:
         hub.check_push(args, source_facts(model), MANIFEST)
     allowed = 1.0 if max_accuracy_drop is None else max_accuracy_drop
-    images = RawImages.from_dataset(retain)
+    images = retain if isinstance(retain, RawImages) else RawImages.from_dataset(retain)
     parts = split(images.labels.numpy(), args.seed)
     if len(parts.validate) < (least := images_needed(allowed)):
         raise ValueError(
@@ -199,8 +210,8 @@ def _rung(plan: Plan, place: int, recipe: Recipe) -> Rung:
     return Rung(place, recipe, options, schedule, updates_of(trial, counts[0]), updates_of(final, counts[1]))
 
 
-def as_text(plan: Plan) -> str:
-    """The plan for people to read."""
+def as_text(plan: Plan, minutes_of: Mapping[str, float] | None = None) -> str:
+    """The plan for people to read; with the minutes of trials by the recipes' names, where they are known."""
     counts, first = plan.split.counts(), plan.next_rung({})
     options = ", ".join(f"{name} {value}" for name, value in first.schedule.get("options", {}).items())
     lines = [
@@ -212,7 +223,9 @@ def as_text(plan: Plan) -> str:
     ]
     for rung in plan.available.values():
         star = "*" if rung is first else " "
-        lines.append(f"{star} {rung.place:2} {rung.recipe.name}: {rung.recipe.defence}, {rung.updates} updates")
+        minutes = (minutes_of or {}).get(rung.recipe.name)
+        takes = "" if minutes is None else f", about {minutes:.1f} minutes"
+        lines.append(f"{star} {rung.place:2} {rung.recipe.name}: {rung.recipe.defence}, {rung.updates} updates{takes}")
     return "\n".join(lines + ([f"left out: {_listed(plan.left_out)}"] if plan.left_out else []))
 
 

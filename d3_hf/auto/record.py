@@ -11,6 +11,7 @@ from ..files import atomic_file, read_mapping
 from ..publishing.manifest import PLACES
 from ..training.reference import fingerprint_of, fingerprints
 from .choose import Tried
+from .floor import keeps_floor
 from .plan import Plan, Rung
 
 RECORD = "tried.json"  # in output_dir
@@ -43,12 +44,16 @@ class Record:
             self._entries = found["tried"]
 
     def get(self, rung: Rung) -> Tried | None:
-        """What trying a recipe found, if it was tried; a ValueError if one of that name was another recipe."""
+        """What trying a recipe found, if it was tried; a ValueError if one of that name was another recipe.
+
+        One that was given up below a floor which is lower now is to be tried again.
+        """
         if (entry := self._entries.get(rung.recipe.name)) is None:
             return None
         if entry["recipe"] != self._of(rung):
             self._refuse([f"recipe {rung.recipe.name!r}"])
-        return Tried.from_json(entry["found"])
+        found = Tried.from_json(entry["found"])
+        return None if found.stopped_at and keeps_floor(found.pair, self._plan.max_accuracy_drop) else found
 
     def put(self, rung: Rung, found: Tried) -> None:
         """Write down what trying a recipe found."""

@@ -1,17 +1,15 @@
-"""Walking the ladder: try recipes on copies of the suspicious model, choose one, say how; or say what would be tried.
+"""Walking the ladder: try recipes on copies of the suspicious model, choose one, say how.
 
 Nothing here knows a trigger or a test image: the model and the retain set come in, a recipe comes out. Who calls it trains the
 suspicious model itself by that recipe and measures it, as for any ``--defence``.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from accelerate.utils import broadcast_object_list
 
-from ..evaluation.class_order import order_contradiction
-from ..evaluation.measure import measure
 from ..evaluation.metrics import accuracy
 from ..publishing.names import public_name
 from .choose import Tried, choose
@@ -19,7 +17,7 @@ from .floor import STANDARD_ERRORS
 from .plan import Plan, Rung, as_text
 from .record import RECORD, Record
 from .thoroughness import RULE, SCORES
-from .trial import Refused, refusal, seconds_per_update, try_recipe
+from .trial import Refused, predictions_before, try_recipe
 
 
 @dataclass(frozen=True)
@@ -43,17 +41,16 @@ def choose_recipe(plan: Plan) -> Choice:
     Raises:
         KeyboardInterrupt: It was interrupted; the message says how to go on.
         RuntimeError: No recipe ran through.
-        ValueError: See `Record` and `order_contradiction`.
+        ValueError: See `Record` and `predictions_before`.
     """
     walk, budget = _Walk(plan), plan.args.auto_budget
-    walk.say(as_text(plan))
     while len(walk.tried) < budget and (rung := walk.next_rung()) is not None:
-        walk.say(f"{len(walk.tried) + 1}/{budget + 1} trying {rung.recipe.name}")
+        walk.say_phase(len(walk.tried) + 2, f"trying {rung.recipe.name}", rung, budget - len(walk.tried))
         walk.try_it(rung)
     tried, is_above = choose(list(walk.tried.values()), plan.max_accuracy_drop, RULE)
     rung = plan.available[tried.place]
     kept = "the most thorough above the floor" if is_above else "the gentlest, since none kept the floor"
-    walk.say(f"{budget + 1}/{budget + 1} purifying by {tried.name} ({kept}) on {len(plan.split.retained)} images")
+    walk.say_phase(budget + 2, f"purifying by {tried.name}, {kept}, on {len(plan.split.retained)} images", rung, 0)
     return Choice(rung, _facts(plan, walk, tried, is_above))
 
 
@@ -62,21 +59,19 @@ class _Walk:
         self.plan, self.tried = plan, dict[int, Tried]()
         self.is_main = plan.args.process_index == 0
         self.record = Record(plan) if self.is_main else None
-        self.before = self._before()
+        self.say(as_text(plan))
+        self.say_phase(1, f"looking at the suspicious model on {len(plan.split.retained)} images")
+        self.before = predictions_before(plan, progress=self.is_main)
 
     def say(self, text: str) -> None:
         if self.is_main:
             print(text, flush=True)
 
-    def _before(self) -> np.ndarray:
-        """Predictions of the suspicious model for the validation images; classes in another order are refused here already."""
-        plan, rows = self.plan, self.plan.split.retained
-        images = plan.images.select(rows)
-        size, device = plan.args.per_device_eval_batch_size, plan.args.device
-        found = measure(plan.model, images, plan.preprocessing, batch_size=size, device=device, progress=self.is_main)
-        if said := order_contradiction(found.predictions, images.labels, images.class_names, plan.model.config):
-            raise ValueError(said)
-        return found.predictions[np.isin(rows, plan.split.validate)]
+    def say_phase(self, number: int, what: str, rung: Rung | None = None, trials: int = 0) -> None:
+        """``2/5 trying FT (about 3 minutes left)``; see `seconds_left` for the trials of a rung that are still to come."""
+        seconds = seconds_left(self.tried.values(), rung, trials) if rung else None
+        left = "" if seconds is None else f" ({minutes_said(seconds)} left)"
+        self.say(f"{number}/{self.plan.args.auto_budget + 2} {what}{left}")
 
     def next_rung(self) -> Rung | None:
         return self.plan.next_rung({place: tried.holds(self.plan.max_accuracy_drop) for place, tried in self.tried.items()})
@@ -102,12 +97,33 @@ class _Walk:
         self.say(f"    {_outcome(found, self.plan.max_accuracy_drop)}")
 
 
+def seconds_left(tried: Collection[Tried], rung: Rung, trials: int) -> float | None:
+    """Seconds of so many trials like a rung's and of the purification by it, at the pace of what was tried.
+
+    Returns:
+        None where nothing was tried yet that says how long an update takes. Measuring on test images is not in it.
+    """
+    ran = [one for one in tried if one.updates]
+    if not ran:
+        return None
+    pace = sum(one.seconds for one in ran) / sum(one.updates for one in ran)
+    return pace * (trials * rung.updates + rung.final_updates)
+
+
+def minutes_said(seconds: float) -> str:
+    """Seconds in whole minutes, in words."""
+    minutes = round(seconds / 60)
+    return "less than a minute" if minutes < 1 else f"about {minutes} minute{'s' if minutes > 1 else ''}"
+
+
 def _outcome(tried: Tried, max_accuracy_drop: float) -> str:
     if tried.pair is None:
         return f"broken: {tried.error}"
-    floor = "kept" if tried.holds(max_accuracy_drop) else "broken"
     pair = tried.pair
-    return f"validation ACC {100 * pair.before.value:.1f} -> {100 * pair.after.value:.1f} % ({pair.n} images), floor {floor}"
+    said = f"validation ACC {100 * pair.before.value:.1f} -> {100 * pair.after.value:.1f} % ({pair.n} images), floor "
+    if tried.stopped_at:
+        return f"{said}broken: stopped at {100 * tried.stopped_at:g} % of its updates"
+    return said + ("kept" if tried.holds(max_accuracy_drop) else "broken")
 
 
 def _facts(plan: Plan, walk: _Walk, chosen: Tried, is_above: bool) -> dict[str, Any]:
@@ -121,7 +137,7 @@ def _facts(plan: Plan, walk: _Walk, chosen: Tried, is_above: bool) -> dict[str, 
         else:
             row |= pair.after.as_dict("accuracy") | {"lost": pair.lost, "gained": pair.gained}
             row |= {"floor": "kept" if tried.holds(plan.max_accuracy_drop) else "broken", "scores": tried.scores}
-            row |= {"updates": tried.updates}
+            row |= {"stopped_at": tried.stopped_at} if tried.stopped_at else {"updates": tried.updates}
         rows.append(row)
     return {
         "recipe": chosen.name,
@@ -145,27 +161,3 @@ def _published(text: str, plan: Plan) -> str:
     """What an error said, without the path of a base, which stays on this machine."""
     base = plan.args.base_model
     return text.replace(base, public_name(base)) if base else text
-
-
-def dry_run(plan: Plan) -> dict[str, Any]:
-    """Print the plan and about how long it would take; some updates of the first recipe are timed, nothing is written.
-
-    Returns:
-        `Plan.described`, and ``minutes``: as if the whole budget were tried and each update took as long as those of the first
-        recipe; None where that has too few updates to tell.
-    """
-    for rung in plan.rungs:
-        if why := refusal(plan, rung):
-            plan.left_out[rung.recipe.name] = why
-    first = plan.next_rung({})
-    seconds = seconds_per_update(plan, first)
-    tried = min(plan.args.auto_budget, len(plan.available))
-    minutes = seconds and seconds * (tried * first.updates + first.final_updates) / 60
-    if plan.args.process_index == 0:
-        print(as_text(plan))
-        if minutes is not None:
-            print(
-                f"about {minutes:.1f} minutes: {tried} trials and the purification, at {seconds:.3g} s an update as timed on "
-                f"{first.recipe.name}; fewer if the ladder ends sooner"
-            )
-    return plan.described() | {"minutes": minutes}

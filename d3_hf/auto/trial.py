@@ -3,28 +3,46 @@
 import copy
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from accelerate.utils.memory import clear_device_cache
-from transformers import TrainerCallback
+from transformers import PreTrainedModel
 
 from ..data.fitting import run_with_fitting_batch
-from ..evaluation.measure import measure_trainer
+from ..evaluation.class_order import order_contradiction
+from ..evaluation.measure import measure, measure_trainer
 from ..evaluation.paired import paired_table
 from ..files import first_line
 from ..models.head import NoOneHead, find_head
 from ..training.trainer import PurifyTrainer
 from .choose import Tried
+from .early import EarlyStop, GivenUp
 from .plan import Plan, Rung
 from .thoroughness import feature_distance, place
-
-TIMED = 3  # updates of a dry run, after a first one
 
 
 class Refused(ValueError):
     """A defence cannot work on the network, by its own word."""
+
+
+def predictions_before(plan: Plan, progress: bool = False) -> np.ndarray:
+    """What the suspicious model predicts of the validation images, int (N,).
+
+    All images but the audit's are looked at, so that classes in another order are refused before anything is trained.
+
+    Raises:
+        ValueError: See `order_contradiction`.
+    """
+    rows = plan.split.retained
+    images = plan.images.select(rows)
+    size, device = plan.args.per_device_eval_batch_size, plan.args.device
+    found = measure(plan.model, images, plan.preprocessing, batch_size=size, device=device, progress=progress)
+    if said := order_contradiction(found.predictions, images.labels, images.class_names, plan.model.config):
+        raise ValueError(said)
+    return found.predictions[np.isin(rows, plan.split.validate)]
 
 
 @contextmanager
@@ -42,13 +60,21 @@ def trial_of(plan: Plan, rung: Rung) -> Iterator[PurifyTrainer]:
         yield trainer
 
 
-def try_recipe(plan: Plan, rung: Rung, before: np.ndarray) -> Tried:
+def try_recipe(
+    plan: Plan,
+    rung: Rung,
+    before: np.ndarray,
+    stops_early: bool = True,
+    keep: Callable[[PreTrainedModel], Any] | None = None,
+) -> Tried:
     """Try a recipe; called by all processes.
 
     Args:
         plan: The plan.
         rung: The recipe.
         before: What the suspicious model predicts of the validation images, int (N,).
+        stops_early: Whether a trial that is hopeless on its way ends there, see `early`.
+        keep: Is handed the trained model once all that is returned was found; of a trial that ran to its end.
 
     Returns:
         What was found, on the main process; the others know its name alone. What raises or diverges is broken and has its
@@ -58,28 +84,43 @@ def try_recipe(plan: Plan, rung: Rung, before: np.ndarray) -> Tried:
         Refused: See `trial_of`.
         OSError: Something cannot be read or written, which is no fault of the recipe.
     """
+    try:
+        return _try_recipe(plan, rung, before, stops_early, keep)
+    finally:
+        clear_device_cache(garbage_collection=True)  # a trainer and its callbacks hold each other
+
+
+def _try_recipe(
+    plan: Plan, rung: Rung, before: np.ndarray, stops_early: bool, keep: Callable[[PreTrainedModel], Any] | None
+) -> Tried:
     started, name = time.perf_counter(), rung.recipe.name
     try:
         with trial_of(plan, rung) as trainer:
-            trainer.train()
+            if stops_early:
+                trainer.add_callback(EarlyStop(trainer, plan.validation, before, plan.max_accuracy_drop))
+            try:
+                trainer.train()
+            except GivenUp as stop:
+                seconds, updates = time.perf_counter() - started, trainer.state.global_step
+                return Tried(name, rung.place, seconds, stop.pair, updates=updates, stopped_at=stop.share)
             after = measure_trainer(trainer, plan.validation)
             if after is None:
                 return Tried(name, rung.place, 0.0)
             pair = paired_table(before, after.predictions, plan.validation.labels)
-            scores, updates = _scores(plan, rung, trainer), trainer.state.global_step
-            return Tried(name, rung.place, time.perf_counter() - started, pair, scores, updates)
+            model = trainer.accelerator.unwrap_model(trainer.plain, keep_fp32_wrapper=False)  # as it is measured
+            scores, seconds = _scores(plan, rung, model), time.perf_counter() - started
+            if keep:
+                keep(model)
+            return Tried(name, rung.place, seconds, pair, scores, trainer.state.global_step)
     except (Refused, OSError):
         raise
     except Exception as error:  # whatever a defence raises: the other recipes go on
         if plan.args.world_size > 1:
             raise
         return Tried(name, rung.place, time.perf_counter() - started, error=first_line(error))
-    finally:
-        clear_device_cache(garbage_collection=True)  # a trainer and its callbacks hold each other
 
 
-def _scores(plan: Plan, rung: Rung, trainer: PurifyTrainer) -> dict[str, float]:
-    model = trainer.accelerator.unwrap_model(trainer.plain, keep_fp32_wrapper=False)  # without autocast, as it is measured
+def _scores(plan: Plan, rung: Rung, model: PreTrainedModel) -> dict[str, float]:
     found = {"place": place(rung.place)}
     try:
         head = find_head(plan.model, plan.preprocessing.size)
@@ -90,42 +131,3 @@ def _scores(plan: Plan, rung: Rung, trainer: PurifyTrainer) -> dict[str, float]:
         plan.args.per_device_eval_batch_size,
     )
     return found | {"feature_distance": distance}
-
-
-# The dry run -----------------------------------------------------------------------------------------------------------
-
-
-class _Enough(Exception):
-    pass
-
-
-class _Clock(TrainerCallback):
-    def __init__(self):
-        self.times: list[float] = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.times.append(time.perf_counter())
-        if len(self.times) > TIMED:
-            raise _Enough
-
-
-def refusal(plan: Plan, rung: Rung) -> str | None:
-    """Why a defence cannot work on the network; None where it can."""
-    try:
-        with trial_of(plan, rung):
-            return None
-    except Refused as reason:
-        return str(reason)
-
-
-def seconds_per_update(plan: Plan, rung: Rung) -> float | None:
-    """Seconds of an update of a recipe, over `TIMED` of a training that then stops; None of one with less than two."""
-    clock = _Clock()
-    with trial_of(plan, rung) as trainer:
-        trainer.add_callback(clock)
-        try:
-            trainer.train()
-        except _Enough:
-            pass
-    times = clock.times
-    return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None

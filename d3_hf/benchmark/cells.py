@@ -14,6 +14,7 @@ import numpy as np
 import pandas
 from accelerate import PartialState
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..data.preprocessing import Preprocessing
@@ -165,7 +166,7 @@ class Runner:
         seconds, peak = watch.seconds, peak_memory()
         after = measure_trainer(trainer, self.inputs.test, attack)
         last = next((log for log in reversed(trainer.state.log_history) if "clean_loss" in log), {})
-        row = asdict(cell) | {"method": trainer.method, "attack": attack.name, "network": _network(model)}
+        row = asdict(cell) | {"method": trainer.method, "attack": attack.name, "network": network_of(model)}
         row |= {"curve": self.grid.defences[cell.defence].get("curve"), "retain_n": len(retain)}
         row |= (found := results(before, after, self.inputs.test.labels))
         row |= {"seconds_training": seconds, "seconds_measuring": after.seconds, "peak_memory_mib": peak}
@@ -182,6 +183,11 @@ class Runner:
             trainer.save_model()
             row["weights_sha256"] = sha256(self.folder(cell) / SAFE_WEIGHTS_NAME)
         return row
+
+    def summary(self, row: dict[str, Any]) -> str:
+        """What a cell that was measured came to, in a line."""
+        rates = ", ".join(f"{name} {100 * row[key]:.1f}" for name, key in RATES.items())
+        return f"{rates}, {row['seconds_training']:.0f} s"
 
     def before(self, model_of: str, attack_of: str) -> Measurement:
         """Measure an untouched model under a victim's trigger, once; by what is compared and what is not see `spec`.
@@ -224,7 +230,9 @@ class Runner:
                     yield {"victim": victim, "defence": name} | results(found, found) | {"der": None}
 
 
-def run_grid(grid: Grid, shard: str = "0/1", only: Sequence[str] = ("*",)) -> pandas.DataFrame:
+def run_grid(
+    grid: Grid, shard: str = "0/1", only: Sequence[str] = ("*",), runner_class: type[Runner] = Runner
+) -> pandas.DataFrame:
     """Make the cells of one share that are not there yet, and collect all that exist.
 
     A cell that exists and verifies is skipped, one that is damaged or failed is made again; shares need no coordination, they
@@ -235,6 +243,7 @@ def run_grid(grid: Grid, shard: str = "0/1", only: Sequence[str] = ("*",)) -> pa
         grid: The grid.
         shard: ``i/n``, see `cells_of`.
         only: Patterns, see `cells_of`.
+        runner_class: What makes the cells.
 
     Returns:
         The content of ``results.parquet``: one row a cell, and the untouched models under ``defence`` "victim" and
@@ -244,7 +253,7 @@ def run_grid(grid: Grid, shard: str = "0/1", only: Sequence[str] = ("*",)) -> pa
         FileNotFoundError: A victim is not there.
         ValueError: See `cells_of` and `GridInputs.record`.
     """
-    runner, chosen = Runner(grid), cells_of(grid, shard, only)
+    runner, chosen = runner_class(grid), cells_of(grid, shard, only)
     todo = [cell for cell in chosen if "error" in (runner.read(cell) or {"error": None})]
     for victim in dict.fromkeys(cell.victim for cell in chosen):
         if twin := runner.inputs.twin(victim):
@@ -255,7 +264,8 @@ def run_grid(grid: Grid, shard: str = "0/1", only: Sequence[str] = ("*",)) -> pa
             bar.set_postfix_str(str(cell))
             row = runner.make(cell)
             failed += "error" in row
-            bar.write(f"{cell} | {summary(row)}")
+            said = f"failed: {row['error']}" if "error" in row else runner.summary(row)
+            bar.write(f"{cell} | {said}")
     finally:  # also after Ctrl-C: what was made is in the table
         frame = _collect(runner)
     if failed:
@@ -277,15 +287,8 @@ def _collect(runner: Runner) -> pandas.DataFrame:
     return frame
 
 
-def summary(row: dict[str, Any]) -> str:
-    """What a cell came to, in a line."""
-    if "error" in row:
-        return f"failed: {row['error']}"
-    rates = ", ".join(f"{name} {100 * row[key]:.1f}" for name, key in RATES.items())
-    return f"{rates}, {row['seconds_training']:.0f} s"
-
-
-def _network(model) -> str:
+def network_of(model: PreTrainedModel) -> str:
+    """What the tables call a network: its timm name, or the type of a transformers one."""
     return getattr(model.config, "architecture", None) or model.config.model_type
 
 

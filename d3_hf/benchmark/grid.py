@@ -1,9 +1,9 @@
 """What a grid file says, and the images and victims that it names."""
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import Dataset
 from transformers import PreTrainedModel
@@ -120,21 +120,25 @@ class Grid:
         options["model_name_or_path"] = place
 
 
-def read_grid(file: str, **given: Any) -> Grid:
+Kind = TypeVar("Kind", bound=Grid)
+
+
+def read_grid(file: str, kind: type[Kind] = Grid, **given: Any) -> Kind:
     """Read a grid file; ``given`` options that are not None go over the file's.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A key is unknown or missing, its value is of another kind, or see `Grid`.
+        ValueError: A key is unknown or missing, its value is of another kind, or see the ``kind`` of grid.
     """
     options = read_yaml(file) | {name: value for name, value in given.items() if value is not None}
-    known = {f.name for f in fields(Grid)}
+    known = {f.name for f in fields(kind)}
     if unknown := sorted(options.keys() - known):
         raise ValueError(f"{file}: unknown key {', '.join(unknown)}; a grid has {', '.join(sorted(known))}")
-    if missing := [name for name in ("output_dir", "dataset_name", "victims", "defences") if name not in options]:
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in needed if name not in options]:
         raise ValueError(f"{file}: {', '.join(missing)} missing")
-    check_types([Grid], options, file)
-    return Grid(**options)
+    check_types([kind], options, file)
+    return kind(**options)
 
 
 class GridInputs:
@@ -264,7 +268,7 @@ class GridInputs:
     def _theirs(self) -> dict[str, dict[str, Any]]:
         """Other people's checkpoints, files by their digests: computed once, since every cell asks several times."""
         return {
-            victim: options | {"model_name_or_path": _content(options["model_name_or_path"])}
+            victim: options | {"model_name_or_path": content_of(options["model_name_or_path"])}
             for victim, options in self.grid.victims.items()
         }
 
@@ -292,7 +296,7 @@ class GridInputs:
         return twin if isinstance(self.grid.victims, list) and self.is_made(twin) else None
 
 
-def _content(place: str) -> Any:
+def content_of(place: str) -> Any:
     """Digests of the file or folder that `load_classifier` would read; a Hub id as it is."""
     path = Path(place).expanduser()
     if path.is_file():

@@ -1,4 +1,4 @@
-"""``d3-hf benchmark``."""
+"""``d3-hf benchmark``, and the blind study of ``--defence auto``, which is run in the same way."""
 
 import json
 from dataclasses import dataclass, field
@@ -8,13 +8,17 @@ from typing import Any
 import pandas
 from accelerate import PartialState
 
-from ..benchmark.cells import run_grid
-from ..benchmark.grid import read_grid
+from ..benchmark.cells import Runner, run_grid
+from ..benchmark.grid import Grid, read_grid
 from ..benchmark.plots import draw
+from ..benchmark.study import StudyGrid, StudyRunner
+from ..benchmark.study_tables import choices, render_study
 from ..benchmark.tables import render
 from ..files import atomic_file, first_line
 from ..options.parser import Parser
 from . import with_option
+
+STUDIED = "recipes"  # a column that a study's table has and a benchmark's has not
 
 
 @dataclass
@@ -59,26 +63,54 @@ def run_benchmark(argv: list[str]) -> pandas.DataFrame:
         FileNotFoundError: The grid, a victim or an image folder is not there.
         ValueError: The grid does not hold together, the table is none of a benchmark, or more than one process was launched.
     """
+    rows, folder = _rows(argv, Grid, Runner)
+    table = render(rows)
+    _write(table, folder)
+    draw(rows, folder)
+    print(table)
+    return rows
+
+
+def run_study(argv: list[str]) -> pandas.DataFrame:
+    """Run ``GRID.yaml --option value ...``, a `StudyGrid`: make the missing cells, write ``results.parquet``,
+    ``choices.parquet`` and ``results.md``.
+
+    Returns:
+        What the rules choose, see `choices`.
+
+    Raises:
+        FileNotFoundError: See `run_benchmark`.
+        ValueError: See `run_benchmark`.
+    """
+    rows, folder = _rows(argv, StudyGrid, StudyRunner)
+    if STUDIED not in rows and len(rows):
+        raise ValueError(f"{folder} holds the table of a benchmark: name the results.parquet that a study wrote")
+    found, table = choices(rows), render_study(rows)
+    if len(found):
+        with atomic_file(folder / "choices.parquet") as beside:
+            found.to_parquet(beside)
+    _write(table, folder)
+    print(table)
+    return found
+
+
+def _rows(argv: list[str], kind: type[Grid], runner_class: type[Runner]) -> tuple[pandas.DataFrame, Path]:
+    """The rows of all cells of a grid, those of the share made, and the grid's folder."""
     (options,) = Parser([BenchmarkArguments]).read(with_option("grid", argv))
     if PartialState().num_processes > 1:
         raise ValueError("a cell runs in one process: launch one for each share of the grid, with --shard i/n")
     if options.grid.endswith(".parquet"):
-        folder = Path(options.grid).parent
-        rows = read_rows(Path(options.grid))
-    else:
-        over = ("dataset_name", "dataset_config", "victims_dir", "output_dir", "watch_images")
-        given = {name: getattr(options, name) for name in over}
-        grid = read_grid(options.grid, **given)
-        if options.model_name_or_path:
-            grid.checkpoint_at(options.model_name_or_path)
-        folder = Path(grid.output_dir)
-        rows = run_grid(grid, options.shard, options.only)
-    table = render(rows)
+        return read_rows(Path(options.grid)), Path(options.grid).parent
+    over = ("dataset_name", "dataset_config", "victims_dir", "output_dir", "watch_images")
+    grid = read_grid(options.grid, kind, **{name: getattr(options, name) for name in over})
+    if options.model_name_or_path:
+        grid.checkpoint_at(options.model_name_or_path)
+    return run_grid(grid, options.shard, options.only, runner_class), Path(grid.output_dir)
+
+
+def _write(table: str, folder: Path) -> None:
     with atomic_file(folder / "results.md") as beside:
         beside.write_text(table + "\n")
-    draw(rows, folder)
-    print(table)
-    return rows
 
 
 def read_rows(file: Path) -> pandas.DataFrame:

@@ -1,13 +1,15 @@
 """``d3-hf purify`` and the recipes: load, purify, print the table."""
 
 import argparse
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..auto.config import AutoConfig
+from ..auto.dry_run import dry_run
 from ..auto.plan import make_plan
-from ..auto.run import choose_recipe, dry_run
+from ..auto.run import choose_recipe
 from ..defenses import defence
 from ..errors import GuardRailBroken
 from ..evaluation.guard import GuardArguments
@@ -17,11 +19,15 @@ from ..options.arguments import NO_IMAGES, AttackArguments, DataArguments, Model
 from ..options.parser import parse_arguments
 from ..publishing.manifest import public_name
 from ..publishing.report import Report
+from ..publishing.tables import audit_line
 from ..training.trainer import PurifyTrainer
 from ..victims.sets import make_victim
 from ..workflow import purify
 
+logger = logging.getLogger(__name__)
+
 AUTO = "auto"  # in place of a defence's name: tried and chosen without a trigger
+AUDIT_SPLIT = "the part of the retain set that no decision saw"  # what is measured on where there is nothing else
 
 
 @dataclass
@@ -43,7 +49,8 @@ def run(argv: list[str]) -> dict[str, Any]:
     """Run ``[--defence NAME] [CONFIG.yaml] --option value ...``: load, purify by D3 or another method, print the table.
 
     With ``--defence auto`` the method and its settings are chosen first, see `choose_recipe`, which gets model and retain set
-    and nothing else.
+    and nothing else. What it kept for the audit is measured before and after, and stands in for test images where the retain
+    set is all there is.
 
     Args:
         argv: Arguments without the program's name.
@@ -77,21 +84,25 @@ def run(argv: list[str]) -> dict[str, Any]:
         victim = make_victim([drill.victim_config])
         model_args.model_name_or_path, attack = victim.folder, victim.attack
     model = model_args.load()
-    images = data_args.load(model.config)
+    images = data_args.load(model.config, needs_test=not isinstance(args, AutoConfig))
+    class_names, test, audit = images.retain.features["label"].names, images.test, None
     if data_args.is_default_size:
-        _refuse_few(len(images.retain), len(images.retain) + len(images.rest), len(images.test.class_names))
-    check_labels(images.test.class_names, model.config)
+        _refuse_few(len(images.retain), len(images.retain) + len(images.rest), len(class_names))
+    check_labels(class_names, model.config)
     report = Report(data=public_name(images.source), configuration=images.configuration, split=images.split)
     if isinstance(args, AutoConfig):
         plan = make_plan(model, images.retain, args, guard.max_accuracy_drop, images.source)
         if is_dry:
             return dry_run(plan)
         choice = choose_recipe(plan)
-        trainer, report = plan.trainer(choice.rung), replace(report, chosen=choice.facts)
+        trainer, report, audit = plan.trainer(choice.rung), replace(report, chosen=choice.facts), plan.audit
+        if test is None:
+            logger.warning("no test images: measuring on %s", AUDIT_SPLIT)
+            test, report = audit, replace(report, split=AUDIT_SPLIT)
     else:
         trainer = trainer_class(model=model, args=args, train_dataset=images.retain, data_source=images.source)
     try:
-        report = purify(trainer, images.test, attack, guard, report)
+        report = purify(trainer, test, attack, guard, report, audit)
     except GuardRailBroken as broken:
         if broken.results:
             print_summary(trainer, broken.folder)
@@ -112,6 +123,8 @@ def _refuse_few(drawn: int, of: int, classes: int) -> None:
 def print_summary(trainer: PurifyTrainer, folder: Path) -> None:
     """Print ACC, ASR, RA, PACC and drift before and after, the seconds, and that the model lies in ``folder``."""
     print(f"\n{trainer.report}\n")
+    if trainer.report.audit:
+        print(audit_line(trainer.report.audit))
     print(", ".join(f"{name} {value:.1f} s" for name, value in trainer.report.seconds.items()))
     what = "Rejected model" if trainer.report.rejected else "Purified model"
     print(f"{what}, card and evidence: {folder}")

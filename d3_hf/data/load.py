@@ -23,18 +23,18 @@ class LoadedImages:
     Attributes:
         retain: The retain set, not decoded yet; see `retain_split` for its columns.
         rest: The other rows of its split.
-        test: What is measured on, decoded.
+        test: What is measured on, decoded; None where the retain set is all there is.
         source: The data set's name, as it was given.
         configuration: Which of its configurations, as it was given.
-        split: What ``test`` is: the name of a split, or ``rest of NAME``.
+        split: What ``test`` is: the name of a split, or ``rest of NAME``; None without it.
     """
 
     retain: Dataset
     rest: Dataset
-    test: RawImages
+    test: RawImages | None
     source: str
     configuration: str | None
-    split: str
+    split: str | None
 
 
 def load_images(

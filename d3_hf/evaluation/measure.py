@@ -5,7 +5,7 @@ DER is that of FT-SAM (Zhu et al., ICCV 2023, eq. 7); for the others see `metric
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -275,3 +275,8 @@ def results(before: Measurement, after: Measurement, labels: Tensor | None = Non
     if labels is not None and before.predictions is not None and after.predictions is not None:
         fields |= paired_table(before.predictions, after.predictions, labels).as_dict("accuracy_drop")
     return fields
+
+
+def paired_results(before: Measurement, after: Measurement, labels: Tensor) -> dict[str, Any]:
+    """ACC of two models on the same images with the whole paired table: `results` without a trigger, and the four counts."""
+    return results(before, after, labels) | asdict(paired_table(before.predictions, after.predictions, labels))

@@ -111,19 +111,21 @@ class DataArguments:
         """Whether neither ``retain_fraction`` nor ``retain_count`` is given, so that 5 % are drawn."""
         return self.retain_fraction is None and self.retain_count is None
 
-    def load(self, config: "PreTrainedConfig | None" = None) -> "LoadedImages":
+    def load(self, config: "PreTrainedConfig | None" = None, needs_test: bool = True) -> "LoadedImages":
         """Load the images.
 
         Args:
             config: Of the model whose classes ``class_map`` speaks of.
+            needs_test: Whether it is a mistake if the retain set is all there is.
 
         Returns:
             The retain set, the rest of its split and what is measured on; which split that is gets logged where it is not
             ``test_split``. Other splits are not looked at.
 
         Raises:
-            ValueError: No data set is named, a split that is named is not there, nothing is left to measure on, there is a
-                ``class_map`` and no model, or see `load_images`, `map_classes`, `retain_split` and `RawImages.from_dataset`.
+            ValueError: No data set is named, a split that is named is not there, nothing is left to measure on and something
+                has to be, there is a ``class_map`` and no model, or see `load_images`, `map_classes`, `retain_split` and
+                `RawImages.from_dataset`.
         """
         from datasets import DatasetDict
 
@@ -146,6 +148,8 @@ class DataArguments:
         fraction = RETAIN_FRACTION if self.is_default_size else self.retain_fraction
         retain, rest = retain_split(split, fraction, self.retain_count, self.retain_balanced, self.retain_seed)
         if not measured and len(rest) == 0:
+            if not needs_test:
+                return LoadedImages(retain, rest, None, self.dataset_name, self.dataset_config, None)
             raise ValueError(
                 f"{self.dataset_name} has no split {self.test_split!r} and the retain set is all of {self.train_split!r}: "
                 "nothing is left to measure on; retain fewer"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .tables import RESULT_NAMES, chosen_table, rates_table, results_table
+from .tables import RESULT_NAMES, audit_line, chosen_table, rates_table, results_table
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -80,6 +80,7 @@ def render_card(
         facts=facts,
         results_table=results_table(results) if results else None,
         chosen_table=chosen_table(facts["chosen"]) if facts.get("chosen") else None,
+        audit_line=audit_line(facts["measured"]["audit"]) if facts["measured"].get("audit") else None,
         place=hub_model_id or FOLDER,
     )
 

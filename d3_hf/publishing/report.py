@@ -27,6 +27,7 @@ class Report:
         seconds: Of measuring before, of training and of measuring after.
         guard_rails: Options of `GuardArguments`.
         rejected: Why a guard rail rejected the model, a line each; empty if none did.
+        audit: What became of ACC on images that no decision saw, see `evaluation.measure.paired_results`; empty without such.
         chosen: How the method and its settings were chosen, where a rule did it.
     """
 
@@ -40,6 +41,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     guard_rails: dict[str, Any] | None = None
     rejected: tuple[str, ...] = ()
+    audit: dict[str, Any] = field(default_factory=dict)
     chosen: dict[str, Any] | None = None
 
     def measured(self) -> dict[str, Any]:

@@ -51,12 +51,23 @@ def results_table(results: dict) -> str:
     return markdown_table(["", "before", "after", "images"], rows)
 
 
+def audit_line(audit: dict) -> str:
+    """What became of ACC on the images that no decision saw, in a sentence; ``audit`` as `measure.paired_results` makes it."""
+    before, after = (f"{100 * audit[f'accuracy_{when}']:.1f} %" for when in ("before", "after"))
+    low, high = (f"{100 * end:.1f}" for end in audit["accuracy_drop_ci95"])
+    return (
+        f"Images that no decision saw: ACC {before} to {after} of {audit['accuracy_drop_n']} images ({audit['lost']} lost, "
+        f"{audit['gained']} gained), the fall lies within [{low}, {high}] points (95 %)."
+    )
+
+
 def chosen_table(chosen: dict) -> str:
     """Markdown table of the recipes that were tried before one was chosen, in their order.
 
     Args:
         chosen: The manifest's entry ``chosen``: per recipe in ``tried`` its ``name``, ``floor``, ``seconds``, and unless it
-            raised its validation ``accuracy`` as `Proportion.as_dict` writes it and its ``scores``.
+            raised its validation ``accuracy`` as `Proportion.as_dict` writes it and its ``scores``, or ``stopped_at``, the
+            share of its updates after which it was given up.
 
     Returns:
         The table, without a final line break; the chosen one is in bold.
@@ -67,7 +78,8 @@ def chosen_table(chosen: dict) -> str:
         name = f"**{row['name']}**" if row["name"] == chosen["recipe"] else row["name"]
         found = [f"{row['scores'][score]:.4g}" if score in (row.get("scores") or {}) else "" for score in scores]
         accuracy = _percent(row, "accuracy") if "accuracy" in row else row["error"]
-        rows.append([name, accuracy, row["floor"], *found, f"{row['seconds']:.0f}"])
+        stopped = f" (stopped at {100 * row['stopped_at']:g} %)" if row.get("stopped_at") else ""
+        rows.append([name, accuracy, row["floor"] + stopped, *found, f"{row['seconds']:.0f}"])
     header = ["recipe", "validation ACC", "floor", *(score.replace("_", " ") for score in scores), "seconds"]
     return markdown_table(header, rows)
 

@@ -14,19 +14,26 @@ from datasets import ClassLabel, Dataset, Features, Image
 from pictures import encoded
 from raising import same_weights
 from safetensors.torch import load_file
-from tiny import CLASSES, SGD, SIZE, tiny_vit
+from tiny import CLASSES, PROCESSOR, SGD, SIZE, tiny_resnet, tiny_vit
 from tiny_trained import base_of
 
 from d3_hf import FineTuningConfig, FineTuningTrainer, load_classifier, load_images, retain_split
+from d3_hf.auto import early
 from d3_hf.auto import run as auto
 from d3_hf.auto.config import AutoConfig
+from d3_hf.auto.dry_run import dry_run, refusal
 from d3_hf.auto.ladder import read_ladder
 from d3_hf.auto.plan import make_plan
 from d3_hf.auto.record import RECORD
 from d3_hf.auto.run import choose_recipe
-from d3_hf.auto.trial import refusal
+from d3_hf.auto.trial import predictions_before, try_recipe
 from d3_hf.commands.purify import OPTIONS, run
+from d3_hf.data.images import RawImages
+from d3_hf.data.preprocessing import Preprocessing
+from d3_hf.evaluation.measure import measure
+from d3_hf.evaluation.paired import PairedTable, paired_table
 from d3_hf.options.parser import parse_arguments
+from d3_hf.publishing.tables import audit_line
 from d3_hf.training.reference import fingerprint
 
 COMMON = SGD | {"max_steps": 4, "per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True}
@@ -70,11 +77,11 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def planned(place, tmp_path):
-    def make(names=WHOLE, folder="out", count=100, max_accuracy_drop=0.05, **options):
+    def make(names=WHOLE, folder="out", count=100, max_accuracy_drop=0.05, model=None, **options):
         file = names and str(ladder(tmp_path / "ladder.yaml", names))
         args = AutoConfig(str(tmp_path / folder), ladder=file, **COMMON | options)
         retain, _ = retain_split(load_images(str(place / "data"))["train"], count=count)
-        return make_plan(load_classifier(str(place / "suspect")), retain, args, max_accuracy_drop)
+        return make_plan(model or load_classifier(str(place / "suspect")), retain, args, max_accuracy_drop)
 
     return make
 
@@ -104,13 +111,16 @@ def test_one_more_severe_while_the_floor_holds(planned, tmp_path, capsys):
     firm, harsh = choice.facts["tried"]
     assert firm["lost"] == firm["gained"] == 0 and firm["accuracy"] == choice.facts["accuracy_before"]
     assert harsh["lost"] > 10 and firm["updates"] == harsh["updates"] == 4
-    assert [row["scores"]["place"] for row in (firm, harsh)] == [2, 4]
+    assert firm["scores"]["place"] == 2 and "stopped_at" not in firm
+    assert harsh["stopped_at"] == 0.5 and harsh["scores"] is None  # every image is answered otherwise
     assert 0 <= firm["scores"]["feature_distance"] < 1e-3
     assert choice.facts["split"] == {"tune": 60, "validate": 20, "audit": 20}
     assert fingerprint(plan.model.state_dict().values()) == before  # copies were trained
     assert [file.name for file in (tmp_path / "out").iterdir()] == [RECORD]
     shown = capsys.readouterr().out
-    assert "1/4 trying firm" in shown and "2/4 trying harsh" in shown and "4/4 purifying by firm" in shown
+    assert "1/5 looking at the suspicious model on 80 images" in shown and "\n2/5 trying firm\n" in shown
+    assert "\n3/5 trying harsh (less than a minute left)\n" in shown and "broken: stopped at 50 % of its updates" in shown
+    assert "5/5 purifying by firm, the most thorough above the floor, on 80 images (less than a minute left)" in shown
 
 
 def test_one_gentler_where_it_breaks_and_the_gentlest_where_none_holds(planned):
@@ -125,6 +135,43 @@ def test_a_recipe_that_diverges_is_broken(planned):
     choice = choose_recipe(planned(("gentle", "diverging*")))
     assert outcomes(choice.facts) == {"diverging": "raised", "gentle": "kept"} and choice.facts["recipe"] == "gentle"
     assert "diverged" in choice.facts["tried"][0]["error"] and "accuracy" not in choice.facts["tried"][0]
+
+
+@pytest.mark.parametrize("make", [tiny_vit, tiny_resnet])
+def test_looking_at_a_trial_on_its_way_changes_no_bit_of_it(planned, monkeypatch, make):
+    """Of networks that draw random numbers, by dropout, and keep statistics, by BatchNorm."""
+    plan, looks, made, found = planned(("firm",), model=make()), [], [], []
+    for module in plan.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.2
+    measure = early.measure
+    monkeypatch.setattr(early, "measure", lambda *args, **kwargs: looks.append(1) or measure(*args, **kwargs))
+    before = predictions_before(plan)
+    for stops_early in (True, False):
+        tried = try_recipe(plan, plan.rungs[0], before, stops_early, made.append)
+        found.append((tried.pair, tried.scores, tried.updates, tried.stopped_at))
+    assert len(looks) == 2 and found[0] == found[1] and found[0][2:] == (4, None)
+    same_weights(*made)
+
+
+def test_a_hopeless_trial_ends_and_is_tried_again_under_a_lower_floor(planned):
+    plan, made = planned(("harsh",), auto_budget=1), []
+    before = predictions_before(plan)
+    found, whole = (try_recipe(plan, plan.rungs[0], before, stops_early, made.append) for stops_early in (True, False))
+    assert (found.updates, found.stopped_at, whole.updates, whole.stopped_at) == (2, 0.5, 4, None)
+    assert found.pair.after.value < 0.25 and found.scores is None and "place" in whole.scores and len(made) == 1
+    assert choose_recipe(plan).facts["tried"][0]["stopped_at"] == 0.5
+    again = choose_recipe(planned(("harsh",), auto_budget=1, max_accuracy_drop=1)).facts
+    assert outcomes(again) == {"harsh": "kept"} and "stopped_at" not in again["tried"][0]
+
+
+def test_a_dry_run_times_what_a_walk_can_come_to(planned):
+    found = dry_run(planned(("gentle", "firm", "harsh*", "harsher", "diverging"), auto_budget=2))
+    assert found["minutes_of"].keys() == {"firm", "harsh", "harsher"}
+    assert 0 < max(found["minutes_of"].values()) < found["minutes"]
+    assert found["peak_memory_mib"] > 100 and "resident size of this process" in found["peak_memory_of"]
+    found = dry_run(planned(("diverging",)))
+    assert found["minutes"] is None and found["minutes_of"] == {}
 
 
 def test_an_interrupted_ladder_goes_on(planned, tmp_path, monkeypatch):
@@ -193,7 +240,8 @@ def test_the_whole_command(place, tmp_path, capsys):
     argv += [f"--{name}={COMMON[name]}" for name in (*SGD, "max_steps", "per_device_train_batch_size")]
     plan = run([*argv, "--output_dir", str(tmp_path / "out"), "--dry_run"])
     assert [entry.name for entry in tmp_path.iterdir()] == ["ladder.yaml"]  # nothing is written
-    assert plan["minutes"] > 0 and "BatchNorm" in plan["left_out"]["unfit"] and "* " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert plan["minutes"] > 0 and "BatchNorm" in plan["left_out"]["unfit"] and "* " in shown and "peak memory: " in shown
 
     results = run([*argv, "--output_dir", str(tmp_path / "out"), "--attack", '{"name": "badnets", "size": 3}'])
     assert {"accuracy_after", "asr_after"} <= results.keys()
@@ -219,6 +267,17 @@ def test_the_whole_command(place, tmp_path, capsys):
     direct.train()
     same_weights(load_classifier(str(tmp_path / "out")), direct.plain)
 
+    audit, seen = manifest["measured"]["audit"], retain.select([i for i, row in enumerate(retain["index"]) if row not in rows])
+    images = RawImages.from_dataset(seen)
+    before, after = (
+        measure(load_classifier(str(folder)), images, Preprocessing.from_processor(PROCESSOR), progress=False).predictions
+        for folder in (place / "suspect", tmp_path / "out")
+    )
+    table = paired_table(before, after, images.labels)
+    assert PairedTable(*(audit[name] for name in ("both_right", "lost", "gained", "both_wrong"))) == table and table.n == 20
+    assert audit["accuracy_drop_ci95"] == list(table.interval()) and audit_line(audit) in card
+    assert audit_line(audit) in capsys.readouterr().out
+
     # Neither the trigger that is measured with nor the test images change anything but the measurement.
     run([*argv, "--output_dir", str(tmp_path / "blind"), "--max_test_images", "30"])
     blind = json.loads((tmp_path / "blind" / "purification.json").read_text())
@@ -227,6 +286,21 @@ def test_the_whole_command(place, tmp_path, capsys):
     assert all(torch.equal(one[name], two[name]) for name in one)
     with pytest.raises(ValueError, match="holds the results of another run"):
         run([*argv, "--output_dir", str(tmp_path / "out")])
+
+
+def test_without_test_images_the_audit_stands_in(place, tmp_path, caplog):
+    (tmp_path / "data").mkdir()
+    coloured(100, 0).to_parquet(tmp_path / "data" / "train.parquet")
+    argv = ["--model_name_or_path", str(place / "suspect"), "--dataset_name", str(tmp_path / "data"), "--retain_count", "100"]
+    argv += ["--use_cpu", "--disable_tqdm", "true", "--output_dir", str(tmp_path / "out")]
+    argv += [f"--{name}={COMMON[name]}" for name in (*SGD, "max_steps", "per_device_train_batch_size")]
+    with pytest.raises(ValueError, match="nothing is left to measure on; retain fewer"):
+        run(["--defence", "fine_tuning", *argv])
+    results = run(["--defence", "auto", "--ladder", str(ladder(tmp_path / "ladder.yaml", ("gentle",))), *argv])
+    measured = json.loads((tmp_path / "out" / "purification.json").read_text())["measured"]
+    assert results["accuracy_after_n"] == measured["n_images"] == measured["audit"]["accuracy_drop_n"] == 20
+    assert "no decision saw" in measured["split"] and "no test images: measuring on" in caplog.text
+    assert results["accuracy_drop"] == measured["audit"]["accuracy_drop"]
 
 
 def test_a_dry_run_of_a_drill_would_write_a_victim():

@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from tiny import tiny_resnet, tiny_vit
 from tiny_trained import base_of
 
-from d3_hf.auto.choose import Tried, choose, next_place
+from d3_hf.auto.choose import Tried, choose, walked
+from d3_hf.auto.early import LEAST, checks_at, is_hopeless
 from d3_hf.auto.floor import STANDARD_ERRORS, images_needed, keeps_floor, standard_error
 from d3_hf.auto.ladder import MOST, read_ladder
+from d3_hf.auto.plan import Rung
+from d3_hf.auto.run import minutes_said, seconds_left
 from d3_hf.auto.split import split
 from d3_hf.auto.thoroughness import RULE, SCORES, feature_distance
 from d3_hf.defenses import defence
@@ -89,16 +92,29 @@ def test_images_needed_are_those_of_which_one_is_allowed():
     assert [images_needed(allowed) for allowed in (0.05, 0.07, 1, 0)] == [20, 15, 1, 1]
 
 
+# The early stop --------------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_is_hopeless_far_below_the_floor():
+    def right(count, of=100, before=80):
+        return PairedTable(min(count, before), max(0, before - count), max(0, count - before), of - max(count, before))
+
+    for share, least in ((1 / 2, 20), (3 / 4, 40)):
+        assert is_hopeless(right(least - 1), share, 0.05) and not is_hopeless(right(least), share, 0.05)
+        assert not any(is_hopeless(right(count), share, 1.0) for count in range(101))  # a floor that is turned off
+        assert not is_hopeless(right(least - 1), share, 0.95)  # and one that lies lower still
+    assert not is_hopeless(right(5, before=5), 3 / 4, 0.0)  # as bad as the suspicious model
+
+
+def test_a_trial_is_looked_at_at_half_and_at_three_quarters_and_not_at_its_end():
+    assert checks_at(300) == {150: 1 / 2, 225: 3 / 4} and checks_at(4) == {2: 1 / 2, 3: 3 / 4}
+    assert checks_at(3) == {2: 1 / 2} and checks_at(2) == {1: 1 / 2} and checks_at(1) == {}
+    for updates in range(1, 100):
+        for update, share in checks_at(updates).items():
+            assert share * updates <= update < min(updates, share * updates + 1) and share in LEAST
+
+
 # The rule --------------------------------------------------------------------------------------------------------------
-
-
-def walked(start, budget, available, holds):
-    """The places that are tried, in their order."""
-    held = {}
-    while len(held) < budget and (place := next_place(start, held, available)) is not None:
-        assert place in available and place not in held
-        held[place] = holds(place)
-    return list(held)
 
 
 def tried(place, holds, **further):
@@ -110,7 +126,7 @@ def tried(place, holds, **further):
 def test_the_best_recipe_is_found_on_a_ladder_with_a_planted_truth(available, start, truth, budget):
     """Ladders with gaps, whose recipes keep the floor up to the truth and erase more the higher they stand."""
     places = walked(start, budget, available, lambda place: place <= truth)
-    assert len(places) <= budget
+    assert len(places) == len(set(places)) <= budget and available.issuperset(places)
     found, is_above = choose([tried(place, place <= truth) for place in places], 0.05, "place")
     above = [place for place in places if place <= truth]
     assert (found.place, is_above) == ((max(above), True) if above else (min(places), False))
@@ -133,6 +149,25 @@ def test_what_raised_is_never_chosen():
     assert choose([raised, tried(2, False), tried(1, False)], 0.05, "place")[0].place == 1
     with pytest.raises(RuntimeError, match="no recipe could be tried: raised: the clean loss is nan"):
         choose([raised], 0.05, "place")
+
+
+def test_what_was_given_up_is_never_above_the_floor_and_taken_last():
+    given_up = tried(1, True, stopped_at=0.5)
+    assert not given_up.holds(1.0)
+    assert choose([given_up, tried(3, False), tried(2, False)], 0.05, "place") == (tried(2, False), False)
+    assert choose([given_up], 0.05, "place") == (given_up, False)
+
+
+# The time --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_time_left_is_that_of_what_was_tried():
+    rung = Rung(3, None, {}, {}, updates=300, final_updates=400)
+    ran = [Tried("FT", 1, 60.0, updates=300), Tried("stopped", 2, 30.0, updates=150, stopped_at=0.5)]  # 0.2 s an update
+    assert seconds_left(ran, rung, trials=2) == pytest.approx(0.2 * (2 * 300 + 400))
+    assert seconds_left([*ran, Tried("raised", 4, 100.0, error="diverged")], rung, 0) == pytest.approx(80)
+    assert seconds_left([Tried("raised", 4, 100.0, error="diverged")], rung, 1) is None
+    assert [minutes_said(s) for s in (20, 60, 200)] == ["less than a minute", "about 1 minute", "about 3 minutes"]
 
 
 # Thoroughness ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import pandas
 
 from d3_hf.benchmark.tables import failures
-from d3_hf.publishing.tables import chosen_table, markdown_table, rates_table, results_table
+from d3_hf.publishing.tables import audit_line, chosen_table, markdown_table, rates_table, results_table
 
 
 def rates(key, value, suffix=""):
@@ -68,6 +68,7 @@ def test_the_table_of_what_was_tried():
         found | {"name": "FT", "floor": "kept", "seconds": 12.4},
         {"name": "D3", "floor": "raised", "seconds": 3.0, "error": "diverged | at step 2"},
         found | {"name": "LMR", "floor": "broken", "seconds": 30.0, "scores": {"place": 3.0}},
+        found | {"name": "D3 far", "floor": "broken", "seconds": 8.0, "scores": None, "stopped_at": 0.5},
     ]
     assert chosen_table({"recipe": "FT", "tried": tried}).splitlines() == [
         "| recipe | validation ACC | floor | place | feature distance | seconds |",
@@ -75,4 +76,14 @@ def test_the_table_of_what_was_tried():
         "| **FT** | 90.00 % [80.00, 95.00] | kept | 2 | 0.25 | 12 |",
         "| D3 | diverged \\| at step 2 | raised | | | 3 |",
         "| LMR | 90.00 % [80.00, 95.00] | broken | 3 | | 30 |",
+        "| D3 far | 90.00 % [80.00, 95.00] | broken (stopped at 50 %) | | | 8 |",
     ]
+
+
+def test_the_audit_in_a_sentence():
+    audit = rates("accuracy", 0.906, "_before") | rates("accuracy", 0.891, "_after")
+    audit |= {"accuracy_drop": 0.015, "accuracy_drop_ci95": [-0.0082, 0.0391], "accuracy_drop_n": 200, "lost": 5, "gained": 2}
+    assert audit_line(audit) == (
+        "Images that no decision saw: ACC 90.6 % to 89.1 % of 200 images (5 lost, 2 gained), the fall lies within [-0.8, 3.9] "
+        "points (95 %)."
+    )
