@@ -49,6 +49,7 @@ _HOMES = {
     "TSBDTrainer": "defenses.tsbd",
     "TSCConfig": "defenses.tsc",
     "TSCTrainer": "defenses.tsc",
+    "check": "inspection.check",
     "from_description": "attacks",
     "load_classifier": "models.load",
     "load_images": "data.load",
@@ -103,6 +104,7 @@ if TYPE_CHECKING:
     from .defenses.tsc import TSCTrainer as TSCTrainer
     from .evaluation.guard import GuardArguments as GuardArguments
     from .evaluation.measure import measure as measure
+    from .inspection.check import check as check
     from .models.load import load_classifier as load_classifier
     from .training.config import PurifyConfig as PurifyConfig
     from .training.trainer import PurifyTrainer as PurifyTrainer

@@ -119,13 +119,18 @@ def refusal(plan: Plan, rung: Rung) -> str | None:
 
 
 def seconds_per_update(plan: Plan, rung: Rung) -> float | None:
-    """Seconds of an update of a recipe, over `TIMED` of a training that then stops; None of one with less than two."""
-    clock = _Clock()
+    """Seconds of an update of a recipe, see `timed`."""
     with trial_of(plan, rung) as trainer:
-        trainer.add_callback(clock)
-        try:
-            trainer.train()
-        except _Enough:
-            pass
+        return timed(trainer)
+
+
+def timed(trainer: PurifyTrainer) -> float | None:
+    """Seconds of an update, over `TIMED` of a training that then stops; None of one with less than two."""
+    clock = _Clock()
+    trainer.add_callback(clock)
+    try:
+        trainer.train()
+    except _Enough:
+        pass
     times = clock.times
     return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None

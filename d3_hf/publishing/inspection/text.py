@@ -1,0 +1,39 @@
+"""`check` and `audit` as text for a terminal."""
+
+from typing import Any
+
+from .words import cost_line, file_lines, fit_lines, highest, quoted, signal_line
+
+
+def check_text(found: dict[str, Any]) -> str:
+    """The report of a check, from `Check.as_dict`."""
+    model, suspicion, names = found["model"], found["suspicion"], found["fit"]["classes"]
+    twins = len(suspicion["twins"])
+    signals = []
+    for name, signal in suspicion["signals"].items():
+        signals.append(signal_line(name, signal, twins))
+        if "scores" in signal:
+            signals.append(f"  highest scores: {highest(signal, names)}")
+    return "\n".join(
+        [
+            model_line(model),
+            *section("files", file_lines(found["files"])),
+            *section("fit", fit_lines(model, found["fit"])),
+            *section("cost on this machine", [cost_line(cost) for cost in found["cost"]]),
+            *section("suspicion", [*signals, *suspicion["warnings"]]),
+            *section("limits", found["limits"]),
+            "",
+            suspicion["outcome"],
+        ]
+    )
+
+
+def model_line(model: dict[str, Any]) -> str:
+    """What a model is, see `describe`."""
+    revision = f" at {model['source']['revision']}" if model["source"]["revision"] else ""
+    return f"{quoted(model['source']['name'])}{revision}: {model['architecture']}, {model['parameters']:,} parameters"
+
+
+def section(title: str, lines: list[str]) -> list[str]:
+    """A heading and lines under it."""
+    return ["", title, *(f"  {line}" for line in lines)]
