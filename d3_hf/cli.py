@@ -1,4 +1,4 @@
-"""The command line: ``d3-hf purify | check | measure | victim | benchmark | push | info``, and how commands and recipes end.
+"""The command line: ``d3-hf purify | check | audit | measure | victim | benchmark | push | info``, and how all of them end.
 
 Exit codes: 0 done, 1 a failure, 2 the user's mistake, 3 a broken guard rail, 4 an alarm of ``check``, 130 interrupted. What
 went wrong is one line on stderr, and with ``--json`` also the object on stdout, as its ``error`` beside its ``code``;

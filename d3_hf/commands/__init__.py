@@ -58,6 +58,12 @@ COMMANDS = {
             example="d3-hf check me/suspicious-vit --dataset_name path/to/images --twins twins/0 twins/1 --report check.html",
         ),
         Command(
+            name="audit",
+            arguments="PURIFIED --source SUSPICIOUS",
+            summary="a purified model beside what it was purified from, without a trigger",
+            example="d3-hf audit outputs/purified --source me/suspicious-vit --dataset_name path/to/images",
+        ),
+        Command(
             name="measure",
             arguments="FOLDER",
             summary="measure a victim again, from its folder alone",

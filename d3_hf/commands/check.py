@@ -16,7 +16,6 @@ from ..inspection.triggers import triggers_in
 from ..options.arguments import NO_IMAGES, DataArguments, ModelArguments
 from ..options.parser import Parser
 from ..publishing.inspection.pages import check_page
-from ..publishing.inspection.text import check_text
 from ..publishing.names import public_name
 from . import ALARM, with_option
 
@@ -87,7 +86,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     named = {"data": public_name(images.source), "configuration": images.configuration, "split": images.split}
     found = replace(found, images=named)
     facts = found.as_dict()
-    print(check_text(facts))
+    print(found)
     if own.save_null:
         found.null.write(Path(own.save_null).expanduser())
     if own.report:

@@ -10,6 +10,7 @@ from ..assurance.calibration import ALARM_AT
 from ..assurance.signals import LIMITS, SIGNALS, Signal
 from ..data.images import RawImages
 from ..models.source import source_of
+from ..publishing.inspection.text import check_text
 from ..publishing.manifest import versions
 from .cost import DEFENCES, Cost, cost_of
 from .describe import describe
@@ -18,6 +19,7 @@ from .fit import fit_facts, fitting_answers
 from .null import Null
 from .suspicion import Suspicion, suspicion_of
 
+NAMED = ("data", "configuration", "split")  # what images are called
 SCHEMA = "urn:d3_hf:check:1"  # of publishing/schemas/check.schema.json
 
 
@@ -39,7 +41,10 @@ class Check:
     fit: dict[str, Any]
     costs: list[Cost]
     suspicion: Suspicion
-    images: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(NAMED))
+
+    def __str__(self) -> str:
+        return check_text(self.as_dict())
 
     @property
     def alarm(self) -> bool:

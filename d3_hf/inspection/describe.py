@@ -49,8 +49,9 @@ def selection_of(model: PreTrainedModel, image_size: tuple[int, int]) -> dict[st
 
 
 def architecture_of(model: PreTrainedModel) -> str:
-    """The network's name: timm's where it has one, else its type among transformers'."""
-    return getattr(model.config, "architecture", None) or model.config.model_type
+    """The network's name: timm's where it has one, a wrapped module's class, else its type among transformers'."""
+    config = model.config
+    return getattr(config, "architecture", None) or getattr(config, "module_class", None) or config.model_type
 
 
 def parameters_of(model: PreTrainedModel) -> int:

@@ -19,6 +19,7 @@ from ..assurance.calibration import (
 from ..assurance.finding import Finding
 from ..assurance.signals import SIGNALS, Signal, read_signal
 from ..data.images import RawImages
+from ..labels import check_labels
 from ..models.source import source_of
 from ..publishing.names import public_name
 from ..training.reference import fingerprint
@@ -141,6 +142,10 @@ def suspicion_of(
         name = twin_name(twin, number)
         if differ := kind.others(Kind.of(twin, images)):
             raise ValueError(f"{name} is of another kind than the model: {'; '.join(differ)}")
+        try:
+            check_labels(images.class_names, twin.config)
+        except ValueError as reason:
+            raise ValueError(f"{name} is of another kind than the model: {reason}") from None
         digest = weights_digest(twin)
         if digest in known:
             raise ValueError(f"{name} is {known[digest]} itself: each model counts once")

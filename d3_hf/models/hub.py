@@ -44,7 +44,7 @@ def fetch(repo: str, revision: str | None) -> Path:
 
 def fetched(repo: str, commit: str) -> Path:
     """The folder to which `fetch` brought a commit."""
-    return Path(snapshot_download(repo, revision=commit, local_files_only=True))
+    return Path(snapshot_download(repo, revision=commit, allow_patterns=list(HUB_FILES), local_files_only=True))
 
 
 def _download(repo: str, revision: str | None, files: Sequence[str]) -> Path:

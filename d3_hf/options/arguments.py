@@ -57,11 +57,12 @@ class ModelArguments:
             given["label_names"] = given.pop("class_names")
         return load_classifier(given.pop("model_name_or_path"), **given, new_head=new_head)
 
-    def of(self, place: str) -> "ModelArguments":
+    def of(self, place: str, revision: str | None = None) -> "ModelArguments":
         """These options for another checkpoint of the same kind of network: those that its kind of source has a use for.
 
         Args:
-            place: Hub id, folder or file; of a Hub id the default branch.
+            place: Hub id, folder or file.
+            revision: Of a Hub id, in place of these options' own.
 
         Raises:
             FileNotFoundError: It looks like a path, and nothing is there.
@@ -70,7 +71,7 @@ class ModelArguments:
 
         useful = OPTIONS[kind_of(place)] - {"revision"} | {"class_names"}
         kept = {name: value for name, value in asdict(self).items() if name in useful}
-        return ModelArguments(place, **kept)
+        return ModelArguments(place, revision=revision, **kept)
 
 
 @dataclass

@@ -11,8 +11,10 @@ from . import words
 from .pictures import bars, picture
 from .text import model_line
 
+Triggers = Mapping[str, Mapping[str, np.ndarray]]
 
-def check_page(found: dict[str, Any], triggers: Mapping[str, Mapping[str, np.ndarray]]) -> str:
+
+def check_page(found: dict[str, Any], triggers: Triggers) -> str:
     """The page of a check.
 
     Args:
@@ -28,9 +30,33 @@ def check_page(found: dict[str, Any], triggers: Mapping[str, Mapping[str, np.nda
     return _render("check.html", found, figures, triggers)
 
 
-def _render(
-    template: str, found: dict[str, Any], figures: dict[str, str], triggers: Mapping[str, Mapping[str, np.ndarray]]
-) -> str:
+def audit_page(found: dict[str, Any], before: Triggers, after: Triggers) -> str:
+    """The page of an audit.
+
+    Args:
+        found: `Audit.as_dict`.
+        before: As `check_page`'s triggers, of the suspicious model.
+        after: Of the purified one.
+    """
+    figures = {
+        name: bars(
+            signal["before"]["outliers"], found["classes"], signal["before"]["suspect_class"], signal["after"]["outliers"]
+        )
+        for name, signal in found["signals"].items()
+        if signal["stands_out_still"] is not None
+    }
+    triggers = {
+        name: {
+            f"{what}, {when}": pixels
+            for when, one in (("before", before), ("after", after))
+            for what, pixels in one.get(name, {}).items()
+        }
+        for name in found["signals"]
+    }
+    return _render("audit.html", found, figures, triggers)
+
+
+def _render(template: str, found: dict[str, Any], figures: dict[str, str], triggers: Triggers) -> str:
     # Escaped: a checkpoint and a data set name their classes and files as they like.
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -2,7 +2,20 @@
 
 from typing import Any
 
-from .words import cost_line, file_lines, fit_lines, highest, quoted, signal_line
+from .words import (
+    accuracy_lines,
+    change_line,
+    cost_line,
+    file_lines,
+    fit_lines,
+    flip_lines,
+    highest,
+    quoted,
+    recall_line,
+    signal_line,
+)
+
+MOST_CLASSES = 12  # in a text, those whose recall changed most
 
 
 def check_text(found: dict[str, Any]) -> str:
@@ -24,6 +37,25 @@ def check_text(found: dict[str, Any]) -> str:
             *section("limits", found["limits"]),
             "",
             suspicion["outcome"],
+        ]
+    )
+
+
+def audit_text(found: dict[str, Any]) -> str:
+    """The report of an audit, from `Audit.as_dict`."""
+    recall = sorted(found["recall"], key=lambda row: -abs((row["after"] or 0) - (row["before"] or 0)))[:MOST_CLASSES]
+    return "\n".join(
+        [
+            f"purified {model_line(found['purified'])}",
+            f"suspicious {model_line(found['suspicious'])}",
+            *section("signals", [change_line(name, signal) for name, signal in found["signals"].items()]),
+            *section("ACC, on the same images", accuracy_lines(found["accuracy"])),
+            *section("recall of the classes, most changed first", [recall_line(row) for row in recall]),
+            *section("confident flips", flip_lines(found["flips"])),
+            *(section("warnings", found["warnings"]) if found["warnings"] else []),
+            *section("limits", found["limits"]),
+            "",
+            found["outcome"],
         ]
     )
 

@@ -100,3 +100,44 @@ def highest(found: dict[str, Any], names: list[str], most: int = 3) -> str:
     """The classes of the highest scores."""
     order = sorted(range(len(names)), key=lambda k: -found["scores"][k])[:most]
     return ", ".join(f"{quoted(names[k])} {found['scores'][k]:.3g}" for k in order)
+
+
+def change_line(name: str, found: dict[str, Any]) -> str:
+    """What one signal says of two models, see `inspection.audit.Audit.as_dict`."""
+    before, after = found["before"], found["after"]
+    for when, one in (("the suspicious model", before), ("the purified model", after)):
+        if "not_applicable" in one:
+            return f"{name}: not applicable to {when}: {one['not_applicable']}"
+    now = f"it still does ({after['statistic']:.3g})"
+    if not found["stands_out_still"]:
+        other = f"{quoted(after['suspect_class'])} does ({after['statistic']:.3g})"
+        now = f"it no longer does ({found['suspect_after']:.3g}), {other}"
+    return f"{name}: {quoted(before['suspect_class'])} stood out most, statistic {before['statistic']:.3g}; {now}"
+
+
+def accuracy_lines(found: dict[str, Any]) -> list[str]:
+    """ACC of two models on the same images, and their paired table."""
+    low, high = found["accuracy_drop_ci95"]
+    return [
+        f"ACC before: {rate(found, 'accuracy_before')}",
+        f"ACC after: {rate(found, 'accuracy_after')}",
+        f"ACC drop: {100 * found['accuracy_drop']:.1f} points [{100 * low:.1f}, {100 * high:.1f}], McNemar's exact p = "
+        f"{found['accuracy_drop_p']:.3g}",
+        f"both right {found['both_right']}, lost {found['lost']}, gained {found['gained']}, both wrong {found['both_wrong']}",
+    ]
+
+
+def flip_lines(found: dict[str, Any]) -> list[str]:
+    """Images on which both models are sure, and disagree."""
+    lines = [
+        f"both over 90 % sure, of different classes: {rate(found, 'flips')}; right before {found['right_before']}, right after "
+        f"{found['right_after']}"
+    ]
+    return lines + [f"{quoted(pair['before'])} -> {quoted(pair['after'])}: {pair['images']}" for pair in found["pairs"]]
+
+
+def recall_line(row: dict[str, Any]) -> str:
+    """What became of one class."""
+    if not row["images"]:
+        return f"{quoted(row['class'])}: no images"
+    return f"{quoted(row['class'])}: {100 * row['before']:.1f} % -> {100 * row['after']:.1f} % of {row['images']}"
