@@ -45,7 +45,7 @@ def read_signal(name: str, signal: Signal, model: PreTrainedModel, images: RawIm
         return f"with {classes} classes it takes hours: it is read with at most {most}"
     try:
         return signal(model, images)
-    except (ValueError, FloatingPointError) as reason:
+    except (ValueError, FloatingPointError, RuntimeError) as reason:  # the last of a solver, or of a device's memory
         return first_line(reason)
 
 

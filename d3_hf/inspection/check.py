@@ -91,7 +91,7 @@ def check(
         model: A classifier of `load_classifier`; it is not changed.
         images: Raw images of its classes, without triggers as far as is known; 500 to 2,000 of all classes.
         retain: What would be purified with, to time it; default ``images``.
-        twins: Trusted models, loaded; a generator holds one at a time.
+        twins: Trusted models, loaded; a generator need not hold them all.
         null: Statistics of further twins, see `read_null`.
         alarm_at: There is an alarm where p is at most this, in (0, 1); 0.05 needs 19 twins.
         signals: By name, of `SIGNALS`.

@@ -118,7 +118,7 @@ def suspicion_of(
     Args:
         model: The suspicious model.
         images: Of its classes, without triggers as far as is known.
-        twins: Trusted models of the same kind, loaded; taken one after the other, so that a generator holds one at a time.
+        twins: Trusted models of the same kind, loaded; taken one after the other, so that a generator need not hold them all.
         null: Statistics of further twins.
         alarm_at: At which p there is an alarm.
         signals: By name.

@@ -61,7 +61,7 @@ assert_type(report, Report)
 assert_type(report.results, dict[str, Any])
 assert_type(measure(model, test, trainer.preprocessing, attack), Measurement)
 assert_type(check(model, test, twins=[model]), Check)
-assert_type(audit(model, model, test).outcome, str)
+assert_type(audit(model, model, test), Audit)
 assert_type(d3_hf.__version__, str)
 
 misspelt = d3_hf.D3Trainr  # type: ignore[attr-defined]

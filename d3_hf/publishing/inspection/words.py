@@ -33,7 +33,10 @@ def file_lines(files: dict[str, Any]) -> list[str]:
     lines += [f"SHA-256 of {quoted(name)}: {digest}" for name, digest in files["sha256"].items()]
     lines += [f"picklescan on {quoted(name)}: {_scan(scan)}" for name, scan in files["pickles"].items()]
     if hub := files.get("hub"):
-        lines += [f"the Hub's {name.replace('_', ' ')}: {_of_hub(value)}" for name, value in hub.items()]
+        said = {name.replace("_", " "): json.dumps(value) for name, value in hub.items() if value != UNKNOWN}
+        lines += [f"the Hub's {name}: {value}" for name, value in said.items()] or [
+            f"the Hub's scan: {UNKNOWN}, it was not asked"
+        ]
     return lines
 
 
@@ -46,10 +49,6 @@ def _scan(scan: dict[str, Any] | str) -> str:
     if scan["suspicious"]:
         return f"{scan['suspicious']} of its imports are unknown, none is known to be dangerous ({names})"
     return "nothing dangerous"
-
-
-def _of_hub(value: Any) -> str:
-    return value if value == UNKNOWN else json.dumps(value)
 
 
 def fit_lines(model: dict[str, Any], fit: dict[str, Any]) -> list[str]:
