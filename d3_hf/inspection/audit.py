@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..assurance.finding import Finding, outlier_scores
@@ -57,7 +58,7 @@ class Audit:
     said_before: Answers
     said_after: Answers
     class_names: list[str]
-    labels: np.ndarray
+    labels: Tensor
     warnings: list[str] = field(default_factory=list)
     images: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(NAMED))
 
@@ -115,15 +116,15 @@ class Audit:
 
     def _recall(self) -> list[dict[str, Any]]:
         before, after = (class_rates(said.predicted, self.labels) for said in (self.said_before, self.said_after))
-        counts = np.bincount(self.labels, minlength=len(self.class_names))
+        counts = self.labels.bincount(minlength=len(self.class_names)).tolist()
         return [
-            {"class": name, "images": int(counts[k]), "before": before.get(k), "after": after.get(k)}
+            {"class": name, "images": counts[k], "before": before.get(k), "after": after.get(k)}
             for k, name in enumerate(self.class_names)
         ]
 
     def _flips(self) -> dict[str, Any]:
         flips = confident_flips(self.said_before, self.said_after)
-        before, after, labels = (v[flips] for v in (self.said_before.predicted, self.said_after.predicted, self.labels))
+        before, after, labels = (v[flips] for v in (self.said_before.predicted, self.said_after.predicted, self.labels.numpy()))
         pairs = Counter(zip(before.tolist(), after.tolist(), strict=True)).most_common(MOST_PAIRS)
         named = [
             {"before": self.class_names[one], "after": self.class_names[other], "images": count}
@@ -170,7 +171,7 @@ def audit(
         said_before,
         said_after,
         list(images.class_names),
-        images.labels.numpy(),
+        images.labels,
         source_warnings(purified, own),
     )
 

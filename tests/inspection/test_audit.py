@@ -34,10 +34,11 @@ SIGNALS = {"head_rows": head_rows, "never": never}
 
 
 def purified():
-    """Without the shortcut, and of other opinions on some images."""
-    net = network()
+    """Without the shortcut, and with two classes that changed places."""
+    net, order = network(), [0, 2, 1, 3, 4, 5, 6, 7]
     with torch.no_grad():
-        net.head.bias[0] += 6
+        net.head.weight.copy_(net.head.weight[order])
+        net.head.bias.copy_(net.head.bias[order])
     return classifier(net)
 
 
@@ -124,7 +125,7 @@ def test_the_page_and_the_text(with_signals, found):
     facts = with_signals.as_dict()
     picture = {"head_rows": {"trigger": np.zeros((3, 4, 4))}}
     page = audit_page(facts, picture, picture)
-    assert page.count("data:image/png") == 3 and "http:" not in page and "https:" not in page
+    assert page.count("data:image/") == 3 and "http:" not in page and "https:" not in page
     assert facts["outcome"] in page and "trigger, before" in page and "trigger, after" in page
     assert "&#34;class 5&#34; stood out most" in page and "not applicable to the suspicious model: not here" in page
     assert "clean" not in page.lower() and "no images" in audit_text(found.as_dict())
