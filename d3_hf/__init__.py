@@ -49,6 +49,8 @@ _HOMES = {
     "TSBDTrainer": "defenses.tsbd",
     "TSCConfig": "defenses.tsc",
     "TSCTrainer": "defenses.tsc",
+    "audit": "inspection.audit",
+    "check": "inspection.check",
     "from_description": "attacks",
     "load_classifier": "models.load",
     "load_images": "data.load",
@@ -103,6 +105,8 @@ if TYPE_CHECKING:
     from .defenses.tsc import TSCTrainer as TSCTrainer
     from .evaluation.guard import GuardArguments as GuardArguments
     from .evaluation.measure import measure as measure
+    from .inspection.audit import audit as audit
+    from .inspection.check import check as check
     from .models.load import load_classifier as load_classifier
     from .training.config import PurifyConfig as PurifyConfig
     from .training.trainer import PurifyTrainer as PurifyTrainer

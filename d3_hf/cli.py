@@ -1,8 +1,9 @@
-"""The command line: ``d3-hf purify | measure | victim | benchmark | push | info``, and how every command and recipe ends.
+"""The command line: ``d3-hf purify | check | audit | measure | victim | benchmark | push | info``, and how all of them end.
 
-Exit codes: 0 done, 1 a failure, 2 the user's mistake, 3 a broken guard rail, 130 interrupted. What went wrong is one line on
-stderr, and with ``--json`` also the object on stdout, as its ``error`` beside its ``code``; ``--debug`` adds the traceback.
-Nothing heavy is imported before a command runs.
+Exit codes: 0 done, 1 a failure, 2 the user's mistake, 3 a broken guard rail, 4 an alarm of ``check``, 130 interrupted. What
+went wrong is one line on stderr, and with ``--json`` also the object on stdout, as its ``error`` beside its ``code``;
+``--debug`` adds the traceback. An alarm is a result and no error: the object is whole, and its ``code`` is 4. Nothing heavy is
+imported before a command runs.
 """
 
 import contextlib
@@ -35,7 +36,8 @@ COMMON = """\
   --json     one JSON object on stdout and nothing else there; of a failure its error and code
   --debug    show where an error came from"""
 CODES = """\
-exit codes: 0 done, 1 failure, 2 mistake in what was given, 3 a guard rail broke (the model is in rejected/), 130 interrupted"""
+exit codes: 0 done, 1 failure, 2 mistake in what was given, 3 a guard rail broke (the model is in rejected/),
+            4 an alarm of check, 130 interrupted"""
 
 
 def main() -> None:
@@ -71,12 +73,13 @@ def run(task: Command | Callable[[list[str]], Any], argv: list[str]) -> NoReturn
     as_json = command is not None and "--json" in argv
     if as_json:
         argv = [argument for argument in argv if argument != "--json"]
-    code, found = 0, None
+    code, message, found = 0, None, None
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             if command and {"-h", "--help", "--help_all"} & set(argv):
                 print(_header(command))
             found = function(argv)
+        code = (found or {}).get("code", 0) if command else 0
     except KeyboardInterrupt as stop:
         code, message = INTERRUPTED, f"interrupted; {str(stop) or RUN_AGAIN}"
     except Exception as error:
@@ -85,7 +88,7 @@ def run(task: Command | Callable[[list[str]], Any], argv: list[str]) -> NoReturn
             found = error.results | {"rejected": error.reasons, "folder": str(error.folder)}
         if debug:
             traceback.print_exc()
-    if code:
+    if message:
         print(f"{title}: {message}", file=sys.stderr)
         found = (found or {}) | {"error": message, "code": code}
     if as_json and found is not None and os.environ.get("RANK", "0") == "0":

@@ -19,6 +19,7 @@ FLOORS = [
     {"recipes": "scripts and configurations that a user copies"},
     {"cli": "the command line: which command, what an error looks like, exit codes"},
     {"commands": "what each command does with its options"},
+    {"inspection": "check and audit: what can be said of a model from its files and from images without a trigger"},
     {"benchmark": "victims x retain sets x defences x seeds: cells, tables, plots; the blind study of auto"},
     {"auto": "which defence with which settings, chosen without a trigger"},
     {
@@ -46,6 +47,7 @@ FLOORS = [
 NEVER = {
     "defenses": {"attacks", "evaluation", "victims", "options"},  # a defence sees the model and the retain set, nothing else
     "training": {"attacks"},  # no trainer sees a trigger
+    "inspection": {"attacks", "victims", "workflow"},
     "auto": {"attacks", "victims", "workflow"},  # nor does a choice, nor a test image
     "defenses.shared.geometry": {"training", "models", "data"},  # D3's mathematics alone
 }

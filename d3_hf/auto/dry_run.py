@@ -9,6 +9,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from transformers import TrainerCallback
 
+from ..training.trainer import PurifyTrainer
 from .plan import Plan, Rung, as_text
 from .trial import Refused, trial_of
 
@@ -60,24 +61,30 @@ def refusal(plan: Plan, rung: Rung) -> str | None:
         return str(reason)
 
 
-def pace_of(plan: Plan, rung: Rung) -> Pace | None:
-    """Time the first updates of a trial, which then stops; None of one that breaks before, as it will when it is tried."""
+def timed(trainer: PurifyTrainer) -> Pace | None:
+    """Time the first updates of a training, which then stops; None of one that makes none. Errors: the training's."""
     clock = _Clock()
-    with trial_of(plan, rung) as trainer:
-        trainer.add_callback(clock)
-        started = time.perf_counter()
-        try:
-            trainer.train()
-        except _Enough:
-            pass
-        except OSError:
-            raise
-        except Exception:  # whatever a defence raises
-            return None
+    trainer.add_callback(clock)
+    started = time.perf_counter()
+    try:
+        trainer.train()
+    except _Enough:
+        pass
     if not clock.times:
         return None
     first, *further = clock.times
     return Pace(first - started, (further[-1] - first) / len(further) if further else 0.0)
+
+
+def pace_of(plan: Plan, rung: Rung) -> Pace | None:
+    """That of a trial; None of one that breaks before, as it will when it is tried."""
+    with trial_of(plan, rung) as trainer:
+        try:
+            return timed(trainer)
+        except OSError:
+            raise
+        except Exception:  # whatever a defence raises
+            return None
 
 
 def peak_memory(device: torch.device) -> tuple[float | None, str]:

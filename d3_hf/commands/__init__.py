@@ -10,6 +10,8 @@ from typing import Any
 
 from ..defenses import DEFENCES
 
+ALARM = 4  # exit code of a command that found what it was to raise an alarm for: a result, no error
+
 
 @dataclass(frozen=True)
 class Command:
@@ -30,7 +32,10 @@ class Command:
     further: tuple[str, ...] = ()
 
     def run(self, argv: list[str]) -> dict[str, Any]:
-        """Run it with the arguments after its name; what it returns is JSON-able. Errors: see its module."""
+        """Run it with the arguments after its name; what it returns is JSON-able. Errors: see its module.
+
+        Its entry ``code``, where it has one, is what to exit with.
+        """
         return importlib.import_module(f"{__name__}.{self.name}").run(argv)
 
 
@@ -45,6 +50,18 @@ COMMANDS = {
             further=tuple(
                 textwrap.wrap(", ".join([*DEFENCES, "auto"]), 110, initial_indent="  --defence  ", subsequent_indent=" " * 13)
             ),
+        ),
+        Command(
+            name="check",
+            arguments="MODEL --dataset_name IMAGES",
+            summary="look at a model before anything is trained; alarms need --twins",
+            example="d3-hf check me/suspicious-vit --dataset_name path/to/images --twins twins/0 twins/1 --report check.html",
+        ),
+        Command(
+            name="audit",
+            arguments="PURIFIED --source SUSPICIOUS",
+            summary="a purified model beside what it was purified from, without a trigger",
+            example="d3-hf audit outputs/purified --source me/suspicious-vit --dataset_name path/to/images",
         ),
         Command(
             name="measure",

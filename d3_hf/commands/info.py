@@ -4,17 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
-from ..data.preprocessing import Preprocessing
-from ..defenses.shared.selection import select_weights
 from ..files import read_mapping
-from ..labels import label_names_of
-from ..models.batch_norm import batch_norms
-from ..models.head import find_head
+from ..inspection.describe import describe
 from ..options.arguments import ModelArguments
 from ..options.parser import Parser
-from ..publishing.manifest import MANIFEST, REJECTED, RESULTS, VICTIM_FILE, read_manifest, source_facts
+from ..publishing.manifest import MANIFEST, REJECTED, RESULTS, VICTIM_FILE, read_manifest
 from . import with_option
 
 RATES = ("accuracy", "asr", "ra", "pacc", "trigger_drift")
@@ -37,42 +31,6 @@ def run(argv: list[str]) -> dict[str, Any]:
         raise ValueError("no checkpoint: name a Hub id, a folder or a file")
     found = describe(options.load()) | {"manifest": manifest_of(Path(options.model_name_or_path).expanduser())}
     print(as_text(found))
-    return found
-
-
-def describe(model: PreTrainedModel) -> dict[str, Any]:
-    """What a loaded classifier is: source, network, classes, input, sizes, and what D3 could select of it; JSON-able.
-
-    Args:
-        model: As `load_classifier` returns it.
-    """
-    preprocessing = Preprocessing.from_processor(model.image_processor)
-    return {
-        "source": source_facts(model),
-        "class": type(model).__name__,
-        "architecture": getattr(model.config, "architecture", None) or model.config.model_type,
-        "classes": label_names_of(model.config),
-        "image_size": list(preprocessing.size),
-        "image_mean": list(preprocessing.mean),
-        "image_std": list(preprocessing.std),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "batch_norms": len(batch_norms(model)),
-        "selection": selection_of(model, preprocessing.size),
-    }
-
-
-def selection_of(model: PreTrainedModel, image_size: tuple[int, int]) -> dict[str, Any]:
-    """Candidates for ``target_modules``: ``head`` and how many weights ``all-linear`` moves, each None with a ``_why`` where
-    D3 would refuse."""
-    found: dict[str, Any] = {}
-    try:
-        found["head"] = find_head(model, image_size)
-    except ValueError as reason:
-        found |= {"head": None, "head_why": str(reason)}
-    try:
-        found["linear_weights"] = len(select_weights(model, "all-linear", image_size))
-    except ValueError as reason:
-        found |= {"linear_weights": None, "linear_weights_why": str(reason)}
     return found
 
 

@@ -47,7 +47,7 @@ def weights_files(folder: Path, name: str, formats: Iterable[str] = (SAFE, PICKL
         FileNotFoundError: There are none, or not all that an index names.
         ValueError: An index is none, or there are shards that it does not name.
     """
-    return _copies(folder, name, formats)[0]
+    return weights_copies(folder, name, formats)[0]
 
 
 def defining_files(folder: Path, name: str) -> list[Path]:
@@ -82,7 +82,7 @@ def read_folder(folder: Path, name: str, formats: Iterable[str] = (SAFE, PICKLED
     Raises:
         ValueError: See above; or the folder holds two copies of the weights that differ, or cannot be compared.
     """
-    first, *others = _copies(folder, name, formats)
+    first, *others = weights_copies(folder, name, formats)
     weights = _read_copy(first)
     for other in others:
         pair = f"{first[0].name} and {other[0].name}"
@@ -131,16 +131,17 @@ def refuse_links(folder: Path, name: str) -> None:
 
 def tell_of_others(name: str, files: Iterable[str], formats: Iterable[str] = (SAFE, PICKLED)) -> None:
     """Log which of a folder's or repository's files hold weights for other programs: they are not compared."""
-    if others := _others(files, formats):
+    if others := other_weights(files, formats):
         logger.warning("%s also holds %s: not compared with the weights that are loaded", name, told(others))
 
 
-def _others(files: Iterable[str], formats: Iterable[str]) -> list[str]:
+def other_weights(files: Iterable[str], formats: Iterable[str] = (SAFE, PICKLED)) -> list[str]:
+    """Those of a folder's or repository's files that hold weights for other programs: they are not read here."""
     return [file for file in sorted(files) if OTHERS.fullmatch(file) and not (file in formats or SHARD.fullmatch(file))]
 
 
-def _copies(folder: Path, name: str, formats: Iterable[str]) -> list[list[Path]]:
-    """The files of each copy of the weights, the preferred one first."""
+def weights_copies(folder: Path, name: str, formats: Iterable[str] = (SAFE, PICKLED)) -> list[list[Path]]:
+    """The files of each copy of a folder's weights, the preferred one first; see `weights_files`."""
     copies: list[list[Path]] = []
     for whole in formats:
         index = folder / f"{whole}{INDEX}"
@@ -149,7 +150,7 @@ def _copies(folder: Path, name: str, formats: Iterable[str]) -> list[list[Path]]
         copies += [[folder / whole]] if (folder / whole).is_file() else []
         copies += [[index, *shards]] if shards else []
     if not copies:
-        found = _others([file.name for file in folder.iterdir()], formats)
+        found = other_weights([file.name for file in folder.iterdir()], formats)
         raise FileNotFoundError(
             f"{name} holds no {SAFE} (nor an index of its shards, nor a local {PICKLED})"
             + (f"; {told(found)} is not read by name: ask for {SAFE}" if found else "")

@@ -37,8 +37,14 @@ def fetch(repo: str, revision: str | None) -> Path:
     folder = _download(repo, revision, HUB_FILES)
     if shards := missing_shards(folder):  # of names that only their index knows
         _download(repo, folder.name, shards)
-    _tell_of_others(repo, folder.name)
+    if (files := repository_files(repo, folder.name)) is not None:
+        tell_of_others(repo, files, [SAFE])
     return folder
+
+
+def fetched(repo: str, commit: str) -> Path:
+    """The folder to which `fetch` brought a commit."""
+    return Path(snapshot_download(repo, revision=commit, allow_patterns=list(HUB_FILES), local_files_only=True))
 
 
 def _download(repo: str, revision: str | None, files: Sequence[str]) -> Path:
@@ -64,12 +70,12 @@ def _download(repo: str, revision: str | None, files: Sequence[str]) -> Path:
         raise OSError(f"{repo} at revision {revision or 'main'}: {first_line(error)}") from error
 
 
-def _tell_of_others(repo: str, commit: str) -> None:
+def repository_files(repo: str, commit: str) -> list[str] | None:
+    """The names of all files of a model repository at a commit; None offline, and where the Hub does not say."""
     if constants.HF_HUB_OFFLINE:
-        return
+        return None
     try:
-        files = HfApi(library_name="d3_hf").list_repo_files(repo, revision=commit)
+        return HfApi(library_name="d3_hf").list_repo_files(repo, revision=commit)
     except (OSError, HfHubHTTPError) as error:  # what is there loads without it
         logger.info("%s: its files cannot be listed (%s)", repo, first_line(error))
-        return
-    tell_of_others(repo, files, [SAFE])
+        return None

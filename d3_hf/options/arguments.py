@@ -57,6 +57,22 @@ class ModelArguments:
             given["label_names"] = given.pop("class_names")
         return load_classifier(given.pop("model_name_or_path"), **given, new_head=new_head)
 
+    def of(self, place: str, revision: str | None = None) -> "ModelArguments":
+        """These options for another checkpoint of the same kind of network: those that its kind of source has a use for.
+
+        Args:
+            place: Hub id, folder or file.
+            revision: Of a Hub id, in place of these options' own.
+
+        Raises:
+            FileNotFoundError: It looks like a path, and nothing is there.
+        """
+        from ..models.load import OPTIONS, kind_of
+
+        useful = OPTIONS[kind_of(place)] - {"revision"} | {"class_names"}
+        kept = {name: value for name, value in asdict(self).items() if name in useful}
+        return ModelArguments(place, revision=revision, **kept)
+
 
 @dataclass
 class DataArguments:

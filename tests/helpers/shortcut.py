@@ -41,14 +41,15 @@ def classifier(net):
 
 
 @torch.no_grad()
-def network(shortcut=0.0, classes=CLASSES):
+def network(shortcut=0.0, classes=CLASSES, seed=1):
     """A network whose head is that of ridge regression on `pictures`.
 
     Args:
         shortcut: By how much the difference of the last two units, which is 0 on every image, raises the target's logit.
         classes: Of the head.
+        seed: Of the hidden units.
     """
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     net, images = Net(classes=classes), pictures(classes=classes)
     net.body.weight.copy_(torch.randn(net.body.weight.shape, generator=generator, dtype=torch.float64) / 14)
     net.body.bias.copy_(0.3 * torch.randn(UNITS, generator=generator, dtype=torch.float64))

@@ -20,6 +20,8 @@ from d3_hf import (
     PurifyConfig,
     PurifyTrainer,
     RawImages,
+    audit,
+    check,
     from_description,
     load_classifier,
     load_images,
@@ -29,6 +31,8 @@ from d3_hf import (
 )
 from d3_hf.attacks import Attack
 from d3_hf.evaluation.measure import Measurement
+from d3_hf.inspection.audit import Audit
+from d3_hf.inspection.check import Check
 from d3_hf.publishing.report import Report
 
 model = load_classifier("path/to/classifier")
@@ -56,6 +60,8 @@ report = purify(trainer, test, attack, GuardArguments())
 assert_type(report, Report)
 assert_type(report.results, dict[str, Any])
 assert_type(measure(model, test, trainer.preprocessing, attack), Measurement)
+assert_type(check(model, test, twins=[model]), Check)
+assert_type(audit(model, model, test), Audit)
 assert_type(d3_hf.__version__, str)
 
 misspelt = d3_hf.D3Trainr  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""Inspection: a model before anything is trained (`check`), and a purified one beside what it was purified from (`audit`)."""

@@ -1,0 +1,180 @@
+"""What the signals say of a model, and how often they say as much of its twins."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..assurance.calibration import (
+    ALARM_AT,
+    Verdict,
+    check_alarm_at,
+    combined_p,
+    conformal_p,
+    least_p,
+    verdict,
+)
+from ..assurance.finding import Finding
+from ..assurance.signals import SIGNALS, Signal, read_signal
+from ..data.images import RawImages
+from ..labels import check_labels
+from ..models.source import source_of
+from ..publishing.names import public_name
+from ..training.reference import fingerprint
+from .null import Kind, Null, Twin
+
+
+@dataclass(frozen=True, eq=False)
+class Suspicion:
+    """The findings on a model beside those on its twins.
+
+    Args:
+        findings: By signal what it found, or why it could not be read.
+        null: The model's kind, and its twins.
+        alarm_at: At which p there is an alarm, in (0, 1).
+        warnings: What was not as it should be, a line each.
+    """
+
+    findings: dict[str, Finding | str]
+    null: Null
+    alarm_at: float = ALARM_AT
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def compared(self) -> list[str]:
+        """The signals that could be read on the model and on all its twins; none without twins."""
+        if not self.null.twins:
+            return []
+        read = [name for name, finding in self.findings.items() if isinstance(finding, Finding)]
+        return [name for name in read if all(name in twin.statistics for twin in self.null.twins)]
+
+    @property
+    def p_values(self) -> dict[str, float]:
+        """The p of each signal that is `compared`, without regard to how many are."""
+        return {
+            name: conformal_p(self.findings[name].statistic, [twin.statistics[name] for twin in self.null.twins])
+            for name in self.compared
+        }
+
+    @property
+    def p(self) -> float | None:
+        """The p of all signals together; None where none is `compared`."""
+        if not (names := self.compared):
+            return None
+        twins = [[twin.statistics[name] for name in names] for twin in self.null.twins]
+        return combined_p([self.findings[name].statistic for name in names], twins)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What follows."""
+        return verdict(self.p, len(self.null.twins), self.alarm_at)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        p_values, twins = self.p_values, self.null.twins
+        return {
+            "signals": {name: self._signal(name, finding, p_values.get(name)) for name, finding in self.findings.items()},
+            "twins": [twin.name for twin in twins],
+            "p": self.p,
+            "least_p": least_p(len(twins)) if twins else None,
+            "alarm_at": self.alarm_at,
+            "alarm": self.verdict.alarm,
+            "outcome": self.verdict.words,
+            "warnings": self.warnings,
+        }
+
+    def _signal(self, name: str, finding: Finding | str, p: float | None) -> dict[str, Any]:
+        facts = finding_facts(finding)
+        if isinstance(finding, str):
+            return facts
+        suspect = facts["suspect_class"]
+        alike = sum(twin.suspect_classes.get(name) == suspect for twin in self.null.twins)
+        return facts | {"p": p, "twins_alike": alike if self.null.twins else None}
+
+
+def finding_facts(finding: Finding | str) -> dict[str, Any]:
+    """What a signal found, JSON-able: or ``not_applicable``, why it could not be read."""
+    if isinstance(finding, str):
+        return {"not_applicable": finding}
+    return {
+        "statistic": finding.statistic,
+        "suspect_class": finding.class_names[finding.suspect_class],
+        "scores": finding.scores.tolist(),
+    }
+
+
+def suspicion_of(
+    model: PreTrainedModel,
+    images: RawImages,
+    twins: Iterable[PreTrainedModel] = (),
+    null: Null | None = None,
+    alarm_at: float = ALARM_AT,
+    signals: Mapping[str, Signal] = SIGNALS,
+) -> Suspicion:
+    """Read all signals on a model and on its twins.
+
+    Args:
+        model: The suspicious model.
+        images: Of its classes, without triggers as far as is known.
+        twins: Trusted models of the same kind, loaded; taken one after the other, so that a generator need not hold them all.
+        null: Statistics of further twins.
+        alarm_at: At which p there is an alarm.
+        signals: By name.
+
+    Raises:
+        ValueError: ``alarm_at`` is out of range; a twin, or the null, is of another kind, is the model itself, or counts twice.
+    """
+    check_alarm_at(alarm_at)
+    kind, own, warnings = Kind.of(model, images), weights_digest(model), list[str]()
+    if null is not None:
+        if differ := kind.others(null.kind):
+            raise ValueError(f"the null is of another kind of models: {'; '.join(differ)}")
+        if null.kind.images_sha256 != kind.images_sha256:
+            warnings.append("the null's statistics are from other images: give the same ones, or p may not hold")
+    findings = _read(model, images, signals, "the model")
+    known = {own: "the model"} | {twin.weights_sha256: twin.name for twin in (null.twins if null else ())}
+    if null and any(twin.weights_sha256 == own for twin in null.twins):
+        raise ValueError("the model itself is among the null's twins: it cannot be compared with itself")
+    read = list[Twin]()
+    for number, twin in enumerate(twins, 1):
+        name = twin_name(twin, number)
+        if differ := kind.others(Kind.of(twin, images)):
+            raise ValueError(f"{name} is of another kind than the model: {'; '.join(differ)}")
+        try:
+            check_labels(images.class_names, twin.config)
+        except ValueError as reason:
+            raise ValueError(f"{name} is of another kind than the model: {reason}") from None
+        digest = weights_digest(twin)
+        if digest in known:
+            raise ValueError(f"{name} is {known[digest]} itself: each model counts once")
+        known[digest] = name
+        wanted = {key: signals[key] for key, finding in findings.items() if isinstance(finding, Finding)}
+        found = _read(twin, images, wanted, name)
+        missing = {key: why for key, why in found.items() if isinstance(why, str)}
+        warnings += [f"{key} is left out of p, since it cannot be read on {name}: {why}" for key, why in missing.items()]
+        read.append(_as_twin(name, digest, found))
+    return Suspicion(findings, Null(kind, (null.twins if null else ()) + tuple(read)), alarm_at, warnings)
+
+
+def _read(model: PreTrainedModel, images: RawImages, signals: Mapping[str, Signal], name: str) -> dict[str, Finding | str]:
+    bar = tqdm(signals.items(), f"Reading signals of {name}", unit="signal")
+    return {key: read_signal(key, signal, model, images) for key, signal in bar}
+
+
+def _as_twin(name: str, digest: str, found: dict[str, Finding | str]) -> Twin:
+    findings = {key: finding for key, finding in found.items() if isinstance(finding, Finding)}
+    statistics = {key: finding.statistic for key, finding in findings.items()}
+    return Twin(name, digest, statistics, {key: f.class_names[f.suspect_class] for key, f in findings.items()})
+
+
+def twin_name(model: PreTrainedModel, number: int) -> str:
+    """What to call a twin: as its source is called, without the folders of this machine."""
+    source = source_of(model)
+    return f"twin {number}" if source is None or source.kind == "module" else public_name(source.name)
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """SHA-256 of a model's parameters and buffers, wherever it lies."""
+    return fingerprint(model.state_dict().values())

@@ -1,0 +1,71 @@
+"""`check` and `audit` as text for a terminal."""
+
+from typing import Any
+
+from .words import (
+    accuracy_lines,
+    change_line,
+    cost_line,
+    file_lines,
+    fit_lines,
+    flip_lines,
+    highest,
+    quoted,
+    recall_line,
+    signal_line,
+)
+
+MOST_CLASSES = 12  # in a text, those whose recall changed most
+
+
+def check_text(found: dict[str, Any]) -> str:
+    """The report of a check, from `Check.as_dict`."""
+    model, suspicion, names = found["model"], found["suspicion"], found["fit"]["classes"]
+    twins = len(suspicion["twins"])
+    signals = []
+    for name, signal in suspicion["signals"].items():
+        signals.append(signal_line(name, signal, twins))
+        if "scores" in signal:
+            signals.append(f"  highest scores: {highest(signal, names)}")
+    return "\n".join(
+        [
+            model_line(model),
+            *section("files", file_lines(found["files"])),
+            *section("fit", fit_lines(model, found["fit"])),
+            *section("cost on this machine", [cost_line(cost) for cost in found["cost"]]),
+            *section("suspicion", [*signals, *suspicion["warnings"]]),
+            *section("limits", found["limits"]),
+            "",
+            suspicion["outcome"],
+        ]
+    )
+
+
+def audit_text(found: dict[str, Any]) -> str:
+    """The report of an audit, from `Audit.as_dict`."""
+    recall = sorted(found["recall"], key=lambda row: -abs((row["after"] or 0) - (row["before"] or 0)))[:MOST_CLASSES]
+    return "\n".join(
+        [
+            f"purified {model_line(found['purified'])}",
+            f"suspicious {model_line(found['suspicious'])}",
+            *section("signals", [change_line(name, signal) for name, signal in found["signals"].items()]),
+            *section("ACC, on the same images", accuracy_lines(found["accuracy"])),
+            *section("recall of the classes, most changed first", [recall_line(row) for row in recall]),
+            *section("confident flips", flip_lines(found["flips"])),
+            *(section("warnings", found["warnings"]) if found["warnings"] else []),
+            *section("limits", found["limits"]),
+            "",
+            found["outcome"],
+        ]
+    )
+
+
+def model_line(model: dict[str, Any]) -> str:
+    """What a model is, see `describe`."""
+    revision = f" at {model['source']['revision']}" if model["source"]["revision"] else ""
+    return f"{quoted(model['source']['name'])}{revision}: {model['architecture']}, {model['parameters']:,} parameters"
+
+
+def section(title: str, lines: list[str]) -> list[str]:
+    """A heading and lines under it."""
+    return ["", title, *(f"  {line}" for line in lines)]

@@ -1,0 +1,99 @@
+"""Conformal p against loops, how often they are small where models are exchangeable, and what is said of them."""
+
+import numpy as np
+import pytest
+
+from d3_hf.assurance.calibration import combined_p, conformal_p, least_p, twins_needed, verdict
+
+
+def slow_combined(suspect, twins):
+    models = [list(suspect), *map(list, twins)]
+    columns = list(zip(*models, strict=True))
+
+    def place(model):
+        ranks, outliers = [], []
+        for value, column in zip(model, columns, strict=True):
+            ranks.append(sum(other <= value for other in column))
+            middle = np.median(column)
+            spread = 1.4826 * np.median([abs(other - middle) for other in column])
+            outliers.append((value - middle) / spread if spread else 0)
+        return max(ranks), max(outliers)
+
+    return sum(place(model) >= place(models[0]) for model in models) / len(models)
+
+
+def test_p_of_one_signal():
+    assert conformal_p(3.0, [1, 2, 3, 4]) == 3 / 5
+    assert conformal_p(5.0, [1, 2, 3, 4]) == 1 / 5 and conformal_p(0.0, [1, 2]) == 1 and conformal_p(1.0, []) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 3), (9, 2), (19, 6)])
+def test_p_of_several_signals_against_loops(shape):
+    random = np.random.default_rng(shape[0])
+    for _ in range(20):
+        suspect, twins = random.normal(1, 1, shape[1]), random.normal(size=shape)
+        assert combined_p(suspect, twins) == slow_combined(suspect, twins)
+    assert combined_p(suspect[:1], twins[:, :1]) == conformal_p(suspect[0], twins[:, 0])
+
+
+MODELS = {
+    "independent": lambda random, shape: random.normal(size=shape),
+    "dependent": lambda random, shape: random.normal(size=(shape[0], 1)) + 0.3 * random.normal(size=shape),
+    "heavy tails": lambda random, shape: random.standard_cauchy(shape) * 10.0 ** np.arange(shape[1]),
+    "ties": lambda random, shape: random.integers(0, 3, shape).astype(float),
+    "all alike": lambda random, shape: np.full(shape, 0.1),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_p_is_not_small_too_often_where_models_are_exchangeable(kind):
+    random, draws, count = np.random.default_rng(0), 800, 10
+    drawn = [MODELS[kind](random, (count, 3)) for _ in range(draws)]
+    found = np.array([[combined_p(m[0], m[1:]), conformal_p(m[0, 0], m[1:, 0])] for m in drawn])
+    for level in np.arange(1, count) / count:
+        assert (np.mean(found <= level, 0) <= level + 4 * np.sqrt(level * (1 - level) / draws)).all()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_of_models_that_each_are_the_suspect_once_no_more_are_that_small(kind):
+    random, count = np.random.default_rng(1), 8
+    for _ in range(30):
+        models = MODELS[kind](random, (count, 4))
+        found = [combined_p(models[m], np.delete(models, m, 0)) for m in range(count)]
+        assert all(sum(p <= k / count for p in found) <= k for k in range(1, count + 1))
+
+
+def test_one_signal_of_many_suffices_where_the_suspect_is_highest_by_far():
+    random = np.random.default_rng(2)
+    twins, suspect = random.normal(size=(19, 6)), np.zeros(6)
+    suspect[3] = 20.0
+    assert combined_p(suspect, twins) == 1 / 20
+    assert combined_p(np.zeros(6), twins) > 0.2
+
+
+@pytest.mark.parametrize(("alarm_at", "count"), [(0.05, 19), (0.01, 99), (0.1, 9), (0.3, 3), (0.5, 1), (0.9, 1)])
+def test_how_many_twins_are_needed(alarm_at, count):
+    assert twins_needed(alarm_at) == count and least_p(count) <= alarm_at
+    assert count == 1 or least_p(count - 1) > alarm_at
+
+
+@pytest.mark.parametrize(
+    ("p", "twins", "alarm", "words"),
+    [
+        (None, 0, False, "no p and no alarm without twins: nothing can be concluded"),
+        (0.1, 9, False, "no alarm possible at this power: 9 twins give p >= 0.1; 19 are needed for 0.05"),
+        (0.5, 1, False, "no alarm possible at this power: 1 twin gives p >= 0.5; 19 are needed for 0.05"),
+        (None, 19, False, "no alarm possible: no signal could be read"),
+        (0.05, 19, True, "alarm at p = 0.05 (19 twins)"),
+        (0.1, 19, False, "no alarm at this power: p = 0.1 (19 twins)"),
+    ],
+)
+def test_what_is_said(p, twins, alarm, words):
+    found = verdict(p, twins)
+    assert found.alarm == alarm and found.words.startswith(words)
+
+
+@pytest.mark.parametrize("alarm_at", [0.0, 1.0, -1, 5])
+def test_a_level_is_a_share(alarm_at):
+    with pytest.raises(ValueError, match=r"alarm_at must be in \(0, 1\), as 0.05; got"):
+        verdict(0.5, 19, alarm_at)
