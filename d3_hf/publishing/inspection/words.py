@@ -80,7 +80,7 @@ def cost_line(cost: dict[str, Any]) -> str:
         return f"{cost['defence']}: not timed, {cost['why_not']}"
     return (
         f"{cost['defence']}: {cost['seconds_per_update']:.3g} s an update, {cost['updates']} updates on {cost['images']} "
-        f"images, about {cost['minutes']:.1f} minutes"
+        f"images, about {cost['minutes']:.2g} minutes"
     )
 
 
