@@ -14,6 +14,7 @@ from ..benchmark.plots import draw
 from ..benchmark.tables import render
 from ..files import atomic_file, first_line
 from ..options.parser import Parser
+from ..options.recipes import find_recipe
 from . import with_option
 
 
@@ -22,7 +23,8 @@ class BenchmarkArguments:
     """Which grid, and which part of it.
 
     Args:
-        grid: YAML file of the grid, see `Grid`; or the ``results.parquet`` of one, to write its tables and plots again.
+        grid: YAML file of the grid, see `Grid`, or the name of one of ``recipes/grids``; or the ``results.parquet`` of one, to
+            write its tables and plots again.
         shard: ``i/n``: make the i-th of n shares of the cells, i from 0.
         only: Patterns of cells, as ``VICTIM | RETAIN | DEFENCE | SEED``; default all.
         dataset_name: Data set in place of the file's.
@@ -33,7 +35,7 @@ class BenchmarkArguments:
         model_name_or_path: Where the one checkpoint of other people lies, in place of the file's.
     """
 
-    grid: str = field(metadata={"help": "YAML file of the grid, or a results.parquet to show again."})
+    grid: str = field(metadata={"help": "YAML file of the grid, its name in the recipes, or a results.parquet to show again."})
     shard: str = field(default="0/1", metadata={"help": "i/n: the i-th of n shares of the cells, i from 0."})
     only: list[str] = field(default_factory=lambda: ["*"], metadata={"help": "'VICTIM | RETAIN | DEFENCE | SEED' patterns."})
     dataset_name: str | None = field(default=None, metadata={"help": "Data set in place of the file's."})
@@ -68,7 +70,7 @@ def run_benchmark(argv: list[str]) -> pandas.DataFrame:
     else:
         over = ("dataset_name", "dataset_config", "victims_dir", "output_dir", "watch_images")
         given = {name: getattr(options, name) for name in over}
-        grid = read_grid(options.grid, **given)
+        grid = read_grid(find_recipe(options.grid, "grid"), **given)
         if options.model_name_or_path:
             grid.checkpoint_at(options.model_name_or_path)
         folder = Path(grid.output_dir)

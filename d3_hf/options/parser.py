@@ -13,6 +13,8 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from .recipes import find_recipe
+
 # What most runs need of a training's options, of which there are nearly two hundred.
 FREQUENT = {
     "model_name_or_path",
@@ -129,25 +131,26 @@ class _WholeHelp(Action):
 def parse_arguments(
     dataclass_types: list[type], argv: list[str] | None = None, defaults: dict[str, Any] | None = None
 ) -> tuple:
-    """Parse ``[CONFIG.yaml] --option value ...`` into one instance of each dataclass.
+    """Parse ``[CONFIG] --option value ...`` into one instance of each dataclass.
 
     Args:
         dataclass_types: Dataclasses with disjoint field names.
-        argv: Arguments without the program's name; default ``sys.argv[1:]``.
+        argv: Arguments without the program's name; default ``sys.argv[1:]``. CONFIG is a YAML file, or the name of one of
+            ``recipes/configs``.
         defaults: Options in place of a YAML file's.
 
     Returns:
         The instances, in the order of the types.
 
     Raises:
-        FileNotFoundError: The YAML file does not exist.
+        FileNotFoundError: There is no such file, and none of that name.
         ValueError: The YAML file is no mapping, or an option is unknown or its value of another kind.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(dataclass_types)
     where = "the options given"
-    if defaults is None and argv and argv[0].endswith((".yaml", ".yml")):
-        where = argv.pop(0)
+    if defaults is None and argv and not argv[0].startswith("-"):
+        where = find_recipe(argv.pop(0), "configuration file")
         defaults = read_yaml(where)
     if unknown := sorted((defaults or {}).keys() - {action.dest for action in parser._actions}):
         near = get_close_matches(unknown[0], [action.dest for action in parser._actions], 1)

@@ -15,6 +15,7 @@ PROGRAMS = {
     "srun": 'shift; exec "$@"',
     "scontrol": "echo node1",
     "accelerate": 'printf "%s\\n" "$@"',
+    "d3-hf": 'echo "/place/$2.yaml"',
     "python": f'exec {sys.executable} "$@"',
 }
 RESUME = ["--resume_from_checkpoint", "true"]
@@ -33,7 +34,8 @@ def launched(folder, *argv, restarts):
     done = subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     arguments = done.stdout.splitlines()
-    return arguments[arguments.index("recipes/d3_vit.py") + 1 :]
+    assert arguments[:3] == ["launch", "--config_file", "/place/accelerate/multi_node.yaml"]
+    return arguments[arguments.index("d3_hf.cli") + 2 :]
 
 
 @pytest.mark.parametrize("restarts", [None, "1"])
