@@ -1,4 +1,4 @@
-"""The command line: ``d3-hf purify | measure | victim | benchmark | push | info``, and how every command and recipe ends.
+"""The command line, ``d3-hf COMMAND``, and how every command and recipe ends.
 
 Exit codes: 0 done, 1 a failure, 2 the user's mistake, 3 a broken guard rail, 130 interrupted. What went wrong is one line on
 stderr, and with ``--json`` also the object on stdout, as its ``error`` beside its ``code``; ``--debug`` adds the traceback.
@@ -44,6 +44,9 @@ def main() -> None:
     if name in ("-h", "--help"):
         with _closed_early_quietly():
             print(_usage(), flush=True)
+        return
+    if name in ("-V", "--version"):
+        print(f"d3_hf {sys.modules['d3_hf'].__version__}")
         return
     if name not in COMMANDS:
         what = "--json goes after the command" if name == "--json" else f"unknown command {name!r}"
@@ -138,8 +141,9 @@ def _take_debug(argv: list[str]) -> tuple[bool, list[str]]:
 
 def _usage() -> str:
     """What ``d3-hf --help`` prints."""
-    commands = [f"{_summary(command)}\n      {command.example}\n" for command in COMMANDS.values()]
-    return "\n".join(["usage: d3-hf COMMAND ...\n", *commands, COMMON, "  --help     after a command: its options\n", CODES])
+    commands = [f"{_summary(command)}\n      {command.example}" for command in COMMANDS.values()]
+    further = [COMMON, "  --help     after a command: its options", "  --version  in place of a command\n"]
+    return "\n".join(["usage: d3-hf COMMAND ...\n", *commands, "", *further, CODES])
 
 
 def _header(command: Command) -> str:

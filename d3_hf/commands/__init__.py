@@ -45,6 +45,13 @@ COMMANDS = {
     command.name: command
     for command in (
         Command(
+            name="drill",
+            arguments="[--cnn] --option value ...",
+            summary="see it work: make a small victim on handwritten digits, purify it, in minutes",
+            example="d3-hf drill --output_dir outputs/drill",
+            further=(f"  {'--cnn':<10} a ResNet in place of a ViT",),
+        ),
+        Command(
             name="purify",
             arguments="[CONFIG] --option value ...",
             summary="purify a checkpoint with D3; --defence NAME takes another method",
@@ -91,6 +98,12 @@ COMMANDS = {
             arguments="[FILE]",
             summary="list the configurations, grids and scripts that come along, or say where one lies",
             example="d3-hf recipes grids/cpu",
+        ),
+        Command(
+            name="env",
+            arguments="",
+            summary="versions and devices, for a bug report",
+            example="d3-hf env --json",
         ),
     )
 }
