@@ -3,19 +3,15 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas
-from accelerate import PartialState
-
-from ..benchmark.cells import run_grid
-from ..benchmark.grid import read_grid
-from ..benchmark.plots import draw
-from ..benchmark.tables import render
 from ..files import atomic_file, first_line
 from ..options.parser import Parser
 from ..options.recipes import find_recipe
 from . import with_option
+
+if TYPE_CHECKING:  # what does more than read options is loaded when they are read: help and mistakes answer sooner
+    import pandas
 
 
 @dataclass
@@ -51,7 +47,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     return {"rows": json.loads(run_benchmark(argv).to_json(orient="records"))}
 
 
-def run_benchmark(argv: list[str]) -> pandas.DataFrame:
+def run_benchmark(argv: list[str]) -> "pandas.DataFrame":
     """Run ``GRID.yaml --option value ...``: make the missing cells, write ``results.parquet``, ``results.md`` and the plots.
 
     Returns:
@@ -62,6 +58,13 @@ def run_benchmark(argv: list[str]) -> pandas.DataFrame:
         ValueError: The grid does not hold together, the table is none of a benchmark, or more than one process was launched.
     """
     (options,) = Parser([BenchmarkArguments]).read(with_option("grid", argv))
+    from accelerate import PartialState
+
+    from ..benchmark.cells import run_grid
+    from ..benchmark.grid import read_grid
+    from ..benchmark.plots import draw
+    from ..benchmark.tables import render
+
     if PartialState().num_processes > 1:
         raise ValueError("a cell runs in one process: launch one for each share of the grid, with --shard i/n")
     if options.grid.endswith(".parquet"):
@@ -83,13 +86,15 @@ def run_benchmark(argv: list[str]) -> pandas.DataFrame:
     return rows
 
 
-def read_rows(file: Path) -> pandas.DataFrame:
+def read_rows(file: Path) -> "pandas.DataFrame":
     """Read the ``results.parquet`` of a grid.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is no parquet file, or not one of a benchmark.
     """
+    import pandas
+
     if not file.is_file():
         raise FileNotFoundError(f"no table {file}: name the results.parquet in a grid's output_dir")
     try:

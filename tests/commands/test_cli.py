@@ -283,8 +283,11 @@ def test_the_process_ends_with_the_code():
         ([], {"torch", "transformers", "pandas", "datasets", "matplotlib"}),
         # Its parser is transformers', which loads its parts when they are used.
         (["push"], {"torch", "pandas", "datasets", "matplotlib"}),
+        (["benchmark"], {"torch", "pandas", "datasets", "matplotlib"}),
+        # Its options are a TrainingArguments, which brings torch.
+        (["purify"], {"sklearn", "scipy", "pandas", "datasets", "matplotlib", "timm", "transformers.modeling_utils"}),
     ],
-    ids=["all commands", "push"],
+    ids=["all commands", "push", "benchmark", "purify"],
 )
 def test_help_loads_nothing_heavy(argv, heavy):
     code = f"""
