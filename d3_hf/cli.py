@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .commands import COMMANDS, Command
-from .errors import GuardRailBroken
+from .commands.launch import ANSWERS, answer, launch, take_launch
+from .errors import GuardRailBroken, ProcessesFailed
 
 FAILURE, MISTAKE, BROKEN_RAIL, INTERRUPTED = 1, 2, 3, 130
 MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError)
 RUN_AGAIN = "what is finished stays: run the same command again"
+HELP = {"-h", "--help", "--help_all"}
 LONGEST = 800  # characters of an error; libraries print pages
 ADVICE = {
     errno.ENOSPC: "free some space or write to another disk",
@@ -34,6 +36,7 @@ ADVICE = {
 COMMON = """\
   --json     one JSON object on stdout and nothing else there; of a failure its error and code
   --debug    show where an error came from"""
+SEVERAL = "  --num_processes N  so many processes, one a GPU; --accelerate_config fsdp2 or FILE: as that says"
 CODES = """\
 exit codes: 0 done, 1 failure, 2 mistake in what was given, 3 a guard rail broke (the model is in rejected/), 130 interrupted"""
 
@@ -77,20 +80,30 @@ def run(task: Command | Callable[[list[str]], Any], argv: list[str]) -> NoReturn
     code, found = 0, None
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-            if command and {"-h", "--help", "--help_all"} & set(argv):
+            asked, argv = take_launch(argv) if command and command.trains else (None, argv)
+            if command and HELP & set(argv):
                 print(_header(command))
-            found = function(argv)
+            if asked and not HELP & set(argv):
+                found = launch(command.name, [*argv, *["--json"] * as_json, *["--debug"] * debug], asked)
+            else:
+                found = function(argv)
     except KeyboardInterrupt as stop:
         code, message = INTERRUPTED, f"interrupted; {str(stop) or RUN_AGAIN}"
     except Exception as error:
         code, message = exit_code(error), error_line(error)
-        if code == BROKEN_RAIL:
+        if isinstance(error, GuardRailBroken):
             found = error.results | {"rejected": error.reasons, "folder": str(error.folder)}
+        elif isinstance(error, ProcessesFailed):
+            found = error.found
         if debug:
             traceback.print_exc()
     if code:
-        print(f"{title}: {message}", file=sys.stderr)
         found = (found or {}) | {"error": message, "code": code}
+    if ANSWERS in os.environ:  # of several processes, which the one that launched them answers for
+        answer(found, code)
+        sys.exit(code)
+    if code:
+        print(f"{title}: {message}", file=sys.stderr)
     if as_json and found is not None and os.environ.get("RANK", "0") == "0":
         _print_json(found)
     sys.exit(code)
@@ -113,6 +126,8 @@ def _closed_early_quietly() -> Iterator[None]:
 
 def exit_code(error: Exception) -> int:
     """3 for a broken guard rail, 2 for what the user can put right in the command, 1 for everything else."""
+    if isinstance(error, ProcessesFailed):
+        return error.code
     if isinstance(error, GuardRailBroken):
         return BROKEN_RAIL
     return MISTAKE if isinstance(error, MISTAKES) else FAILURE
@@ -148,7 +163,8 @@ def _usage() -> str:
 
 def _header(command: Command) -> str:
     """What a command's help begins with: an example, what it does, and the options that its own parser does not know."""
-    return "\n".join(["example:", f"      {command.example}", "", _summary(command), *command.further, COMMON, ""])
+    further = [*command.further, *([SEVERAL] if command.trains else []), COMMON]
+    return "\n".join(["example:", f"      {command.example}", "", _summary(command), *further, ""])
 
 
 def _summary(command: Command) -> str:

@@ -23,6 +23,7 @@ class Command:
         summary: What it does.
         example: A whole command line.
         further: Lines about options that its own parser does not know.
+        trains: Whether it may run on several processes.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Command:
     summary: str
     example: str
     further: tuple[str, ...] = ()
+    trains: bool = False
 
     def run(self, argv: list[str]) -> dict[str, Any]:
         """Run it with the arguments after its name; what it returns is JSON-able. Errors: see its module."""
@@ -50,6 +52,7 @@ COMMANDS = {
             summary="see it work: make a small victim on handwritten digits, purify it, in minutes",
             example="d3-hf drill --output_dir outputs/drill",
             further=(f"  {'--cnn':<10} a ResNet in place of a ViT",),
+            trains=True,
         ),
         Command(
             name="purify",
@@ -57,6 +60,7 @@ COMMANDS = {
             summary="purify a checkpoint with D3; --defence NAME takes another method",
             example="d3-hf purify --model_name_or_path me/suspicious-vit --dataset_name path/to/images --retain_count 500",
             further=(*_listed("--defence", [*DEFENCES, "auto"]), *_listed("CONFIG", named("configuration file"))),
+            trains=True,
         ),
         Command(
             name="measure",
@@ -73,6 +77,7 @@ COMMANDS = {
                 f"  --set FILE.yaml [--only GROUP/VICTIM ...]  the victims of a set; by name {', '.join(named('set of victims'))}",
                 *_listed("CONFIG", named("configuration file")),
             ),
+            trains=True,
         ),
         Command(
             name="benchmark",
