@@ -1,6 +1,6 @@
 """The command line, ``d3-hf COMMAND``, and how every command and recipe ends.
 
-Exit codes: 0 done, 1 a failure, 2 the user's mistake, 3 a broken guard rail, 130 interrupted. What went wrong is one line on
+Exit codes: 0 done, 1 a failure, 2 the user's mistake, 3 a broken guard rail, 130 interrupted, 143 terminated. What went wrong is one line on
 stderr, and with ``--json`` also the object on stdout, as its ``error`` beside its ``code``; ``--debug`` adds the traceback.
 Nothing heavy is imported before a command runs.
 """
@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +20,9 @@ from typing import Any, NoReturn
 
 from .commands import COMMANDS, Command
 from .commands.launch import ANSWERS, answer, launch, take_launch
-from .errors import GuardRailBroken, ProcessesFailed
+from .errors import GuardRailBroken, ProcessesFailed, Terminated
 
-FAILURE, MISTAKE, BROKEN_RAIL, INTERRUPTED = 1, 2, 3, 130
+FAILURE, MISTAKE, BROKEN_RAIL, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
 MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError)
 RUN_AGAIN = "what is finished stays: run the same command again"
 HELP = {"-h", "--help", "--help_all"}
@@ -38,7 +39,8 @@ COMMON = """\
   --debug    show where an error came from"""
 SEVERAL = "  --num_processes N  so many processes, one a GPU; --accelerate_config fsdp2 or FILE: as that says"
 CODES = """\
-exit codes: 0 done, 1 failure, 2 mistake in what was given, 3 a guard rail broke (the model is in rejected/), 130 interrupted"""
+exit codes: 0 done, 1 failure, 2 mistake in what was given, 3 a guard rail broke (the model is in rejected/), 130 interrupted,
+143 terminated"""
 
 
 def main() -> None:
@@ -79,7 +81,7 @@ def run(task: Command | Callable[[list[str]], Any], argv: list[str]) -> NoReturn
         argv = [argument for argument in argv if argument != "--json"]
     code, found = 0, None
     try:
-        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        with _terminated_as_interrupted(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             asked, argv = take_launch(argv) if command and command.trains else (None, argv)
             if command and HELP & set(argv):
                 print(_header(command))
@@ -88,7 +90,8 @@ def run(task: Command | Callable[[list[str]], Any], argv: list[str]) -> NoReturn
             else:
                 found = function(argv)
     except KeyboardInterrupt as stop:
-        code, message = INTERRUPTED, f"interrupted; {str(stop) or RUN_AGAIN}"
+        code, what = (TERMINATED, "terminated") if isinstance(stop, Terminated) else (INTERRUPTED, "interrupted")
+        message = f"{what}; {str(stop) or RUN_AGAIN}"
     except Exception as error:
         code, message = exit_code(error), error_line(error)
         if isinstance(error, GuardRailBroken):
@@ -122,6 +125,23 @@ def _closed_early_quietly() -> Iterator[None]:
     before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGPIPE, before)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated`, unless something else listens for it."""
+
+    def terminate(number, frame):
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def exit_code(error: Exception) -> int:

@@ -20,6 +20,10 @@ class GuardRailBroken(RuntimeError):
         self.reasons, self.folder, self.results = reasons, folder, results
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, as from Slurm or Kubernetes: it ends a run as Ctrl-C does."""
+
+
 class ProcessesFailed(RuntimeError):
     """Processes that a command launched have ended with an error.
 

@@ -169,8 +169,8 @@ def make_set(argv: list[str] | None = None) -> list[str]:
         options |= {"overwrite_output_dir": True, "resume_from_checkpoint": checkpoint and str(checkpoint)}
         try:
             make_victim(rest, options)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"while {name} was made: run the same command again to go on") from None
+        except KeyboardInterrupt as stop:
+            raise type(stop)(f"while {name} was made: run the same command again to go on") from None
         PartialState().wait_for_everyone()  # until its files are written
     if PartialState().is_main_process:
         with atomic_file(root / "victims.md") as beside:

@@ -9,22 +9,7 @@
 #SBATCH --requeue
 set -euo pipefail
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
-    # Where the run writes: as the command line, else the file, else the recipe has it.
-    checkpoints=$(python - "$@" <<'PYTHON'
-import argparse, pathlib, sys, yaml
-
-options = {}
-if sys.argv[1:] and sys.argv[1].endswith((".yaml", ".yml")):
-    options = yaml.safe_load(pathlib.Path(sys.argv[1]).read_text())
-parser = argparse.ArgumentParser(add_help=False)
-parser.add_argument("--output_dir", "--output-dir", default=options.get("output_dir", "outputs/purified"))
-folder = pathlib.Path(parser.parse_known_args()[0].output_dir).expanduser()
-print(*folder.glob("checkpoint-*"))
-PYTHON
-    )
-    if [ -n "$checkpoints" ]; then
-        set -- "$@" --resume_from_checkpoint true
-    fi
+    set -- "$@" --resume_from_checkpoint true
 fi
 MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 CONFIGURATION=$(d3-hf recipes accelerate/multi_node)

@@ -26,6 +26,7 @@ from d3_hf.auto.record import RECORD
 from d3_hf.auto.run import choose_recipe
 from d3_hf.auto.trial import refusal
 from d3_hf.commands.purify import OPTIONS, run
+from d3_hf.errors import Terminated
 from d3_hf.options.parser import parse_arguments
 from d3_hf.training.reference import fingerprint
 
@@ -134,11 +135,11 @@ def test_an_interrupted_ladder_goes_on(planned, tmp_path, monkeypatch):
     def interrupted(plan, rung, before):
         tries.append(rung.recipe.name)
         if len(tries) == 2:
-            raise KeyboardInterrupt
+            raise Terminated
         return really(plan, rung, before)
 
     monkeypatch.setattr(auto, "try_recipe", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="while trying unfit: what was tried before it stays in .*tried.json; run"):
+    with pytest.raises(Terminated, match="while trying unfit: what was tried before it stays in .*tried.json; run"):
         choose_recipe(planned())
     found = choose_recipe(planned()).facts
     assert tries == ["firm", "unfit", "unfit", "harsh"] and untimed(found) == untimed(whole)

@@ -26,7 +26,7 @@ from d3_hf.cli import run
 from d3_hf.commands import COMMANDS
 from d3_hf.commands.purify import OPTIONS
 from d3_hf.defenses import DEFENCES, defence
-from d3_hf.errors import GuardRailBroken
+from d3_hf.errors import GuardRailBroken, Terminated
 from d3_hf.options.parser import parse_arguments
 
 IMAGES = {"dataset_name": "digits", "retain_count": 60, "max_test_images": 40}
@@ -236,6 +236,7 @@ def test_push(folder, monkeypatch, capfd):
         (GuardRailBroken(["ACC fell"], Path("out/rejected"), {}), 3, "ACC fell. The model is in out/rejected, nothing .*"),
         (KeyboardInterrupt(), 130, "interrupted; what is finished stays: run the same command again"),
         (KeyboardInterrupt("go on with x"), 130, "interrupted; go on with x"),
+        (Terminated("go on with x"), 143, "terminated; go on with x"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )  # fmt: skip
@@ -250,7 +251,7 @@ def test_how_a_recipe_ends(error, code, line, debug, capsys, monkeypatch):
         run(fail, ["--x", *["--debug"] * debug])
     shown = capsys.readouterr()
     assert stop.value.code == code and re.fullmatch(f"some.py: {line}", shown.err.splitlines()[-1])
-    assert ("Traceback" in shown.err) == (debug and code != 130) and shown.out == ""
+    assert ("Traceback" in shown.err) == (debug and code < 130) and shown.out == ""
 
 
 def test_what_returns_ends_with_0_and_the_trainers_own_debug_is_left_alone():
