@@ -1,8 +1,8 @@
 """The command line, ``d3-hf COMMAND``, and how every command and recipe ends.
 
-Exit codes: 0 done, 1 a failure, 2 the user's mistake, 3 a broken guard rail, 130 interrupted, 143 terminated. What went wrong is one line on
-stderr, and with ``--json`` also the object on stdout, as its ``error`` beside its ``code``; ``--debug`` adds the traceback.
-Nothing heavy is imported before a command runs.
+Exit codes: 0 done, 1 a failure, 2 the user's mistake, 3 a broken guard rail, 130 interrupted, 143 terminated.
+What went wrong is one line on stderr, and with ``--json`` also the object on stdout, as its ``error`` beside its ``code``;
+``--debug`` adds the traceback. Nothing heavy is imported before a command runs.
 """
 
 import contextlib

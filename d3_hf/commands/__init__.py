@@ -71,10 +71,11 @@ COMMANDS = {
         Command(
             name="victim",
             arguments="[CONFIG] --option value ...",
-            summary="plant a backdoor, for research; --set FILE.yaml makes a set of victims",
+            summary="plant a backdoor, for research; --set FILE makes a set of victims",
             example="d3-hf victim fire_drill_vit_victim --seed 0 --output_dir outputs/victim",
             further=(
-                f"  --set FILE.yaml [--only GROUP/VICTIM ...]  the victims of a set; by name {', '.join(named('set of victims'))}",
+                "  --set FILE [--only GROUP/VICTIM ...]  the victims of a set",
+                *_listed("  FILE", named("set of victims")),
                 *_listed("CONFIG", named("configuration file")),
             ),
             trains=True,

@@ -30,8 +30,8 @@ def run(argv: list[str]) -> dict[str, Any]:
         devices |= {f"cuda:{number}": torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())}
     elif kind != "cpu":
         devices[kind] = f"{torch.accelerator.device_count()} of them"
-    offline = [name for name in OFFLINE if os.environ.get(name)]
-    found = versions() | {"system": f"{platform.system()} {platform.machine()}", **devices, "offline": ", ".join(offline) or "no"}
+    offline = ", ".join(name for name in OFFLINE if os.environ.get(name)) or "no"
+    found = versions() | {"system": f"{platform.system()} {platform.machine()}", **devices, "offline": offline}
     for name, value in found.items():
         print(f"{name}: {value}")
     return found

@@ -116,7 +116,7 @@ def _line(asked: LaunchArguments, on_cpu: bool) -> list[str]:
     content = read_yaml(file)
     if content.get("num_machines", 1) != 1:
         raise ValueError(
-            f"{file} is for several machines, on each of which `accelerate launch` starts it; see `d3-hf recipes slurm/purify.sh`"
+            f"{file} is for several machines: `accelerate launch` on each of them, as in slurm/purify.sh (see `d3-hf recipes`)"
         )
     kind, processes = str(content.get("distributed_type")), asked.num_processes or content.get("num_processes")
     if kind != "FSDP" and (kind == "MULTI_CPU" or not kind.startswith("MULTI_")):

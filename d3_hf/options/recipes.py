@@ -26,7 +26,7 @@ def find_recipe(given: str, kind: str) -> str:
     """The file that is meant by what a user gives.
 
     Args:
-        given: Path of a file, which comes first; a name, as ``cpu``; or a path below the recipes, as ``recipes/grids/cpu.yaml``.
+        given: Path of a file, which comes first; a name, as ``cpu``; or its path in a checkout, ``recipes/grids/cpu.yaml``.
         kind: A key of `KINDS`.
 
     Raises:

@@ -254,7 +254,7 @@ class PurifyConfig(TrainingArguments):
             raise ValueError("sam_rho needs whole, unscaled gradients: leave gradient_accumulation_steps at 1 and fp16 off")
 
     def _take_one_gpu(self) -> None:
-        """Use one of several GPUs where no processes were launched: nn.DataParallel would cut each batch, and its loss, apart."""
+        """Use one of several GPUs where no processes were launched: nn.DataParallel would cut batches and their loss apart."""
         if self.n_gpu > 1:
             logger.warning_once(
                 f"one of {self.n_gpu} GPUs is used: --num_processes {self.n_gpu} uses all (in Python start the script with "

@@ -29,7 +29,11 @@ TRAINS = (
     [
         (["x.yaml", "--seed", "-1"], None, ["x.yaml", "--seed", "-1"]),
         (["--num_train_epochs", "2"], None, ["--num_train_epochs", "2"]),
-        (["x.yaml", "--num_processes", "2", "--attack", '{"name": "sig"}'], (2, "ddp"), ["x.yaml", "--attack", '{"name": "sig"}']),
+        (
+            ["x.yaml", "--num_processes", "2", "--attack", '{"name": "sig"}'],
+            (2, "ddp"),
+            ["x.yaml", "--attack", '{"name": "sig"}'],
+        ),
         (["--num-processes=3", "--accelerate_config", "fsdp2"], (3, "fsdp2"), []),
         (["--accelerate_config=fsdp2", "--num", "2"], (None, "fsdp2"), ["--num", "2"]),
         (["--num_processes", "1", "x"], None, ["x"]),
@@ -71,7 +75,7 @@ def test_the_configuration_is_the_named_one(name, count):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("multi_node", "is for several machines, on each of which"),
+        ("multi_node", "is for several machines: `accelerate launch` on each"),
         ("single", r"starts one process \(distributed_type NO\): leave --accelerate_config out"),
         ("unheard", "no accelerate configuration unheard; by name there are ddp, fsdp2"),
     ],

@@ -1,4 +1,4 @@
-"""Recipes by name: what a user gives is a file, a name or a path below the recipes; a wheel's folder comes before a checkout's."""
+"""Recipes by name: a file comes first, then a name, then the path in a checkout; a wheel's folder is the package's own."""
 
 import pytest
 import yaml
