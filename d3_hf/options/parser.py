@@ -15,47 +15,66 @@ from transformers import HfArgumentParser
 
 from .recipes import find_recipe
 
-# What most runs need of a training's options, of which there are nearly two hundred.
-FREQUENT = {
-    "model_name_or_path",
-    "architecture",
-    "image_mean",
-    "image_std",
-    "class_names",
-    "dataset_name",
-    "class_map",
-    "retain_fraction",
-    "retain_count",
-    "test_split",
-    "max_test_images",
-    "attack",
-    "poison_ratio",
-    "new_head",
-    "output_dir",
-    "overwrite_output_dir",
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "horizontal_flip",
-    "batch_norm",
-    "sam_rho",
-    "seed",
-    "bf16",
-    "save_strategy",
-    "resume_from_checkpoint",
-    "max_accuracy_drop",
-    "min_class_accuracy",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_create_pr",
+# What most runs need of a training's options, of which there are nearly two hundred, and what messages recommend, as help
+# groups them. What a method declares itself joins METHOD.
+METHOD = "method"
+GROUPS: dict[str, tuple[str, ...]] = {
+    "model": (
+        "model_name_or_path",
+        "revision",
+        "architecture",
+        "class_names",
+        "image_size",
+        "image_mean",
+        "image_std",
+        "new_head",
+    ),
+    "images": (
+        "dataset_name",
+        "dataset_config",
+        "image_column",
+        "label_column",
+        "class_map",
+        "retain_fraction",
+        "retain_count",
+        "test_split",
+        "max_test_images",
+        "attack",
+        "poison_ratio",
+        "victim_config",
+    ),
+    METHOD: (
+        "optim",
+        "learning_rate",
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "horizontal_flip",
+        "cutmix",
+        "batch_norm",
+        "sam_rho",
+    ),
+    "what must hold": ("max_accuracy_drop", "min_class_accuracy", "min_agreement"),
+    "run": (
+        "output_dir",
+        "overwrite_output_dir",
+        "seed",
+        "bf16",
+        "use_cpu",
+        "save_strategy",
+        "resume_from_checkpoint",
+        "dry_run",
+    ),
+    "Hub": ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_create_pr"),
+    "help": ("help",),
 }
+FREQUENT = {name for names in GROUPS.values() for name in names}
 
 
 class Parser(HfArgumentParser):
     """`HfArgumentParser` that raises a ValueError of one line where argparse prints every option and exits.
 
-    The help of a training has a line for each of `FREQUENT` and what its method declares; ``--help_all`` prints all options.
+    The help of a training has a line for each of `GROUPS` and what its method declares; ``--help_all`` prints all options.
 
     Args:
         dataclass_types: Dataclasses with disjoint field names.
@@ -70,8 +89,11 @@ class Parser(HfArgumentParser):
             if action.dest.startswith(hidden):
                 action.help = SUPPRESS
         self._shown = {action.dest for action in self._actions if action.help != SUPPRESS}
+        self._groups: dict[str, tuple[str, ...]] = {}
         if trainings:
-            self._shown &= FREQUENT.union({"help"}, *map(get_annotations, trainings))
+            own = [name for kind in trainings for name in get_annotations(kind) if name not in FREQUENT]
+            self._groups = GROUPS | {METHOD: (*own, *GROUPS[METHOD])}
+            self._shown &= FREQUENT.union(own)
             self.add_argument("--help_all", action=_WholeHelp, nargs=0, dest="help", default=SUPPRESS, help="show every option")
 
     @staticmethod
@@ -82,9 +104,14 @@ class Parser(HfArgumentParser):
         HfArgumentParser._parse_dataclass_field(parser, own)
 
     def format_help(self) -> str:
-        """A line for each option that is shown, with its default."""
+        """A line for each option that is shown, with its default; a training's in groups."""
         shown = [a for a in self._actions if a.dest in self._shown and not a.option_strings[0].startswith("--no_")]
-        return "\n".join(["options:", *map(_help_line, shown)]) + "\n"
+        groups = self._groups or {"options": tuple(dict.fromkeys(action.dest for action in shown))}
+        lines = []
+        for title, names in groups.items():
+            found = [_help_line(action) for name in names for action in shown if action.dest == name]
+            lines += [f"{title}:", *found] if found else []
+        return "\n".join(lines) + "\n"
 
     def format_whole_help(self) -> str:
         """What argparse would print."""
