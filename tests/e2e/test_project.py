@@ -1,4 +1,4 @@
-"""What stands beside the package: the citation, the issue forms, and the action, whose steps run here with a d3-hf that only ends."""
+"""What stands beside the package: citation, issue forms, and the action, whose steps run here with a d3-hf that only ends."""
 
 import os
 import subprocess

@@ -73,11 +73,9 @@ def installed(wheel, tmp_path_factory):
 def test_the_wheel_holds_the_recipes_as_they_are_and_nothing_else_from_beside_the_package(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
-        recipes = {file for file in RECIPES.rglob("*") if file.is_file() and file.suffix != ".pyc"}
-        assert {name for name in names if name.startswith("d3_hf/recipes/")} == {
-            f"d3_hf/{f.relative_to(ROOT)}" for f in recipes
-        }
-        assert all(archive.read(f"d3_hf/{file.relative_to(ROOT)}") == file.read_bytes() for file in recipes)
+        files = [file for file in RECIPES.rglob("*") if file.is_file() and file.suffix != ".pyc"]
+        recipes = {f"d3_hf/{file.relative_to(ROOT)}": file.read_bytes() for file in files}
+        assert {name: archive.read(name) for name in names if name.startswith("d3_hf/recipes/")} == recipes
         assert all(name.startswith("d3_hf/") for name in names) and "d3_hf/auto/ladder.yaml" in names
 
 
