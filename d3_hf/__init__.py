@@ -26,7 +26,7 @@ _HOMES = {
     "FinePruningTrainer": "defenses.fine_pruning",
     "FineTuningConfig": "defenses.fine_tuning",
     "FineTuningTrainer": "defenses.fine_tuning",
-    "GuardArguments": "evaluation.guard",
+    "GuardArguments": "evaluation.guard_arguments",
     "IBAUConfig": "defenses.ibau",
     "IBAUTrainer": "defenses.ibau",
     "LMRConfig": "defenses.lmr",
@@ -103,7 +103,7 @@ if TYPE_CHECKING:
     from .defenses.tsbd import TSBDTrainer as TSBDTrainer
     from .defenses.tsc import TSCConfig as TSCConfig
     from .defenses.tsc import TSCTrainer as TSCTrainer
-    from .evaluation.guard import GuardArguments as GuardArguments
+    from .evaluation.guard_arguments import GuardArguments as GuardArguments
     from .evaluation.measure import measure as measure
     from .inspection.audit import audit as audit
     from .inspection.check import check as check

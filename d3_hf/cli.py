@@ -1,9 +1,9 @@
-"""The command line: ``d3-hf purify | check | audit | measure | victim | benchmark | push | info``, and how all of them end.
+"""The command line, ``d3-hf COMMAND``, and how every command and recipe ends.
 
-Exit codes: 0 done, 1 a failure, 2 the user's mistake, 3 a broken guard rail, 4 an alarm of ``check``, 130 interrupted. What
-went wrong is one line on stderr, and with ``--json`` also the object on stdout, as its ``error`` beside its ``code``;
-``--debug`` adds the traceback. An alarm is a result and no error: the object is whole, and its ``code`` is 4. Nothing heavy is
-imported before a command runs.
+Exit codes: 0 done, 1 a failure, 2 the user's mistake, 3 a broken guard rail, 4 an alarm of ``check``, 130 interrupted, 143
+terminated. What went wrong is one line on stderr, and with ``--json`` also the object on stdout, as its ``error`` beside its
+``code``; ``--debug`` adds the traceback. An alarm is a result and no error: the object is whole, and its ``code`` is 4. Nothing
+heavy is imported before a command runs.
 """
 
 import contextlib
@@ -13,17 +13,20 @@ import os
 import signal
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from .commands import COMMANDS, Command
-from .errors import GuardRailBroken
+from .commands.launch import ANSWERS, answer, launch, take_launch
+from .errors import GuardRailBroken, ProcessesFailed, Terminated
 
-FAILURE, MISTAKE, BROKEN_RAIL, INTERRUPTED = 1, 2, 3, 130
+FAILURE, MISTAKE, BROKEN_RAIL, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
 MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError)
 RUN_AGAIN = "what is finished stays: run the same command again"
+HELP = {"-h", "--help", "--help_all"}
 LONGEST = 800  # characters of an error; libraries print pages
 ADVICE = {
     errno.ENOSPC: "free some space or write to another disk",
@@ -35,9 +38,10 @@ ADVICE = {
 COMMON = """\
   --json     one JSON object on stdout and nothing else there; of a failure its error and code
   --debug    show where an error came from"""
+SEVERAL = "  --num_processes N  so many processes, one a GPU; --accelerate_config fsdp2 or FILE: as that says"
 CODES = """\
 exit codes: 0 done, 1 failure, 2 mistake in what was given, 3 a guard rail broke (the model is in rejected/),
-            4 an alarm of check, 130 interrupted"""
+            4 an alarm of check, 130 interrupted, 143 terminated"""
 
 
 def main() -> None:
@@ -46,6 +50,9 @@ def main() -> None:
     if name in ("-h", "--help"):
         with _closed_early_quietly():
             print(_usage(), flush=True)
+        return
+    if name in ("-V", "--version"):
+        print(f"d3_hf {sys.modules['d3_hf'].__version__}")
         return
     if name not in COMMANDS:
         what = "--json goes after the command" if name == "--json" else f"unknown command {name!r}"
@@ -65,35 +72,47 @@ def run(task: Command | Callable[[list[str]], Any], argv: list[str]) -> NoReturn
             the rest goes to stderr.
         argv: Arguments without the program's name. A ``--debug`` with a value is left in, for `TrainingArguments`.
     """
-    if isinstance(task, Command):
-        command, title, function = task, f"d3-hf {task.name}", task.run
-    else:
-        command, title, function = None, Path(sys.argv[0]).name, task
+    is_command = isinstance(task, Command)
+    title = f"d3-hf {task.name}" if is_command else Path(sys.argv[0]).name
     debug, argv = _take_debug(argv)
-    as_json = command is not None and "--json" in argv
-    if as_json:
-        argv = [argument for argument in argv if argument != "--json"]
+    as_json = is_command and "--json" in argv
     code, message, found = 0, None, None
     try:
-        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-            if command and {"-h", "--help", "--help_all"} & set(argv):
-                print(_header(command))
-            found = function(argv)
-        code = (found or {}).get("code", 0) if command else 0
+        with _terminated_as_interrupted(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            found = _run_command(task, argv, debug) if is_command else task(argv)
+        code = (found or {}).get("code", 0) if is_command else 0
     except KeyboardInterrupt as stop:
-        code, message = INTERRUPTED, f"interrupted; {str(stop) or RUN_AGAIN}"
+        code, what = (TERMINATED, "terminated") if isinstance(stop, Terminated) else (INTERRUPTED, "interrupted")
+        message = f"{what}; {str(stop) or RUN_AGAIN}"
     except Exception as error:
         code, message = exit_code(error), error_line(error)
-        if code == BROKEN_RAIL:
+        if isinstance(error, GuardRailBroken):
             found = error.results | {"rejected": error.reasons, "folder": str(error.folder)}
+        elif isinstance(error, ProcessesFailed):
+            found = error.found
         if debug:
             traceback.print_exc()
     if message:
-        print(f"{title}: {message}", file=sys.stderr)
         found = (found or {}) | {"error": message, "code": code}
+    if ANSWERS in os.environ:  # of several processes, which the one that launched them answers for
+        answer(found, code)
+        sys.exit(code)
+    if message:
+        print(f"{title}: {message}", file=sys.stderr)
     if as_json and found is not None and os.environ.get("RANK", "0") == "0":
         _print_json(found)
     sys.exit(code)
+
+
+def _run_command(command: Command, argv: list[str], debug: bool) -> dict[str, Any] | None:
+    """Run a command here, or on the processes that it is asked to launch; its help begins here."""
+    plain = [argument for argument in argv if argument != "--json"]
+    asked, plain = take_launch(plain) if command.trains else (None, plain)
+    if HELP & set(plain):
+        print(_header(command))
+    elif asked:
+        return launch(command.name, [*plain, *["--json"] * ("--json" in argv), *["--debug"] * debug], asked)
+    return command.run(plain)
 
 
 def _print_json(found: dict[str, Any]) -> None:
@@ -111,8 +130,27 @@ def _closed_early_quietly() -> Iterator[None]:
     signal.signal(signal.SIGPIPE, before)
 
 
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated`, unless something else listens for it."""
+
+    def terminate(number, frame):
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def exit_code(error: Exception) -> int:
     """3 for a broken guard rail, 2 for what the user can put right in the command, 1 for everything else."""
+    if isinstance(error, ProcessesFailed):
+        return error.code
     if isinstance(error, GuardRailBroken):
         return BROKEN_RAIL
     return MISTAKE if isinstance(error, MISTAKES) else FAILURE
@@ -141,13 +179,15 @@ def _take_debug(argv: list[str]) -> tuple[bool, list[str]]:
 
 def _usage() -> str:
     """What ``d3-hf --help`` prints."""
-    commands = [f"{_summary(command)}\n      {command.example}\n" for command in COMMANDS.values()]
-    return "\n".join(["usage: d3-hf COMMAND ...\n", *commands, COMMON, "  --help     after a command: its options\n", CODES])
+    commands = [f"{_summary(command)}\n      {command.example}" for command in COMMANDS.values()]
+    further = [COMMON, "  --help     after a command: its options", "  --version  in place of a command\n"]
+    return "\n".join(["usage: d3-hf COMMAND ...\n", *commands, "", *further, CODES])
 
 
 def _header(command: Command) -> str:
     """What a command's help begins with: an example, what it does, and the options that its own parser does not know."""
-    return "\n".join(["example:", f"      {command.example}", "", _summary(command), *command.further, COMMON, ""])
+    further = [*command.further, *([SEVERAL] if command.trains else []), COMMON]
+    return "\n".join(["example:", f"      {command.example}", "", _summary(command), *further, ""])
 
 
 def _summary(command: Command) -> str:

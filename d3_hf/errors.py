@@ -20,6 +20,23 @@ class GuardRailBroken(RuntimeError):
         self.reasons, self.folder, self.results = reasons, folder, results
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, as from Slurm or Kubernetes: it ends a run as Ctrl-C does."""
+
+
+class ProcessesFailed(RuntimeError):
+    """Processes that a command launched have ended with an error.
+
+    Attributes:
+        code: Exit code of the first that failed.
+        found: What the command has found nevertheless, with ``error`` and ``code``.
+    """
+
+    def __init__(self, found: dict[str, Any]):
+        super().__init__(found["error"])
+        self.code, self.found = found["code"], found
+
+
 def join_names(names: Sequence[str], most: int = 8) -> str:
     """Join names for a message, the first ``most`` of them."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

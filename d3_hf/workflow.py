@@ -11,7 +11,8 @@ from .attacks import Attack
 from .data.images import RawImages
 from .errors import GuardRailBroken
 from .evaluation.class_order import order_contradiction
-from .evaluation.guard import GuardArguments, broken_rails, uncertain_rails
+from .evaluation.guard import broken_rails, uncertain_rails
+from .evaluation.guard_arguments import GuardArguments
 from .evaluation.measure import measure_trainer, paired_results, results
 from .evaluation.retain_check import retain_warnings
 from .labels import check_labels

@@ -85,9 +85,9 @@ class _Walk:
                 self.plan.left_out[rung.recipe.name] = str(reason)
                 self.say(f"    left out: {reason}")
                 return
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
                 file = f"{self.plan.args.output_dir}/{RECORD}"
-                raise KeyboardInterrupt(
+                raise type(stop)(
                     f"while trying {rung.recipe.name}: what was tried before it stays in {file}; run the same command again"
                 ) from None
             (found,) = broadcast_object_list([found])

@@ -229,7 +229,7 @@ class GridInputs:
             return {}
         folder = Path(self.grid.victims_dir) / victim
         if not self.is_made(victim):
-            raise FileNotFoundError(f"no victim {folder}: make it first with recipes/make_victim.py --set")
+            raise FileNotFoundError(f"no victim {folder}: make it first with d3-hf victim --set")
         record = read_record(folder)
         self._check_unseen(folder, record)
         return record

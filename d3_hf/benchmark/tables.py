@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from operator import methodcaller
 
 import pandas
-from scipy.stats import t
 
 from ..publishing.tables import markdown_table
 
@@ -160,6 +159,8 @@ def joined(rates: pandas.Series) -> str:
 
 def interval(values: pandas.Series) -> str:
     """The mean and, of several seeds, the half width of Student's 95 % interval of it; `UNKNOWN` if a value is missing."""
+    from scipy.stats import t
+
     if values.isna().any():
         return UNKNOWN
     if len(values) < 2:

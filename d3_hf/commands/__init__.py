@@ -5,10 +5,12 @@ A file is imported when its command runs, so that the list of commands costs not
 
 import importlib
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from ..defenses import DEFENCES
+from ..options.recipes import named
 
 ALARM = 4  # exit code of a command that found what it was to raise an alarm for: a result, no error
 
@@ -23,6 +25,7 @@ class Command:
         summary: What it does.
         example: A whole command line.
         further: Lines about options that its own parser does not know.
+        trains: Whether it may run on several processes.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Command:
     summary: str
     example: str
     further: tuple[str, ...] = ()
+    trains: bool = False
 
     def run(self, argv: list[str]) -> dict[str, Any]:
         """Run it with the arguments after its name; what it returns is JSON-able. Errors: see its module.
@@ -39,17 +43,29 @@ class Command:
         return importlib.import_module(f"{__name__}.{self.name}").run(argv)
 
 
+def _listed(what: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Lines that say which names there are for it."""
+    return tuple(textwrap.wrap(", ".join(names), 110, initial_indent=f"  {what:<10} ", subsequent_indent=" " * 13))
+
+
 COMMANDS = {
     command.name: command
     for command in (
         Command(
+            name="drill",
+            arguments="[--cnn] --option value ...",
+            summary="see it work: make a small victim on handwritten digits, purify it, in minutes",
+            example="d3-hf drill --output_dir outputs/drill",
+            further=(f"  {'--cnn':<10} a ResNet in place of a ViT",),
+            trains=True,
+        ),
+        Command(
             name="purify",
-            arguments="[CONFIG.yaml] --option value ...",
+            arguments="[CONFIG] --option value ...",
             summary="purify a checkpoint with D3; --defence NAME takes another method",
             example="d3-hf purify --model_name_or_path me/suspicious-vit --dataset_name path/to/images --retain_count 500",
-            further=tuple(
-                textwrap.wrap(", ".join([*DEFENCES, "auto"]), 110, initial_indent="  --defence  ", subsequent_indent=" " * 13)
-            ),
+            further=(*_listed("--defence", [*DEFENCES, "auto"]), *_listed("CONFIG", named("configuration file"))),
+            trains=True,
         ),
         Command(
             name="check",
@@ -71,16 +87,22 @@ COMMANDS = {
         ),
         Command(
             name="victim",
-            arguments="[CONFIG.yaml] --option value ...",
-            summary="plant a backdoor, for research; --set FILE.yaml makes a set of victims",
-            example="d3-hf victim recipes/configs/fire_drill_vit_victim.yaml --seed 0 --output_dir outputs/victim",
-            further=("  --set FILE.yaml [--only GROUP/VICTIM ...]  the victims of a set, see recipes/victims.yaml",),
+            arguments="[CONFIG] --option value ...",
+            summary="plant a backdoor, for research; --set FILE makes a set of victims",
+            example="d3-hf victim fire_drill_vit_victim --seed 0 --output_dir outputs/victim",
+            further=(
+                "  --set FILE [--only GROUP/VICTIM ...]  the victims of a set",
+                *_listed("  FILE", named("set of victims")),
+                *_listed("CONFIG", named("configuration file")),
+            ),
+            trains=True,
         ),
         Command(
             name="benchmark",
-            arguments="GRID.yaml [--shard i/n]",
+            arguments="GRID [--shard i/n]",
             summary="victims x retain sets x defences x seeds: tables and plots",
-            example="d3-hf benchmark recipes/grids/cpu.yaml --dataset_name uoft-cs/cifar10",
+            example="d3-hf benchmark cpu --dataset_name uoft-cs/cifar10",
+            further=_listed("GRID", named("grid")),
         ),
         Command(
             name="push",
@@ -93,6 +115,18 @@ COMMANDS = {
             arguments="SOURCE",
             summary="what a checkpoint is and what D3 could move of it",
             example="d3-hf info google/vit-base-patch16-224",
+        ),
+        Command(
+            name="recipes",
+            arguments="[FILE]",
+            summary="list the configurations, grids and scripts that come along, or say where one lies",
+            example="d3-hf recipes grids/cpu",
+        ),
+        Command(
+            name="env",
+            arguments="",
+            summary="versions and devices, for a bug report",
+            example="d3-hf env --json",
         ),
     )
 }

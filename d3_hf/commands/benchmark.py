@@ -3,20 +3,18 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas
-from accelerate import PartialState
-
-from ..benchmark.cells import Runner, run_grid
-from ..benchmark.grid import Grid, read_grid
-from ..benchmark.plots import draw
-from ..benchmark.study import StudyGrid, StudyRunner
-from ..benchmark.study_tables import choices, render_study
-from ..benchmark.tables import render
 from ..files import atomic_file, first_line
 from ..options.parser import Parser
+from ..options.recipes import find_recipe
 from . import with_option
+
+if TYPE_CHECKING:  # what does more than read options is loaded when they are read: help and mistakes answer sooner
+    import pandas
+
+    from ..benchmark.cells import Runner
+    from ..benchmark.grid import Grid
 
 STUDIED = "recipes"  # a column that a study's table has and a benchmark's has not
 
@@ -26,7 +24,8 @@ class BenchmarkArguments:
     """Which grid, and which part of it.
 
     Args:
-        grid: YAML file of the grid, see `Grid`; or the ``results.parquet`` of one, to write its tables and plots again.
+        grid: YAML file of the grid, see `Grid`, or the name of one of ``recipes/grids``; or the ``results.parquet`` of one, to
+            write its tables and plots again.
         shard: ``i/n``: make the i-th of n shares of the cells, i from 0.
         only: Patterns of cells, as ``VICTIM | RETAIN | DEFENCE | SEED``; default all.
         dataset_name: Data set in place of the file's.
@@ -37,7 +36,7 @@ class BenchmarkArguments:
         model_name_or_path: Where the one checkpoint of other people lies, in place of the file's.
     """
 
-    grid: str = field(metadata={"help": "YAML file of the grid, or a results.parquet to show again."})
+    grid: str = field(metadata={"help": "YAML file of the grid, its name in the recipes, or a results.parquet to show again."})
     shard: str = field(default="0/1", metadata={"help": "i/n: the i-th of n shares of the cells, i from 0."})
     only: list[str] = field(default_factory=lambda: ["*"], metadata={"help": "'VICTIM | RETAIN | DEFENCE | SEED' patterns."})
     dataset_name: str | None = field(default=None, metadata={"help": "Data set in place of the file's."})
@@ -53,7 +52,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     return {"rows": json.loads(run_benchmark(argv).to_json(orient="records"))}
 
 
-def run_benchmark(argv: list[str]) -> pandas.DataFrame:
+def run_benchmark(argv: list[str]) -> "pandas.DataFrame":
     """Run ``GRID.yaml --option value ...``: make the missing cells, write ``results.parquet``, ``results.md`` and the plots.
 
     Returns:
@@ -63,7 +62,13 @@ def run_benchmark(argv: list[str]) -> pandas.DataFrame:
         FileNotFoundError: The grid, a victim or an image folder is not there.
         ValueError: The grid does not hold together, the table is none of a benchmark, or more than one process was launched.
     """
-    rows, folder = _rows(argv, Grid, Runner)
+    options = _options(argv)
+    from ..benchmark.cells import Runner
+    from ..benchmark.grid import Grid
+    from ..benchmark.plots import draw
+    from ..benchmark.tables import render
+
+    rows, folder = _rows(options, Grid, Runner)
     table = render(rows)
     _write(table, folder)
     draw(rows, folder)
@@ -71,7 +76,7 @@ def run_benchmark(argv: list[str]) -> pandas.DataFrame:
     return rows
 
 
-def run_study(argv: list[str]) -> pandas.DataFrame:
+def run_study(argv: list[str]) -> "pandas.DataFrame":
     """Run ``GRID.yaml --option value ...``, a `StudyGrid`: make the missing cells, write ``results.parquet``,
     ``choices.parquet`` and ``results.md``.
 
@@ -82,7 +87,11 @@ def run_study(argv: list[str]) -> pandas.DataFrame:
         FileNotFoundError: See `run_benchmark`.
         ValueError: See `run_benchmark`.
     """
-    rows, folder = _rows(argv, StudyGrid, StudyRunner)
+    options = _options(argv)
+    from ..benchmark.study import StudyGrid, StudyRunner
+    from ..benchmark.study_tables import choices, render_study
+
+    rows, folder = _rows(options, StudyGrid, StudyRunner)
     if STUDIED not in rows and len(rows):
         raise ValueError(f"{folder} holds the table of a benchmark: name the results.parquet that a study wrote")
     found, table = choices(rows), render_study(rows)
@@ -94,15 +103,24 @@ def run_study(argv: list[str]) -> pandas.DataFrame:
     return found
 
 
-def _rows(argv: list[str], kind: type[Grid], runner_class: type[Runner]) -> tuple[pandas.DataFrame, Path]:
-    """The rows of all cells of a grid, those of the share made, and the grid's folder."""
+def _options(argv: list[str]) -> BenchmarkArguments:
     (options,) = Parser([BenchmarkArguments]).read(with_option("grid", argv))
+    return options
+
+
+def _rows(options: BenchmarkArguments, kind: "type[Grid]", runner_class: "type[Runner]") -> "tuple[pandas.DataFrame, Path]":
+    """The rows of all cells of a grid, those of the share made, and the grid's folder."""
+    from accelerate import PartialState
+
+    from ..benchmark.cells import run_grid
+    from ..benchmark.grid import read_grid
+
     if PartialState().num_processes > 1:
         raise ValueError("a cell runs in one process: launch one for each share of the grid, with --shard i/n")
     if options.grid.endswith(".parquet"):
         return read_rows(Path(options.grid)), Path(options.grid).parent
     over = ("dataset_name", "dataset_config", "victims_dir", "output_dir", "watch_images")
-    grid = read_grid(options.grid, kind, **{name: getattr(options, name) for name in over})
+    grid = read_grid(find_recipe(options.grid, "grid"), kind, **{name: getattr(options, name) for name in over})
     if options.model_name_or_path:
         grid.checkpoint_at(options.model_name_or_path)
     return run_grid(grid, options.shard, options.only, runner_class), Path(grid.output_dir)
@@ -113,13 +131,15 @@ def _write(table: str, folder: Path) -> None:
         beside.write_text(table + "\n")
 
 
-def read_rows(file: Path) -> pandas.DataFrame:
+def read_rows(file: Path) -> "pandas.DataFrame":
     """Read the ``results.parquet`` of a grid.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is no parquet file, or not one of a benchmark.
     """
+    import pandas
+
     if not file.is_file():
         raise FileNotFoundError(f"no table {file}: name the results.parquet in a grid's output_dir")
     try:

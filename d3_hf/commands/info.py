@@ -60,10 +60,13 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
 
 
 def as_text(found: dict[str, Any], margin: str = "") -> str:
-    """One line an entry, JSON values so that nothing a checkpoint says can steer a terminal; mappings are indented."""
+    """One line an entry, JSON values so that nothing a checkpoint says can steer a terminal; mappings are indented, rates are
+    percent."""
     lines = []
     for name, value in found.items():
         nested = isinstance(value, dict) and bool(value)
-        lines.append(f"{margin}{name}:" if nested else f"{margin}{name}: {json.dumps(value)}")
+        is_rate = isinstance(value, float) and name.removesuffix("_before").removesuffix("_after") in RATES
+        text = f"{100 * value:.1f} %" if is_rate else json.dumps(value)
+        lines.append(f"{margin}{name}:" if nested else f"{margin}{name}: {text}")
         lines += [as_text(value, margin + "  ")] if nested else []
     return "\n".join(lines)

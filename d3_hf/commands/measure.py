@@ -4,14 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..attacks import load_attack
-from ..data.preprocessing import Preprocessing
-from ..evaluation.measure import measure, rates
-from ..labels import check_labels
-from ..models import load_classifier
 from ..options.parser import Parser
-from ..publishing.tables import rates_table
-from ..victims.record import read_record, recorded_images
 from . import with_option
 
 
@@ -45,6 +38,14 @@ def run(argv: list[str]) -> dict[str, Any]:
         ValueError: The folder's record is damaged, or see `load_classifier`, `load_images` and `measure`.
     """
     (options,) = Parser([MeasureArguments]).read(with_option("folder", argv))
+    from ..attacks import load_attack  # these take seconds, which help and mistakes need not
+    from ..data.preprocessing import Preprocessing
+    from ..evaluation.measure import measure, rates
+    from ..labels import check_labels
+    from ..models import load_classifier
+    from ..publishing.tables import rates_table
+    from ..victims.record import read_record, recorded_images
+
     folder = Path(options.folder)
     record = read_record(folder)
     images = recorded_images(record, dataset_name=options.dataset_name, max_test_images=options.max_test_images)

@@ -4,25 +4,17 @@ import argparse
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..auto.config import AutoConfig
-from ..auto.dry_run import dry_run
-from ..auto.plan import make_plan
-from ..auto.run import choose_recipe
-from ..defenses import defence
+from ..defenses import configuration, defence
 from ..errors import GuardRailBroken
-from ..evaluation.guard import GuardArguments
-from ..evaluation.retain_check import FEW_IMAGES
-from ..labels import check_labels
+from ..evaluation.guard_arguments import GuardArguments
 from ..options.arguments import NO_IMAGES, AttackArguments, DataArguments, ModelArguments
 from ..options.parser import parse_arguments
-from ..publishing.manifest import public_name
-from ..publishing.report import Report
-from ..publishing.tables import audit_line
-from ..training.trainer import PurifyTrainer
-from ..victims.sets import make_victim
-from ..workflow import purify
+
+if TYPE_CHECKING:  # what does more than read options is loaded when they are read: help and mistakes answer sooner
+    from ..training.trainer import PurifyTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +58,14 @@ def run(argv: list[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--defence", "--defense", default="d3", nargs="?", const="")
     chosen, argv = parser.parse_known_args(argv)
-    config_class, trainer_class = (AutoConfig, None) if chosen.defence == AUTO else defence(chosen.defence)
-    model_args, data_args, attack_args, drill, guard, args = parse_arguments([*OPTIONS, config_class], argv)
+    config_class = AutoConfig if chosen.defence == AUTO else configuration(chosen.defence)
+    options = parse_arguments([*OPTIONS, config_class], argv)
+    _check(*options)
+    return _run(chosen.defence, *options)
+
+
+def _check(model_args, data_args, attack_args, drill, guard, args) -> None:
+    """Refuse what can be refused before anything is loaded."""
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16 is for a GPU and this run has none: use bf16, or leave it out")
     if model_args.model_name_or_path is None and drill.victim_config is None:
@@ -76,9 +74,20 @@ def run(argv: list[str]) -> dict[str, Any]:
         raise ValueError(NO_IMAGES)
     if model_args.model_name_or_path is None and attack_args.attack:
         raise ValueError("--attack is that of the victim in a drill, which --victim_config says: give one of the two")
-    is_dry = isinstance(args, AutoConfig) and args.dry_run
-    if is_dry and model_args.model_name_or_path is None:
+    if isinstance(args, AutoConfig) and args.dry_run and model_args.model_name_or_path is None:
         raise ValueError("--dry_run writes nothing, a victim neither: make it first and give --model_name_or_path")
+
+
+def _run(method, model_args, data_args, attack_args, drill, guard, args) -> dict[str, Any]:
+    from ..auto.dry_run import dry_run
+    from ..auto.plan import make_plan
+    from ..auto.run import choose_recipe
+    from ..labels import check_labels
+    from ..publishing.manifest import public_name
+    from ..publishing.report import Report
+    from ..victims.sets import make_victim
+    from ..workflow import purify
+
     attack = attack_args.load()
     if model_args.model_name_or_path is None:
         victim = make_victim([drill.victim_config])
@@ -92,7 +101,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     report = Report(data=public_name(images.source), configuration=images.configuration, split=images.split)
     if isinstance(args, AutoConfig):
         plan = make_plan(model, images.retain, args, guard.max_accuracy_drop, images.source)
-        if is_dry:
+        if args.dry_run:
             return dry_run(plan)
         choice = choose_recipe(plan)
         trainer, report, audit = plan.trainer(choice.rung), replace(report, chosen=choice.facts), plan.audit
@@ -100,6 +109,7 @@ def run(argv: list[str]) -> dict[str, Any]:
             logger.warning("no test images: measuring on %s", AUDIT_SPLIT)
             test, report = audit, replace(report, split=AUDIT_SPLIT)
     else:
+        _, trainer_class = defence(method)
         trainer = trainer_class(model=model, args=args, train_dataset=images.retain, data_source=images.source)
     try:
         report = purify(trainer, test, attack, guard, report, audit)
@@ -113,6 +123,8 @@ def run(argv: list[str]) -> dict[str, Any]:
 
 
 def _refuse_few(drawn: int, of: int, classes: int) -> None:
+    from ..evaluation.retain_check import FEW_IMAGES
+
     if drawn < FEW_IMAGES * classes:
         raise ValueError(
             f"5 % of {of} images are {drawn}, fewer than {FEW_IMAGES} a class: give --retain_count or --retain_fraction; where "
@@ -120,10 +132,12 @@ def _refuse_few(drawn: int, of: int, classes: int) -> None:
         )
 
 
-def print_summary(trainer: PurifyTrainer, folder: Path) -> None:
+def print_summary(trainer: "PurifyTrainer", folder: Path) -> None:
     """Print ACC, ASR, RA, PACC and drift before and after, the seconds, and that the model lies in ``folder``."""
     print(f"\n{trainer.report}\n")
     if trainer.report.audit:
+        from ..publishing.tables import audit_line
+
         print(audit_line(trainer.report.audit))
     print(", ".join(f"{name} {value:.1f} s" for name, value in trainer.report.seconds.items()))
     what = "Rejected model" if trainer.report.rejected else "Purified model"

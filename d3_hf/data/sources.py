@@ -17,8 +17,6 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import DatasetCard
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from yaml import YAMLError
 
 from ..errors import go_online
@@ -54,6 +52,9 @@ def digits() -> DatasetDict:
     Enlarged bilinearly from 8x8 to 32x32, grey levels 0..16 spread over 0..255, three equal channels. The split, 1,437
     for training and 360 for testing, is stratified by digit and fixed.
     """
+    from sklearn.datasets import load_digits  # takes seconds, which whoever brings images need not wait
+    from sklearn.model_selection import train_test_split
+
     bunch = load_digits()
     grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
     features = Features({"image": datasets.Image(), "label": ClassLabel(names=[str(name) for name in bunch.target_names])})

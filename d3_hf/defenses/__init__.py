@@ -32,8 +32,16 @@ def defence(name: str) -> tuple[type, type]:
     Raises:
         ValueError: There is no such defence; the message lists them.
     """
+    return _part(name, "Config"), _part(name, "Trainer")
+
+
+def configuration(name: str) -> type:
+    """The Config of a defence, as `defence`: D3's comes without its Trainer, which takes seconds to load."""
+    return _part(name, "Config")
+
+
+def _part(name: str, ending: str) -> type:
     if name not in DEFENCES:
         raise ValueError(f"unknown defence {name!r}; known: {', '.join(DEFENCES)}")
     module, prefix = DEFENCES[name]
-    loaded = importlib.import_module(f"{__name__}.{module}")
-    return getattr(loaded, f"{prefix}Config"), getattr(loaded, f"{prefix}Trainer")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), prefix + ending)

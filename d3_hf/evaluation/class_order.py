@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import binomtest
 from transformers import PreTrainedConfig
 
 from ..labels import label_names_of, names_tell
@@ -39,6 +37,8 @@ def order_contradiction(
         That the numbers contradict each other, and the whole class map that would fit; None where they do not, or nothing
         can be told.
     """
+    from scipy.stats import binomtest
+
     if names_tell(class_names, config):
         return None
     predictions, labels = np.asarray(predictions), np.asarray(labels)
@@ -74,6 +74,8 @@ def _dealt(labels: np.ndarray) -> np.ndarray:
 
 def _best_order(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     """For each class (C,) its number in the model: the permutation that fits most images, if several the least one."""
+    from scipy.optimize import linear_sum_assignment
+
     counts = np.zeros((classes, classes), np.int64)
     np.add.at(counts, (labels, predictions), 1)
     _, order = linear_sum_assignment(counts * (classes + 1) + np.eye(classes, dtype=np.int64), maximize=True)

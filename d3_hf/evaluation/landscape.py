@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import silhouette_samples
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -269,6 +268,8 @@ def silhouette(clean: Tensor, labels: Tensor, triggered: Tensor) -> float:
     Raises:
         ValueError: Shapes disagree, there is no clean image, or fewer than 2 are triggered.
     """
+    from sklearn.metrics import silhouette_samples
+
     if clean.ndim != 2 or clean.shape[1:] != triggered.shape[1:] or labels.shape != clean.shape[:1]:
         raise ValueError(
             "silhouette needs features (N, D), labels (N,) and triggered features (M, D); got shapes "

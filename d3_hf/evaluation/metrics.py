@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binomtest
 from transformers import EvalPrediction
 
 
@@ -45,6 +44,8 @@ class Proportion:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval (low, high), in [0, 1]."""
+        from scipy.stats import binomtest  # scipy takes seconds, which whoever measures nothing need not wait
+
         interval = binomtest(self.successes, self.n).proportion_ci(confidence_level=0.95, method="wilson")
         return float(interval.low), float(interval.high)
 

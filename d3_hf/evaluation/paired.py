@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binomtest
 
 from .metrics import Proportion, accuracy
 
@@ -84,6 +83,8 @@ class PairedTable:
     @property
     def p_value(self) -> float:
         """McNemar's exact test, two-sided: how surprising the lost and the gained images are if ACC has not changed."""
+        from scipy.stats import binomtest
+
         discordant = self.lost + self.gained
         return float(binomtest(self.lost, discordant).pvalue) if discordant else 1.0
 
@@ -93,6 +94,8 @@ class PairedTable:
 
 
 def _wilson(rate: Proportion, confidence: float) -> tuple[float, float]:
+    from scipy.stats import binomtest
+
     interval = binomtest(rate.successes, rate.n).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 

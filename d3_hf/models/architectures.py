@@ -160,7 +160,7 @@ def classes_in(weights: dict[str, Tensor], architecture: str, where: str) -> int
         raise ValueError(
             f"{where}: cannot tell the number of classes of this {architecture}, whose classifier is {classifier}, where the "
             f"weights are {told(weights)}: give the classes' names, or in Python num_labels; an encoder, which has none, takes "
-            "a new head, --new_head in make_victim"
+            "a new head, --new_head of d3-hf victim"
         )
     name = names.pop()
     logger.info("%s: %d classes, from the shape of %s", where, len(weights[name]), name)

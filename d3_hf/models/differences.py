@@ -80,6 +80,6 @@ class Differences:
 def headless(where: str, reason: str) -> ValueError:
     """The error about an encoder where a classifier is needed."""
     return ValueError(
-        f"{where} is an encoder without a head ({reason}): give it a new one and train it, --new_head in make_victim (in "
+        f"{where} is an encoder without a head ({reason}): give it a new one and train it, --new_head of d3-hf victim (in "
         "Python load_classifier(source, new_head=[class names])); a purification takes the fine-tuned classifier"
     )

@@ -13,47 +13,68 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-# What most runs need of a training's options, of which there are nearly two hundred.
-FREQUENT = {
-    "model_name_or_path",
-    "architecture",
-    "image_mean",
-    "image_std",
-    "class_names",
-    "dataset_name",
-    "class_map",
-    "retain_fraction",
-    "retain_count",
-    "test_split",
-    "max_test_images",
-    "attack",
-    "poison_ratio",
-    "new_head",
-    "output_dir",
-    "overwrite_output_dir",
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "horizontal_flip",
-    "batch_norm",
-    "sam_rho",
-    "seed",
-    "bf16",
-    "save_strategy",
-    "resume_from_checkpoint",
-    "max_accuracy_drop",
-    "min_class_accuracy",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_create_pr",
+from .recipes import find_recipe
+
+# What most runs need of a training's options, of which there are nearly two hundred, and what messages recommend, as help
+# groups them. What a method declares itself joins METHOD.
+METHOD = "method"
+GROUPS: dict[str, tuple[str, ...]] = {
+    "model": (
+        "model_name_or_path",
+        "revision",
+        "architecture",
+        "class_names",
+        "image_size",
+        "image_mean",
+        "image_std",
+        "new_head",
+    ),
+    "images": (
+        "dataset_name",
+        "dataset_config",
+        "image_column",
+        "label_column",
+        "class_map",
+        "retain_fraction",
+        "retain_count",
+        "test_split",
+        "max_test_images",
+        "attack",
+        "poison_ratio",
+        "victim_config",
+    ),
+    METHOD: (
+        "optim",
+        "learning_rate",
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "horizontal_flip",
+        "cutmix",
+        "batch_norm",
+        "sam_rho",
+    ),
+    "what must hold": ("max_accuracy_drop", "min_class_accuracy", "min_agreement"),
+    "run": (
+        "output_dir",
+        "overwrite_output_dir",
+        "seed",
+        "bf16",
+        "use_cpu",
+        "save_strategy",
+        "resume_from_checkpoint",
+        "dry_run",
+    ),
+    "Hub": ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_create_pr"),
+    "help": ("help",),
 }
+FREQUENT = {name for names in GROUPS.values() for name in names}
 
 
 class Parser(HfArgumentParser):
     """`HfArgumentParser` that raises a ValueError of one line where argparse prints every option and exits.
 
-    The help of a training has a line for each of `FREQUENT` and what its method declares; ``--help_all`` prints all options.
+    The help of a training has a line for each of `GROUPS` and what its method declares; ``--help_all`` prints all options.
 
     Args:
         dataclass_types: Dataclasses with disjoint field names.
@@ -68,8 +89,11 @@ class Parser(HfArgumentParser):
             if action.dest.startswith(hidden):
                 action.help = SUPPRESS
         self._shown = {action.dest for action in self._actions if action.help != SUPPRESS}
+        self._groups: dict[str, tuple[str, ...]] = {}
         if trainings:
-            self._shown &= FREQUENT.union({"help"}, *map(get_annotations, trainings))
+            own = [name for kind in trainings for name in get_annotations(kind) if name not in FREQUENT]
+            self._groups = GROUPS | {METHOD: (*own, *GROUPS[METHOD])}
+            self._shown &= FREQUENT.union(own)
             self.add_argument("--help_all", action=_WholeHelp, nargs=0, dest="help", default=SUPPRESS, help="show every option")
 
     @staticmethod
@@ -80,9 +104,14 @@ class Parser(HfArgumentParser):
         HfArgumentParser._parse_dataclass_field(parser, own)
 
     def format_help(self) -> str:
-        """A line for each option that is shown, with its default."""
+        """A line for each option that is shown, with its default; a training's in groups."""
         shown = [a for a in self._actions if a.dest in self._shown and not a.option_strings[0].startswith("--no_")]
-        return "\n".join(["options:", *map(_help_line, shown)]) + "\n"
+        groups = self._groups or {"options": tuple(dict.fromkeys(action.dest for action in shown))}
+        lines = []
+        for title, names in groups.items():
+            found = [_help_line(action) for name in names for action in shown if action.dest == name]
+            lines += [f"{title}:", *found] if found else []
+        return "\n".join(lines) + "\n"
 
     def format_whole_help(self) -> str:
         """What argparse would print."""
@@ -129,25 +158,26 @@ class _WholeHelp(Action):
 def parse_arguments(
     dataclass_types: list[type], argv: list[str] | None = None, defaults: dict[str, Any] | None = None
 ) -> tuple:
-    """Parse ``[CONFIG.yaml] --option value ...`` into one instance of each dataclass.
+    """Parse ``[CONFIG] --option value ...`` into one instance of each dataclass.
 
     Args:
         dataclass_types: Dataclasses with disjoint field names.
-        argv: Arguments without the program's name; default ``sys.argv[1:]``.
+        argv: Arguments without the program's name; default ``sys.argv[1:]``. CONFIG is a YAML file, or the name of one of
+            ``recipes/configs``.
         defaults: Options in place of a YAML file's.
 
     Returns:
         The instances, in the order of the types.
 
     Raises:
-        FileNotFoundError: The YAML file does not exist.
+        FileNotFoundError: There is no such file, and none of that name.
         ValueError: The YAML file is no mapping, or an option is unknown or its value of another kind.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(dataclass_types)
     where = "the options given"
-    if defaults is None and argv and argv[0].endswith((".yaml", ".yml")):
-        where = argv.pop(0)
+    if defaults is None and argv and not argv[0].startswith("-"):
+        where = find_recipe(argv.pop(0), "configuration file")
         defaults = read_yaml(where)
     if unknown := sorted((defaults or {}).keys() - {action.dest for action in parser._actions}):
         near = get_close_matches(unknown[0], [action.dest for action in parser._actions], 1)

@@ -103,9 +103,9 @@ def rates_table(columns: dict[str, dict]) -> str:
 
 
 def _percent(rates: dict, key: str, unit: str = "%") -> str:
-    """``91.20 % [90.40, 91.95]`` of a proportion as `Proportion.as_dict` writes it; without interval where it has none."""
-    share = f"{100 * rates[key]:.2f} {unit}"
+    """``91.2 % [90.4, 92.0]`` of a proportion as `Proportion.as_dict` writes it; without interval where it has none."""
+    share = f"{100 * rates[key]:.1f} {unit}"
     if f"{key}_ci95" not in rates:
         return share
     low, high = rates[f"{key}_ci95"]
-    return f"{share} [{100 * low:.2f}, {100 * high:.2f}]"
+    return f"{share} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -46,8 +46,9 @@ def check_output(args: TrainingArguments, source: Any) -> None:
             f"output_dir {folder} holds other weights ({', '.join(others)}), which many programs would load in place of the "
             "new ones: choose another folder, or move them away"
         )
-    found = results_in(folder) or results_in(folder / REJECTED)
-    if found and not (args.overwrite_output_dir or is_asked_to_resume(args.resume_from_checkpoint)):
+    found, asked = results_in(folder) or results_in(folder / REJECTED), args.resume_from_checkpoint
+    goes_on = is_asked_to_resume(asked) and not begins_anew(asked, folder)
+    if found and not (args.overwrite_output_dir or goes_on):
         raise ValueError(
             f"output_dir {folder} holds the results of another run ({found.relative_to(folder)}): choose another, or add "
             "--overwrite_output_dir (overwrite_output_dir=True) to replace them"
@@ -120,6 +121,11 @@ def move_away(checkpoints: Iterable[Path], beside: Path) -> None:
 def is_asked_to_resume(asked: str | bool | None) -> bool:
     """Whether ``resume_from_checkpoint`` asks for a checkpoint: neither None nor False, which a command line spells out."""
     return asked is not None and str(asked).lower() != "false"
+
+
+def begins_anew(asked: str | bool | None, folder: Path) -> bool:
+    """Whether ``resume_from_checkpoint`` asks for the last checkpoint of a folder that holds none, whole or not."""
+    return str(asked).lower() == "true" and not checkpoints_in(folder)
 
 
 def to_resume_from(asked: str | bool | None, output_dir: Path) -> str | None:

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 SGD_ARGUMENTS = "momentum=0.9"
 # Options that `schedule.RULES` settles where they are None, and what stands in for them while the library checks the others.
@@ -244,10 +247,20 @@ class PurifyConfig(TrainingArguments):
         for name in open_options:
             setattr(self, name, None)
         self._take_accumulation()
+        self._take_one_gpu()
         if self.average_last and self.save_strategy != SaveStrategy.NO:
             raise ValueError("average_last with checkpoints: they would not hold the mean; leave save_strategy at 'no'")
         if self.sam_rho and (self.gradient_accumulation_steps > 1 or self.fp16):
             raise ValueError("sam_rho needs whole, unscaled gradients: leave gradient_accumulation_steps at 1 and fp16 off")
+
+    def _take_one_gpu(self) -> None:
+        """Use one of several GPUs where no processes were launched: nn.DataParallel would cut batches and their loss apart."""
+        if self.n_gpu > 1:
+            logger.warning_once(
+                f"one of {self.n_gpu} GPUs is used: --num_processes {self.n_gpu} uses all (in Python start the script with "
+                "`accelerate launch`)"
+            )
+            self._n_gpu = 1
 
     def _take_accumulation(self) -> None:
         """Make an option of the steps that accelerator_config may hold, as the Trainer does later, when nothing is checked."""

@@ -1,11 +1,11 @@
-"""A Trainer that a kill, a full disk or Ctrl-C costs nothing but the steps since its last checkpoint."""
+"""A Trainer that a kill, a full disk, Ctrl-C or SIGTERM costs nothing but the steps since its last checkpoint."""
 
 import os
 import shutil
 import signal
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors.torch import load_file
 from torch import nn
@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..files import PARTIAL, atomic_folder, disk_errors, flush
-from .checkpoints import advise_resuming, checkpoints_in, move_away, outdated, seal, to_resume_from
+from .checkpoints import advise_resuming, begins_anew, checkpoints_in, move_away, outdated, seal, to_resume_from
 from .state import read_state, write_state
 
 STATE = "trainer_state.json"
@@ -60,7 +60,8 @@ class DurableTrainer(Trainer):
         """As the base class.
 
         Args:
-            resume_from_checkpoint: A checkpoint's folder, or True for the last whole one in ``output_dir``.
+            resume_from_checkpoint: A checkpoint's folder, or True for the last whole one in ``output_dir``, which begins anew
+                where there is none yet: a job that was put back into the queue says so whether it had begun or not.
             trial: See `Trainer.train`.
             ignore_keys_for_eval: See `Trainer.train`.
 
@@ -69,10 +70,10 @@ class DurableTrainer(Trainer):
                 overwrites.
             OSError: A checkpoint cannot be written; those before it stay.
             KeyboardInterrupt: After Ctrl-C, with a message that says how to go on; where there are checkpoints and one process,
-                once the step is done and saved.
+                once the step is done and saved. So it is with SIGTERM, which then goes to whoever listened for it before.
         """
         output_dir = Path(self.args.output_dir)
-        checkpoint = to_resume_from(resume_from_checkpoint, output_dir)
+        checkpoint = to_resume_from(self.asked_checkpoint(resume_from_checkpoint), output_dir)
         if checkpoint is None and self.state.global_step == 0:
             self._clear(checkpoints_in(output_dir))
         callback = _SaveWhenInterrupted(self)
@@ -80,13 +81,20 @@ class DurableTrainer(Trainer):
         try:
             result = super().train(checkpoint, trial, ignore_keys_for_eval)
             if callback.asked:  # after the last step
-                raise KeyboardInterrupt
+                callback.stop()
             return result
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"at step {self.state.global_step}: {self._how_to_go_on()}") from None
+        except KeyboardInterrupt as stop:
+            raise type(stop)(f"at step {self.state.global_step}: {self._how_to_go_on()}") from None
         finally:
             callback.stop_listening()
             self.remove_callback(callback)
+
+    def asked_checkpoint(self, asked: str | bool | None) -> str | bool | None:
+        """What is asked to go on from; None, and a line, where that is the last checkpoint of a folder without any."""
+        if not begins_anew(asked, Path(self.args.output_dir)):
+            return asked
+        self.accelerator.print(f"{self.args.output_dir} holds no checkpoint yet: the run begins from the start")
+        return None
 
     def _clear(self, old: list[Path]) -> None:
         if old and not self.args.overwrite_output_dir:
@@ -183,34 +191,39 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 class _SaveWhenInterrupted(TrainerCallback):
-    """On Ctrl-C finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once.
+    """On Ctrl-C or SIGTERM finishes the step, saves a checkpoint and stops; a second one stops at once.
 
     Several processes are interrupted at different steps and cannot save together: there, where there are no checkpoints, and
-    before the first step, which may be minutes away, Ctrl-C stops at once.
+    before the first step, which may be minutes away, the first one stops at once.
     """
 
     def __init__(self, trainer: DurableTrainer):
         self.trainer = trainer
-        self.asked = self._listening = False
-        self._previous: Any = None  # handler
+        self.asked: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}  # handlers
 
     def on_step_begin(self, args, state, control, **kwargs):
         saves = args.save_strategy != SaveStrategy.NO and args.world_size == 1
-        if saves and not (self._listening or self.asked) and threading.current_thread() is threading.main_thread():
-            self._previous, self._listening = signal.signal(signal.SIGINT, self._ask), True
+        if saves and not (self._previous or self.asked) and threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _ask(self, number, frame) -> None:
-        self.asked = True
+        self.asked = number
         self.stop_listening()
         print("Interrupted: the step is finished and saved first; once more stops at once")
 
     def stop_listening(self) -> None:
-        """Put the handler back that was there before."""
-        if self._listening:
-            signal.signal(signal.SIGINT, self._previous)
-            self._listening = False
+        """Put the handlers back that were there before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not one of Python's
+        self._previous = {}
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.asked:
             self.trainer._save_checkpoint(self.trainer.model)
-            raise KeyboardInterrupt
+            self.stop()
+
+    def stop(self) -> NoReturn:
+        """Hand the signal on to whoever listened before, as a rule by raising; SIGTERM to nobody ends the process."""
+        signal.raise_signal(self.asked)
+        raise KeyboardInterrupt

@@ -70,10 +70,10 @@ class PurifyTrainer(Defence, PublishingTrainer):
         OSError: ``output_dir`` cannot be written.
         ValueError: ``output_dir`` holds another run's results (see `check_output`); the images' labels are not the model's; no
             image processor is known, or the network cannot be trained on what it gives (see `leaves_one_image`); the run would
-            use `nn.DataParallel`, FSDP or DeepSpeed where `placement_of` refuses it, a PEFT model or `model_init`, or push
-            checkpoints to the Hub; a data set is of no form that is known here; a training batch has no tensor ``labels``; an
-            addition (see `Defence.additions`) does not fit the defence, or ``cutout`` the images; an argument or an option of
-            `Trainer` cannot be honoured (see `refuse_unsupported`).
+            use FSDP or DeepSpeed where `placement_of` refuses it, a PEFT model or `model_init`, or push checkpoints to the Hub;
+            a data set is of no form that is known here; a training batch has no tensor ``labels``; an addition (see
+            `Defence.additions`) does not fit the defence, or ``cutout`` the images; an argument or an option of `Trainer`
+            cannot be honoured (see `refuse_unsupported`).
         FloatingPointError: The clean loss of a step is NaN or infinite.
         RuntimeError: After training, when no trained weight has moved.
 

@@ -39,8 +39,8 @@ def refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict[str, A
 
     Raises:
         ValueError: ``model_init``; another loss; no transformers model; one of another task, see `settle`; checkpoints pushed
-            to the Hub; `nn.DataParallel`; an optimizer that steps within the backward pass; a PEFT or device-mapped model; a
-            layer whose weight a hook computes (pruning); an option of `UNFIT`.
+            to the Hub; an optimizer that steps within the backward pass; a PEFT or device-mapped model; a layer whose weight a
+            hook computes (pruning); an option of `UNFIT`.
     """
     if kwargs.get("model_init") is not None:
         raise ValueError("model_init would replace the suspicious model inside train(); pass model= instead")
@@ -60,8 +60,6 @@ def refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict[str, A
     for option, (fits, why) in UNFIT.items():
         if (value := getattr(args, option)) not in fits:
             raise ValueError(f"{option}={value} does not fit: {why}")
-    if args.n_gpu > 1:
-        raise ValueError(f"one process would drive {args.n_gpu} GPUs by nn.DataParallel; start it with `accelerate launch`")
     optimizer = str(getattr(args.optim, "value", args.optim))
     if "layerwise" in optimizer or optimizer.endswith("lomo"):
         raise ValueError(

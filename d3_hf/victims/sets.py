@@ -18,6 +18,7 @@ from ..labels import check_labels
 from ..models import load_classifier, new_model
 from ..options.arguments import RETAIN_FRACTION, ModelArguments
 from ..options.parser import Parser, parse_arguments, read_yaml
+from ..options.recipes import find_recipe
 from ..publishing.card import victim_table
 from ..publishing.manifest import VICTIM_FILE, arguments_of
 from ..publishing.tables import markdown_table
@@ -31,12 +32,13 @@ class SetArguments:
     """Which victims of a set.
 
     Args:
-        set: YAML file: ``output_dir``, and ``groups``, each with ``base`` (options of `make_victim`) and ``victims`` (per name
-            the options that differ). A ``clean_model`` may be another victim of the set, as GROUP/VICTIM.
+        set: YAML file, or the name of one in ``recipes``: ``output_dir``, and ``groups``, each with ``base`` (options of
+            `make_victim`) and ``victims`` (per name the options that differ). A ``clean_model`` may be another victim of the
+            set, as GROUP/VICTIM.
         only: Patterns such as ``cifar10-resnet20/*``; default all.
     """
 
-    set: str = field(metadata={"help": "YAML file that names the victims."})
+    set: str = field(metadata={"help": "YAML file that names the victims, or its name in the recipes."})
     only: list[str] = field(default_factory=lambda: ["*"], metadata={"help": "Make those that match, as GROUP/VICTIM."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder in place of the file's."})
 
@@ -143,10 +145,11 @@ def make_set(argv: list[str] | None = None) -> list[str]:
         KeyboardInterrupt: After Ctrl-C, with a message that says how to go on.
     """
     chosen, rest = Parser([SetArguments]).parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+    file = find_recipe(chosen.set, "set of victims")
     if any(option.startswith("--resume_from_checkpoint") for option in rest):
         raise ValueError("a set finds the checkpoints of its victims itself: run it again without --resume_from_checkpoint")
-    victims = read_set(chosen.set)
-    root = Path(chosen.output_dir or read_yaml(chosen.set)["output_dir"])
+    victims = read_set(file)
+    root = Path(chosen.output_dir or read_yaml(file)["output_dir"])
     names = [name for name in victims if any(fnmatch(name, pattern) for pattern in chosen.only)]
     if not names:
         raise ValueError(f"--only {' '.join(chosen.only)} matches no victim of {chosen.set}; it has {', '.join(victims)}")
@@ -166,8 +169,8 @@ def make_set(argv: list[str] | None = None) -> list[str]:
         options |= {"overwrite_output_dir": True, "resume_from_checkpoint": checkpoint and str(checkpoint)}
         try:
             make_victim(rest, options)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"while {name} was made: run the same command again to go on") from None
+        except KeyboardInterrupt as stop:
+            raise type(stop)(f"while {name} was made: run the same command again to go on") from None
         PartialState().wait_for_everyone()  # until its files are written
     if PartialState().is_main_process:
         with atomic_file(root / "victims.md") as beside:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One purification on two machines: sbatch recipes/slurm/purify.sh CONFIG.yaml --option value ...
+# One purification on two machines: sbatch recipes/slurm/purify.sh CONFIG --option value ...
 # Requeued, the job goes on from its last checkpoint, or from the beginning if it had none yet.
 #SBATCH --job-name=d3-purify
 #SBATCH --nodes=2
@@ -9,26 +9,12 @@
 #SBATCH --requeue
 set -euo pipefail
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
-    # Where the run writes: as the command line, else the file, else the recipe has it.
-    checkpoints=$(python - "$@" <<'PYTHON'
-import argparse, pathlib, sys, yaml
-
-options = {}
-if sys.argv[1:] and sys.argv[1].endswith((".yaml", ".yml")):
-    options = yaml.safe_load(pathlib.Path(sys.argv[1]).read_text())
-parser = argparse.ArgumentParser(add_help=False)
-parser.add_argument("--output_dir", "--output-dir", default=options.get("output_dir", "outputs/purified"))
-folder = pathlib.Path(parser.parse_known_args()[0].output_dir).expanduser()
-print(*folder.glob("checkpoint-*"))
-PYTHON
-    )
-    if [ -n "$checkpoints" ]; then
-        set -- "$@" --resume_from_checkpoint true
-    fi
+    set -- "$@" --resume_from_checkpoint true
 fi
 MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MAIN_ADDRESS
+CONFIGURATION=$(d3-hf recipes accelerate/multi_node)
+export MAIN_ADDRESS CONFIGURATION
 # shellcheck disable=SC2016  # the task's own shell fills in its rank
-srun --kill-on-bad-exit=1 bash -c 'accelerate launch --config_file recipes/accelerate/multi_node.yaml \
+srun --kill-on-bad-exit=1 bash -c 'accelerate launch --config_file "$CONFIGURATION" \
     --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * SLURM_GPUS_ON_NODE))" --machine_rank "$SLURM_NODEID" \
-    --main_process_ip "$MAIN_ADDRESS" recipes/d3_vit.py "$@" --save_strategy epoch --save_total_limit 2' purify "$@"
+    --main_process_ip "$MAIN_ADDRESS" -m d3_hf.cli purify "$@" --save_strategy epoch --save_total_limit 2' purify "$@"

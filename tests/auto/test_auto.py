@@ -30,6 +30,7 @@ from d3_hf.auto.trial import predictions_before, try_recipe
 from d3_hf.commands.purify import OPTIONS, run
 from d3_hf.data.images import RawImages
 from d3_hf.data.preprocessing import Preprocessing
+from d3_hf.errors import Terminated
 from d3_hf.evaluation.measure import measure
 from d3_hf.evaluation.paired import PairedTable, paired_table
 from d3_hf.options.parser import parse_arguments
@@ -181,11 +182,11 @@ def test_an_interrupted_ladder_goes_on(planned, tmp_path, monkeypatch):
     def interrupted(plan, rung, before):
         tries.append(rung.recipe.name)
         if len(tries) == 2:
-            raise KeyboardInterrupt
+            raise Terminated
         return really(plan, rung, before)
 
     monkeypatch.setattr(auto, "try_recipe", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="while trying unfit: what was tried before it stays in .*tried.json; run"):
+    with pytest.raises(Terminated, match="while trying unfit: what was tried before it stays in .*tried.json; run"):
         choose_recipe(planned())
     found = choose_recipe(planned()).facts
     assert tries == ["firm", "unfit", "unfit", "harsh"] and untimed(found) == untimed(whole)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 
 import pandas
 import pytest
@@ -32,6 +33,16 @@ def test_with_json_an_error_is_one_object_too(capfd, argv, code):
     found = json.loads(shown.out)
     assert found.keys() == {"error", "code"} and found["code"] == code
     assert shown.err.splitlines()[-1].endswith(f": {found['error']}")
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does_with_a_code_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(Command, "run", lambda self, argv: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert command("info", "x", "--json") == 143
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert found == {"error": "terminated; what is finished stays: run the same command again", "code": 143}
+    assert shown.err == f"d3-hf info: {found['error']}\n" and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_with_json_an_interruption_is_one_object_and_help_none(monkeypatch, capsys):

@@ -166,13 +166,15 @@ def test_refusals(tmp_path, options, message):
         trainer_of(tmp_path, **options)
 
 
-@pytest.mark.parametrize("asked", [True, "true", "folder"])
-def test_resuming_is_refused(tmp_path, asked):
+def test_resuming_is_refused(tmp_path):
     with pytest.raises(ValueError, match="ANP writes no checkpoints to resume from"):
-        trainer_of(tmp_path).train(resume_from_checkpoint=asked)
+        trainer_of(tmp_path).train(resume_from_checkpoint="folder")
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(ValueError, match="ANP writes no checkpoints to resume from"):
+        trainer_of(tmp_path).train(resume_from_checkpoint="true")
 
 
-@pytest.mark.parametrize("asked", [None, False, "false"])  # the last is how a command line spells it
+@pytest.mark.parametrize("asked", [None, False, "false", "true"])  # the last where there is nothing to go on from
 def test_not_resuming_is_not_refused(tmp_path, asked):
     trainer = trainer_of(tmp_path)
     trainer.train(resume_from_checkpoint=asked)

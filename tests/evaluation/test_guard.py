@@ -15,7 +15,8 @@ from d3_hf.data.preprocessing import Preprocessing
 from d3_hf.defenses.d3.trainer import D3Config
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
 from d3_hf.errors import GuardRailBroken
-from d3_hf.evaluation.guard import GuardArguments, broken_rails, class_rates, uncertain_rails
+from d3_hf.evaluation.guard import broken_rails, class_rates, uncertain_rails
+from d3_hf.evaluation.guard_arguments import GuardArguments
 from d3_hf.evaluation.measure import Measurement, measure
 from d3_hf.evaluation.metrics import accuracy
 from d3_hf.evaluation.paired import paired_table

@@ -70,7 +70,7 @@ REFUSED = {
     ),
     "LevitModel": ("levit", {"image_size": 64}, r"6 missing: .*classifier.batch_norm.*: check the architecture"),
 }
-HEADLESS = r"is an encoder without a head \(only .*{}.* missing\): give it a new one and train it, --new_head in make_victim"
+HEADLESS = r"is an encoder without a head \(only .*{}.* missing\): give it a new one and train it, --new_head of d3-hf victim"
 
 
 def encoder(name, model_type, settings):
@@ -333,7 +333,7 @@ def test_the_position_embeddings_of_timm_are_resampled(kind, tmp_path):
         model = load_classifier(tmp_path, new_head=NAMES, image_size=28)
     else:
         path, options = saved(tmp_path, body.state_dict()), {"architecture": "vit_small_patch14_dinov2", "model_args": SMALL}
-        with pytest.raises(ValueError, match="an encoder, which has none, takes a new head, --new_head in make_victim"):
+        with pytest.raises(ValueError, match="an encoder, which has none, takes a new head, --new_head of d3-hf victim"):
             load_classifier(path, **options)
         with pytest.raises(ValueError, match=HEADLESS.format("head")):
             load_classifier(path, num_labels=5, image_size=56, **options)

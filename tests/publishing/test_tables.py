@@ -27,8 +27,8 @@ def test_results_before_and_after():
     assert results_table(results).splitlines() == [
         "| | before | after | images |",
         "| --- | ---: | ---: | ---: |",
-        "| ACC | 90.00 % [89.00, 91.00] | 85.00 % [84.00, 86.00] | 360 |",
-        "| ACC drop | | 5.00 points [4.00, 6.00] | 360 |",
+        "| ACC | 90.0 % [89.0, 91.0] | 85.0 % [84.0, 86.0] | 360 |",
+        "| ACC drop | | 5.0 points [4.0, 6.0] | 360 |",
         "| DER | | 0.5000 | |",
     ]
 
@@ -36,14 +36,14 @@ def test_results_before_and_after():
 def test_a_drift_has_no_interval_and_an_earlier_record_no_row():
     now = rates("pacc", 0.8) | {"trigger_drift": 0.25, "trigger_drift_n": 324}
     then = rates("ra", 0.7)
-    lines = ["| PACC | 80.00 % [79.00, 81.00] | | 360 |", "| trigger drift | 25.00 % | | 324 |"]
+    lines = ["| PACC | 80.0 % [79.0, 81.0] | | 360 |", "| trigger drift | 25.0 % | | 324 |"]
     assert rates_table({"now": now, "recorded": then}).splitlines()[2:] == lines
     assert "PACC" not in rates_table({"recorded": then, "now": now})
     drift = {"trigger_drift_before": 0, "trigger_drift_after": 0.25, "trigger_drift_after_n": 324}
     results = rates("pacc", 0.1, "_before") | rates("pacc", 0.8, "_after") | drift
     assert results_table(results).splitlines()[2:] == [
-        "| PACC | 10.00 % [9.00, 11.00] | 80.00 % [79.00, 81.00] | 360 |",
-        "| trigger drift | 0.00 % | 25.00 % | 324 |",
+        "| PACC | 10.0 % [9.0, 11.0] | 80.0 % [79.0, 81.0] | 360 |",
+        "| trigger drift | 0.0 % | 25.0 % | 324 |",
     ]
 
 
@@ -52,8 +52,8 @@ def test_rates_of_several_models():
     assert rates_table(columns).splitlines() == [
         "| | victim | model without backdoor | images |",
         "| --- | ---: | ---: | ---: |",
-        "| ACC | 90.00 % [89.00, 91.00] | 91.00 % [90.00, 92.00] | 360 |",
-        "| ASR | 99.00 % [98.00, 100.00] | | 360 |",
+        "| ACC | 90.0 % [89.0, 91.0] | 91.0 % [90.0, 92.0] | 360 |",
+        "| ASR | 99.0 % [98.0, 100.0] | | 360 |",
     ]
 
 
@@ -73,10 +73,10 @@ def test_the_table_of_what_was_tried():
     assert chosen_table({"recipe": "FT", "tried": tried}).splitlines() == [
         "| recipe | validation ACC | floor | place | feature distance | seconds |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
-        "| **FT** | 90.00 % [80.00, 95.00] | kept | 2 | 0.25 | 12 |",
+        "| **FT** | 90.0 % [80.0, 95.0] | kept | 2 | 0.25 | 12 |",
         "| D3 | diverged \\| at step 2 | raised | | | 3 |",
-        "| LMR | 90.00 % [80.00, 95.00] | broken | 3 | | 30 |",
-        "| D3 far | 90.00 % [80.00, 95.00] | broken (stopped at 50 %) | | | 8 |",
+        "| LMR | 90.0 % [80.0, 95.0] | broken | 3 | | 30 |",
+        "| D3 far | 90.0 % [80.0, 95.0] | broken (stopped at 50 %) | | | 8 |",
     ]
 
 

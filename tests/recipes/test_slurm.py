@@ -2,20 +2,16 @@
 
 import os
 import subprocess
-import sys
-from inspect import signature
 
 import pytest
 from places import RECIPES
-
-from d3_hf.training.config import PurifyConfig
 
 SLURM = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NODEID": "0"}
 PROGRAMS = {
     "srun": 'shift; exec "$@"',
     "scontrol": "echo node1",
     "accelerate": 'printf "%s\\n" "$@"',
-    "python": f'exec {sys.executable} "$@"',
+    "d3-hf": 'echo "/place/$2.yaml"',
 }
 RESUME = ["--resume_from_checkpoint", "true"]
 
@@ -33,30 +29,12 @@ def launched(folder, *argv, restarts):
     done = subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     arguments = done.stdout.splitlines()
-    return arguments[arguments.index("recipes/d3_vit.py") + 1 :]
+    assert arguments[:3] == ["launch", "--config_file", "/place/accelerate/multi_node.yaml"]
+    return arguments[arguments.index("d3_hf.cli") + 2 :]
 
 
 @pytest.mark.parametrize("restarts", [None, "1"])
-@pytest.mark.parametrize("has_checkpoint", [False, True])
-@pytest.mark.parametrize(
-    ("argv", "output_dir"),
-    [
-        (["run.yaml", "--seed", "1"], "from file"),
-        (["run.yaml", "--output_dir", "first", "--output_dir", "given"], "given"),
-        (["run.yaml", "--output_dir=~/given"], "home/given"),
-        (["bare.yaml"], "outputs/purified"),
-    ],
-    ids=["file", "command line", "home", "nowhere"],
-)
-def test_a_requeued_job_goes_on_if_there_is_a_checkpoint(tmp_path, argv, output_dir, has_checkpoint, restarts):
-    (tmp_path / "run.yaml").write_text("output_dir: 'from file'  # quoted\nmax_steps: 2\n")
-    (tmp_path / "bare.yaml").write_text("max_steps: 2\n")
-    (tmp_path / output_dir / "checkpoint-5" if has_checkpoint else tmp_path / output_dir).mkdir(parents=True)
-    resumes = has_checkpoint and restarts == "1"
+@pytest.mark.parametrize("argv", [["run.yaml", "--seed", "1"], ["fire_drill_vit"], ["--output_dir=~/given"]])
+def test_a_requeued_job_goes_on(tmp_path, argv, restarts):
     found = launched(tmp_path, *argv, restarts=restarts)
-    assert found == [*argv, *RESUME * resumes, "--save_strategy", "epoch", "--save_total_limit", "2"]
-
-
-def test_the_script_knows_where_the_recipe_writes():
-    default = signature(PurifyConfig).parameters["output_dir"].default
-    assert f'"{default}"' in (RECIPES / "slurm" / "purify.sh").read_text()
+    assert found == [*argv, *RESUME * (restarts == "1"), "--save_strategy", "epoch", "--save_total_limit", "2"]

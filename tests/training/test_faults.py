@@ -246,6 +246,10 @@ def test_results_of_another_run_are_refused(finished, tmp_path):
     (folder / "victim.json").rename(folder / "purification.json")
     assert contents(folder) == before
     trainer(folder, resume_from_checkpoint="true")  # goes on with its own
+    for checkpoint in checkpoints_in(folder):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(ValueError, match="holds the results of another run"):  # it would begin anew
+        trainer(folder, resume_from_checkpoint="true")
 
 
 def test_overwriting_replaces_results_and_checkpoints(finished, tmp_path):

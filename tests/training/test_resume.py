@@ -1,6 +1,8 @@
 """Resuming: after SIGKILL anywhere, after Ctrl-C, from the last whole checkpoint; always the uninterrupted run's weights."""
 
+import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -13,6 +15,7 @@ from tiny import tiny_samples, tiny_vit
 from transformers.trainer_utils import rotate_checkpoints
 
 from d3_hf.defenses.d3.trainer import D3Config, D3Trainer
+from d3_hf.errors import Terminated
 from d3_hf.training.checkpoints import find_damage, last_whole_checkpoint, outdated
 
 OPTIONS = dict(
@@ -177,6 +180,63 @@ def test_ctrl_c_without_checkpoints_says_that_nothing_was_saved(tmp_path, interr
     with pytest.raises(KeyboardInterrupt, match="at step 2: nothing was saved, since save_strategy is 'no'"):
         trainer(tmp_path, Interrupted, save_strategy="no").train()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def terminable():
+    """What the command line makes of SIGTERM."""
+
+    def terminate(number, frame):
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    yield terminate
+    signal.signal(signal.SIGTERM, previous)
+
+
+class TerminatedInside(D3Trainer):
+    """Gets SIGTERM in the middle of the third step."""
+
+    def optimizer_step(self):
+        super().optimizer_step()
+        if self.state.global_step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_sigterm_saves_and_goes_to_whoever_listened(whole, tmp_path, terminable):
+    with pytest.raises(Terminated, match="^at step 3: the last whole checkpoint is .*checkpoint-3: go on with --resume_from"):
+        trainer(tmp_path, TerminatedInside).train()
+    assert signal.getsignal(signal.SIGTERM) is terminable and find_damage(tmp_path / "checkpoint-3") is None
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint="true")
+    assert_same(resumed, whole)
+
+
+def test_sigterm_without_checkpoints_stops_at_once(tmp_path, terminable):
+    with pytest.raises(Terminated, match="at step 2: nothing was saved, since save_strategy is 'no'"):
+        trainer(tmp_path, TerminatedInside, save_strategy="no").train()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_that_nobody_else_waits_for_ends_the_process_once_it_has_saved(tmp_path):
+    run = trainer(tmp_path, TerminatedInside)
+    if (pid := os.fork()) == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        torch.set_num_threads(1)  # the threads of the parent are not here
+        with contextlib.suppress(BaseException):
+            run.train()
+        os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+
+
+@pytest.mark.parametrize("asked", [True, "true"])
+def test_a_job_that_was_put_back_before_its_first_checkpoint_begins_from_the_start(whole, tmp_path, asked, capsys):
+    requeued = trainer(tmp_path / "run")
+    requeued.train(resume_from_checkpoint=asked)
+    assert f"{tmp_path / 'run'} holds no checkpoint yet: the run begins from the start" in capsys.readouterr().out
+    assert_same(requeued, whole)
 
 
 class InterruptedBefore(D3Trainer):

@@ -13,6 +13,7 @@ from tiny import FAST, NEW_VIT
 
 from d3_hf.commands.measure import run as measure_victim
 from d3_hf.data.load import load_images
+from d3_hf.errors import Terminated
 from d3_hf.options.parser import parse_arguments
 from d3_hf.victims.record import differences, read_record
 from d3_hf.victims.sets import KINDS, _recipe, checkpoint_of, is_made, make_set, make_victim, read_set, set_table
@@ -252,12 +253,13 @@ def test_another_default_of_the_attack_makes_another_victim(victim_set):
     assert differences(record, record["recipe"]) == ["attack"]
 
 
-def test_a_set_says_how_to_go_on_after_ctrl_c(victim_set, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, Terminated])
+def test_a_set_says_how_to_go_on_after_ctrl_c_or_sigterm(victim_set, tmp_path, monkeypatch, stop):
     def interrupted(*_):
-        raise KeyboardInterrupt("go on with --resume_from_checkpoint")
+        raise stop("go on with --resume_from_checkpoint")
 
     monkeypatch.setattr("d3_hf.victims.sets.make_victim", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="^while toy/clean was made: run the same command again to go on$"):
+    with pytest.raises(stop, match="^while toy/clean was made: run the same command again to go on$"):
         make_set(["--set", str(victim_set[0] / "set.yaml"), "--output_dir", str(tmp_path)])
 
 

@@ -104,7 +104,7 @@ class MaskPruningTrainer(StagedTrainer, ABC):
         """Learn the masks, choose the threshold, prune. Callbacks are not called, since no weight is trained.
 
         Args:
-            resume_from_checkpoint: Must not ask for a checkpoint: there are none.
+            resume_from_checkpoint: Must not name a checkpoint: none are written. True begins from the start.
             trial: Not used.
             ignore_keys_for_eval: Not used.
 
@@ -116,7 +116,7 @@ class MaskPruningTrainer(StagedTrainer, ABC):
             FloatingPointError: The loss of the masks is NaN or infinite.
             RuntimeError: Nothing can be pruned at a tolerable loss of accuracy.
         """
-        if is_asked_to_resume(resume_from_checkpoint):
+        if is_asked_to_resume(self.asked_checkpoint(resume_from_checkpoint)):
             raise ValueError(f"{self.method} writes no checkpoints to resume from: run it again from the suspicious model")
         started = time.perf_counter()
         self.begin(resumed=False)

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -128,6 +127,8 @@ def match(structure: Structure, correlations: list[list[Tensor]], maximize: bool
 
 
 def _match(group: Group, correlations: list[Tensor], maximize: bool) -> list[Tensor]:
+    from scipy.optimize import linear_sum_assignment
+
     blocks = group.parts[0].shape[0]
     values = torch.zeros(blocks, blocks)
     inside: dict[tuple[int, int, int], Tensor] = {}

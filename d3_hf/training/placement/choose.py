@@ -8,8 +8,8 @@ from ...models.shared import shared_names
 from .fsdp import Sharded
 from .in_place import InPlace
 
-RECIPE = "recipes/accelerate/fsdp2.yaml"
-USE_DDP = "launch with DDP (recipes/accelerate/ddp.yaml)"
+FSDP2 = "--accelerate_config fsdp2"
+USE_DDP = "launch with DDP (--num_processes N)"
 
 
 def placement_of(trainer: Trainer, model: nn.Module, runs_sharded: bool) -> InPlace:
@@ -24,7 +24,7 @@ def placement_of(trainer: Trainer, model: nn.Module, runs_sharded: bool) -> InPl
         ValueError: DeepSpeed or FSDP1; on shards, a method, an option or a network that does not work there.
     """
     if trainer.is_deepspeed_enabled:
-        raise ValueError(f"DeepSpeed is not supported: shard by FSDP2 ({RECIPE}), or {USE_DDP}")
+        raise ValueError(f"DeepSpeed is not supported: shard by FSDP2 ({FSDP2}), or {USE_DDP}")
     if not trainer.is_fsdp_enabled:
         return InPlace(model)
     if not runs_sharded:
@@ -35,13 +35,13 @@ def placement_of(trainer: Trainer, model: nn.Module, runs_sharded: bool) -> InPl
         raise ValueError(f"FSDP takes no network with one tensor under two names ({' and '.join(shared[0][:2])}): {USE_DDP}")
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
-        raise ValueError(f"FSDP1 is not supported: set fsdp_version to 2 ({RECIPE}), or {USE_DDP}")
+        raise ValueError(f"FSDP1 is not supported: set fsdp_version to 2 ({FSDP2}), or {USE_DDP}")
     if plugin.cpu_ram_efficient_loading:
         raise ValueError(
-            f"FSDP would load the suspicious weights in one process: set fsdp_cpu_ram_efficient_loading to false ({RECIPE})"
+            f"FSDP would load the suspicious weights in one process: set fsdp_cpu_ram_efficient_loading to false ({FSDP2})"
         )
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        raise ValueError(f"FSDP with parameters on the CPU is not supported: set fsdp_offload_params to false ({RECIPE})")
+        raise ValueError(f"FSDP with parameters on the CPU is not supported: set fsdp_offload_params to false ({FSDP2})")
     plugin.state_dict_config = plugin.optim_state_dict_config = None  # of the default type, in which no whole model is saved
     plugin.set_state_dict_type("FULL_STATE_DICT")
     return Sharded(model, trainer.args.device)
