@@ -138,10 +138,10 @@ def test_a_recipe_that_diverges_is_broken(planned):
     assert "diverged" in choice.facts["tried"][0]["error"] and "accuracy" not in choice.facts["tried"][0]
 
 
-@pytest.mark.parametrize("make", [tiny_vit, tiny_resnet])
-def test_looking_at_a_trial_on_its_way_changes_no_bit_of_it(planned, monkeypatch, make):
+@pytest.mark.parametrize(("make", "bf16"), [(tiny_vit, True), (tiny_resnet, False)])
+def test_looking_at_a_trial_on_its_way_changes_no_bit_of_it(planned, monkeypatch, make, bf16):
     """Of networks that draw random numbers, by dropout, and keep statistics, by BatchNorm."""
-    plan, looks, made, found = planned(("firm",), model=make()), [], [], []
+    plan, looks, made, found = planned(("firm",), model=make(), bf16=bf16), [], [], []
     for module in plan.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.2
