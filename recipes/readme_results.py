@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE, PICTURE, README = ROOT / "model_cards/results/vit.parquet", ROOT / "docs/pictures/acc_asr.png", ROOT / "README.md"
 BLOCK = re.compile(r"(?<=<!-- results: begin -->\n).*?(?=<!-- results: end -->)", re.S)
 
+RETAIN = "1,000 images"  # the grid's retain set that picture and table are about
 # Attacks that are shown: what they are called, and colour and marker (Okabe and Ito's colours).
 ATTACKS = {"badnets": ("BadNets", "#0072B2", "o"), "blended": ("Blended", "#D55E00", "s")}
 # Methods in the picture, by their names in the grid, with what they are called there.
@@ -27,6 +28,7 @@ SHOWN = {
     "FT": "FT",
     "FT-SAM": "FT-SAM",
     "FT without CutMix": "FT, no CutMix",
+    "D3 random": "D3, new head",
     "D3 1.5e-4, 10 epochs": "D3, longer",
     "FT 1.5e-4, 10 epochs": "FT, longer",
 }
@@ -45,16 +47,16 @@ TWIN, FLOOR = "twin without backdoor", {"badnets": (90.6, 1.1, 90.7), "blended":
 FONT, DPI, SIZE = 13, 150, (7.2, 5)
 # Where a label may stand, in points from its own point, near places first.
 SIDES = ((1, 0), (-1, 0), (0, 1.2), (0, -1.2), (1, 1), (1, -1), (-1, 1), (-1, -1))
-OFFSETS = [(x * reach, y * reach) for reach in (10, 18, 28, 40, 55) for x, y in SIDES]
+OFFSETS = [(x * reach, y * reach) for reach in (10, 18, 28, 40, 55, 75, 100) for x, y in SIDES]
 NEAR = 20  # further away a line leads there
 
 
 def read(table: Path = TABLE) -> pandas.DataFrame:
-    """The rows of the attacks that are shown and were measured, with ``attack`` filled in for the untouched models too."""
+    """What is shown of a table: measured rows of `ATTACKS` and `RETAIN`, ``attack`` filled in for the untouched models too."""
     rows = pandas.read_parquet(table)
     rows = rows[rows["error"].isna()] if "error" in rows else rows
     rows = rows.assign(attack=rows["victim"].str.rpartition("/")[2])
-    return rows[rows["attack"].isin(ATTACKS)]
+    return rows[rows["attack"].isin(ATTACKS) & (rows["retain"].isna() | (rows["retain"] == RETAIN))]
 
 
 def means(rows: pandas.DataFrame) -> dict[tuple[str, str], tuple[float, ...]]:
@@ -79,8 +81,8 @@ def block(rows: pandas.DataFrame) -> str:
     ]
     for name, (purpose, asked) in ROWS.items():
         own = done[done["defence"] == name]
-        passes = " + ".join(_span((own[f"{way}_images"] / own["retain_n"]).round()) for way in ("forward", "backward"))
-        cells = [f"**{SHOWN[name]}**: {purpose}", asked, _span(own["retain_n"]), passes]
+        passes = [_span((own[f"{way}_images"] / own["retain_n"]).round()) for way in ("forward", "backward")]
+        cells = [f"**{SHOWN[name]}**: {purpose}", asked, _span(own["retain_n"]), " + ".join(filter(None, passes))]
         cells += [_shown(rates, name, attack) for attack in ATTACKS]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -91,8 +93,8 @@ def _shown(rates: dict, name: str, attack: str) -> str:
 
 
 def _span(values: pandas.Series) -> str:
-    """A count, or the least and the greatest of several."""
-    return " to ".join(f"{value:,.0f}" for value in sorted({values.min(), values.max()}))
+    """A count, or the least and the greatest of several; nothing of none."""
+    return " to ".join(f"{value:,.0f}" for value in sorted({*values.agg(["min", "max"])})) if len(values) else ""
 
 
 def points(rows: pandas.DataFrame) -> list[tuple[str, str, float, float]]:

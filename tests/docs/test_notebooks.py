@@ -20,7 +20,7 @@ def test_there_are_notebooks_and_pages_lead_to_them():
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=by_name)
 def test_no_outputs_are_stored(file):
     cells = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
-    assert len(cells) > 4
+    assert len(cells) > 3
     for cell in cells:
         assert cell["outputs"] == [] and cell["execution_count"] is None
         compile("".join(cell["source"]), file.name, "exec")
@@ -34,7 +34,7 @@ def test_a_notebook_runs(file, tmp_path):
     from nbclient import NotebookClient
 
     notebook = nbformat.read(file, 4)
-    NotebookClient(notebook, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     text = "".join(output.get("text", "") or output.get("data", {}).get("text/markdown", "") for output in shown)
     if file.stem == "purify":

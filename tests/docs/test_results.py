@@ -38,13 +38,26 @@ def test_another_measurement_is_another_picture_and_block(recipe, rows):
     assert recipe["digest"](changed) != recipe["digest"](rows) and recipe["block"](changed) != recipe["block"](rows)
 
 
-def test_seeds_are_averaged_and_failures_left_out(recipe, rows):
+def test_seeds_are_averaged(recipe, rows):
     one = rows[(rows["defence"] == "D3") & (rows["attack"] == "badnets")]
     other = one.assign(seed=1.0, accuracy_after=one["accuracy_after"] + 0.02)
     both = recipe["pandas"].concat([rows, other])
     first, mean = (recipe["means"](table)["D3", "badnets"][0] for table in (rows, both))
     assert mean == pytest.approx(first + 1)
     assert "mean over seeds 0, 1" in recipe["block"](both) and ", seed 0." in recipe["block"](rows)
+
+
+def test_other_retain_sets_and_failures_are_left_out(recipe, rows, tmp_path):
+    table = recipe["pandas"].read_parquet(recipe["TABLE"])
+    few, failed = table.assign(retain="300 images", asr_after=0.5), table.assign(error="ValueError: x", accuracy_after=None)
+    few = few[few["defence"] != "victim"]
+    recipe["pandas"].concat([table, few, failed]).to_parquet(tmp_path / "more.parquet")
+    assert recipe["block"](recipe["read"](tmp_path / "more.parquet")) == recipe["block"](rows)
+
+
+def test_a_method_that_was_not_run_says_so(recipe, rows):
+    (line,) = [line for line in recipe["block"](rows[rows["defence"] != "FT-SAM"]).splitlines() if "**FT-SAM**" in line]
+    assert line.endswith("|  |  | not run | not run |")
 
 
 def test_the_rows_of_a_twin_go_over_the_recorded_floor(recipe, rows):
