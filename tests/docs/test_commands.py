@@ -9,11 +9,13 @@ import pytest
 from pages import CARDS, PAGES, README, arguments, commands
 from places import ROOT
 
-from d3_hf.benchmark.cells import cells_of
-from d3_hf.commands import COMMANDS, benchmark, measure
+from d3_hf.benchmark import cells
+from d3_hf.commands import COMMANDS
+from d3_hf.commands.launch import take_launch
 from d3_hf.options.arguments import DataArguments, ModelArguments
 from d3_hf.options.parser import Parser
 from d3_hf.publishing import hub
+from d3_hf.victims import record
 
 SHOWN = [(file.stem, argv) for file in (README, *PAGES, *CARDS) for argv in commands(file.read_text())]
 RECIPES = {"d3_vit.py": "purify", "d3_resnet.py": "purify", "make_victim.py": "victim", "benchmark.py": "benchmark"}
@@ -29,8 +31,8 @@ def stop(*args, **kwargs):
     raise Parsed
 
 
-def choose_cells(grid, shard, only):
-    cells_of(grid, shard, only)
+def choose_cells(grid, shard, only, *args):
+    cells.cells_of(grid, shard, only)
     raise Parsed
 
 
@@ -41,14 +43,14 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for kind in (ModelArguments, DataArguments):
         monkeypatch.setattr(kind, "load", stop)
-    monkeypatch.setattr(benchmark, "run_grid", choose_cells)
-    monkeypatch.setattr(measure, "read_record", stop)
+    monkeypatch.setattr(cells, "run_grid", choose_cells)
+    monkeypatch.setattr(record, "read_record", stop)
     monkeypatch.setattr(hub, "push_folder", stop)
 
 
 def run(argv):
     what, rest = arguments(argv)
-    rest = [word for word in rest if word not in ("--json", "--debug")]
+    _, rest = take_launch([word for word in rest if word not in ("--json", "--debug")])
     script = what.rpartition("/")[2]
     if what in COMMANDS:
         COMMANDS[what].run(rest)
@@ -83,7 +85,7 @@ def test_a_mistake_would_be_found(place):
 
 def test_there_are_commands_of_every_kind():
     kinds = {arguments(argv)[0].rpartition("/")[2] for _, argv in SHOWN}
-    assert kinds >= {*COMMANDS} - {"victim"} | {*RECIPES} - {"d3_resnet.py"} and len(SHOWN) > 40
+    assert kinds >= {"purify", "measure", "benchmark", "push", "info"} | {*RECIPES} - {"d3_resnet.py"} and len(SHOWN) > 40
 
 
 def test_launchers_are_given_files_that_exist():

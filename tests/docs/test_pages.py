@@ -23,7 +23,7 @@ TEXTS = {file: file.read_text() for file in (README, ROOT / "CONTRIBUTING.md", *
 OWN = {file: text for file, text in TEXTS.items() if file in (README, *PAGES)}
 # Options that no dataclass has: of every command, of the launcher, and of other programs.
 OTHER_OPTIONS = {"help", "help_all", "json", "debug", "defence", "victim", "purified", "output"}
-OTHER_OPTIONS |= {"num_processes", "config_file", "public_key"}
+OTHER_OPTIONS |= {"num_processes", "accelerate_config", "public_key"}
 
 
 def named(file):
