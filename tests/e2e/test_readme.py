@@ -1,16 +1,17 @@
-"""Every command and the Python of the README, run in its order in a folder where its names stand for small things."""
+"""Commands of the README and of pages beside it, and its Python, run in a folder where their names stand for small things."""
 
-import re
 import runpy
 import shlex
 import shutil
 from pathlib import Path
 
 import datasets
+import pages
 import pytest
 import torch
 import yaml
 from fake_hub import logged_in
+from pages import DOCS, README
 from pictures import encoded
 from places import ROOT
 from tiny import CLASSES, tiny_vit
@@ -20,17 +21,18 @@ from transformers import ViTConfig, ViTForImageClassification
 from d3_hf import cli
 from d3_hf.models import new_model
 
-README = (ROOT / "README.md").read_text()
+# What these pages show is run, in this order; what others do is parsed (tests/docs/test_commands.py).
+RUN = ("quick-start", "victims", "benchmark", "results")
+TEXTS = [README.read_text(), *((DOCS / f"{page}.md").read_text() for page in RUN)]
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 KEPT = ("twin", "badnets", "blended-sam3")
 SMALL = {"max_steps": 2, "use_cpu": True, "disable_tqdm": True}
 
 
 def commands():
-    """The commands of the README's ``bash`` blocks, continued lines joined, without those that install and test."""
-    blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S))
-    lines = [command for line in blocks.replace("\\\n", " ").splitlines() for command in line.split("&&")]
-    return [argv for argv in map(shlex.split, lines) if argv and argv[0] not in ("pip", "pytest")]
+    """The commands of the pages' ``bash`` blocks, each once, without those of Slurm."""
+    found = {shlex.join(argv): argv for text in TEXTS for argv in pages.commands(text)}
+    return [argv for argv in found.values() if argv[0] != "sbatch"]
 
 
 def test_nothing_but_commands_that_are_known():
@@ -130,6 +132,6 @@ def test_every_command_runs(hub, capfd):
 
 
 def test_the_python_runs(hub):
-    (source,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    ((_, source),) = pages.blocks(TEXTS[0], "python")
     exec(compile(source, "README.md", "exec"), {"__name__": "readme"})
     assert Path("out/model.safetensors").is_file() and list(hub.repos) == ["me/out"]
