@@ -7,6 +7,7 @@ Reads model_cards/results/vit.parquet, draws docs/pictures/acc_asr.png, rewrites
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -21,29 +22,28 @@ BLOCK = re.compile(r"(?<=<!-- results: begin -->\n).*?(?=<!-- results: end -->)"
 
 RETAIN = "1,000 images"  # the grid's retain set that picture and table are about
 # Attacks that are shown: what they are called, and colour and marker (Okabe and Ito's colours).
-ATTACKS = {"badnets": ("BadNets", "#0072B2", "o"), "blended": ("Blended", "#D55E00", "s")}
+ATTACKS = {"badnets": ("BadNets", "#0072B2", "o"), "blended": ("Blended", "#D55E00", "s"), "lf": ("LF", "#009E73", "^")}
 # Methods in the picture, by their names in the grid, with what they are called there.
 SHOWN = {
     "D3": "D3",
     "FT": "FT",
     "FT-SAM": "FT-SAM",
-    "FT without CutMix": "FT, no CutMix",
-    "D3 random": "D3, new head",
     "D3 1.5e-4, 10 epochs": "D3, longer",
     "FT 1.5e-4, 10 epochs": "FT, longer",
+    "A2, 400 updates": "near base",
 }
 # The rows of the table: what to take it for, and how it is asked for.
-FURTHER = "--learning_rate 1.5e-4 --num_train_epochs 10"
+BASE = "--defence base_tuning --base_model BASE"
 ROWS = {
     "D3": ("the default, to begin with", "`d3-hf purify`"),
     "FT": ("the control: what D3 must beat", "`--defence fine_tuning`"),
     "FT-SAM": ("twice the passes, a flatter minimum", "`--defence ft_sam`"),
-    "FT 1.5e-4, 10 epochs": ("a trigger all over the picture, if ACC may fall", f"`--defence fine_tuning {FURTHER}`"),
-    "D3 1.5e-4, 10 epochs": ("the same by D3", f"`{FURTHER}`"),
+    "A2, 400 updates": ("a start near the public base, where that is known", f"`{BASE} --keep 0.25 --max_steps 400`"),
+    "A0": ("the control where it is: the base alone, with nothing of the victim", f"`{BASE}`"),
 }
 RATES = ["accuracy_after", "asr_after", "ra_after"]
 # ACC, ASR and RA of the twin, the same training without a trigger, on 2,000 test images (model_cards/vit.md); a row wins.
-TWIN, FLOOR = "twin without backdoor", {"badnets": (90.6, 1.1, 90.7), "blended": (90.6, 1.7, 82.0)}
+TWIN, FLOOR = "twin without backdoor", {"badnets": (90.6, 1.1, 90.7), "blended": (90.6, 1.7, 82.0), "lf": (90.6, 3.4, 84.7)}
 FONT, DPI, SIZE = 13, 150, (7.2, 5)
 # Where a label may stand, in points from its own point, near places first.
 SIDES = ((1, 0), (-1, 0), (0, 1.2), (0, -1.2), (1, 1), (1, -1), (-1, 1), (-1, -1))
@@ -65,12 +65,17 @@ def means(rows: pandas.DataFrame) -> dict[tuple[str, str], tuple[float, ...]]:
     return {(TWIN, attack): rates for attack, rates in FLOOR.items()} | {key: tuple(row) for key, row in found.iterrows()}
 
 
+def _listed(parts: Iterable[str]) -> str:
+    *first, last = parts
+    return f"{', '.join(first)} and {last}"
+
+
 def block(rows: pandas.DataFrame) -> str:
     """What stands between README's marks: a sentence about the measurement and the table."""
     rates, done = means(rows), rows[rows["defence"].isin(ROWS)]
     seeds = sorted({int(seed) for seed in done["seed"]})
-    names = " and ".join(name for name, _, _ in ATTACKS.values())
-    before, floor = (" and ".join(_shown(rates, name, attack) for attack in ATTACKS) for name in ("victim", TWIN))
+    names = _listed(name for name, _, _ in ATTACKS.values())
+    before, floor = (_listed(_shown(rates, name, attack) for attack in ATTACKS) for name in ("victim", TWIN))
     lines = [
         f"ACC / ASR / RA in percent, on {_span(done['accuracy_after_n'])} test images of CIFAR-10, "
         + (f"mean over seeds {', '.join(map(str, seeds))}." if seeds[1:] else f"seed {seeds[0]}.")
@@ -82,7 +87,7 @@ def block(rows: pandas.DataFrame) -> str:
     for name, (purpose, asked) in ROWS.items():
         own = done[done["defence"] == name]
         passes = [_span((own[f"{way}_images"] / own["retain_n"]).round()) for way in ("forward", "backward")]
-        cells = [f"**{SHOWN[name]}**: {purpose}", asked, _span(own["retain_n"]), " + ".join(filter(None, passes))]
+        cells = [f"**{SHOWN.get(name, name)}**: {purpose}", asked, _span(own["retain_n"]), " + ".join(filter(None, passes))]
         cells += [_shown(rates, name, attack) for attack in ATTACKS]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

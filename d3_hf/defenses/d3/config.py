@@ -44,8 +44,8 @@ class D3Config(PurifyConfig):
             all that the base has, starts between the two (see `BaseStart`; theta_s of it in place of ``warm_start``). Whoever
             names it vouches for it.
         base_revision: Branch, tag or commit of a Hub id.
-        keep: Share in [0, 1] of the way from the base to the suspicious model that the start keeps. 0.25 (here): on a
-            pretrained ViT it ended at the ACC of 0.5 with a fifth of its ASR (model_cards/vit.md).
+        keep: Share in [0, 1] of the way from the base to the suspicious model that the start keeps. 0.25 (here): what base
+            tuning left no backdoor with on a pretrained ViT (model_cards/vit.md); twice the usual updates cost less ACC.
         distance: What is to be moved away from the suspicious model. ``"weights"``: theta_s (paper). ``"features"``: what the
             head reads of each training image, ``P = ||f / ||f|| - f_0 / ||f_0|| ||^2`` against the suspicious model on the
             same augmented image, since a body can follow a head that only turns (Croce et al., "PAR", arXiv 2412.00727, for
