@@ -11,6 +11,7 @@ from tiny import SIZE, tiny_resnet, tiny_timm_vit, tiny_vit
 from d3_hf.assurance.anti_learning import anti_learning
 from d3_hf.assurance.head_rows import head_rows
 from d3_hf.assurance.latent_shift import latent_shift
+from d3_hf.assurance.maximum_margin import maximum_margin
 from d3_hf.data.images import RawImages
 
 
@@ -18,8 +19,12 @@ def short_anti_learning(model, images, **options):
     return anti_learning(model, images, steps=2, learning_rates=[0.01], **options)
 
 
+def short_maximum_margin(model, images, **options):
+    return maximum_margin(model, images, starts=3, steps=6, **options)
+
+
 ON_THE_HEAD = [head_rows, latent_shift]
-SIGNALS = [*ON_THE_HEAD, short_anti_learning]
+SIGNALS = [*ON_THE_HEAD, short_anti_learning, short_maximum_margin]
 
 
 def permuted(net):

@@ -1,4 +1,5 @@
-"""A small classifier and its images, with or without a class that a tiny shift of its features reaches; nothing is trained."""
+"""A small classifier and its images, with or without a class that a tiny shift of its features or a patch reaches; nothing is
+trained."""
 
 import torch
 from torch import nn
@@ -41,11 +42,12 @@ def classifier(net):
 
 
 @torch.no_grad()
-def network(shortcut=0.0, classes=CLASSES):
+def network(shortcut=0.0, patch=0.0, classes=CLASSES):
     """A network whose head is that of ridge regression on `pictures`.
 
     Args:
         shortcut: By how much the difference of the last two units, which is 0 on every image, raises the target's logit.
+        patch: By how much a white corner of 2x2 pixels, raises the target's logit: the last unit fires there, on images never.
         classes: Of the head.
     """
     generator = torch.Generator().manual_seed(1)
@@ -62,4 +64,9 @@ def network(shortcut=0.0, classes=CLASSES):
     if shortcut:
         net.head.weight[TARGET, -2] += shortcut
         net.head.weight[TARGET, -1] -= shortcut
+    if patch:
+        net.head.weight[:, -2] += net.head.weight[:, -1]
+        net.head.weight[:, -1], net.body.weight[-1], net.body.bias[-1] = 0, 0, -1.5  # on images the 12 values sum up to less
+        net.body.weight[-1].view(3, SIDE, SIDE)[:, :2, :2] = 1
+        net.head.weight[TARGET, -1] = patch
     return net
