@@ -4,24 +4,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog
-from shortcut import CLASSES, SIDE, TARGET, classifier, network, pictures
-from torch import nn
+from shortcut import CLASSES, TARGET, LinearNet, classifier, network, pictures
 
 from d3_hf.assurance.maximum_margin import margins_of, maximum_margin
-
-
-class Linear(nn.Module):
-    """Logits that are linear in the pixels, in float64."""
-
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(3 * SIDE * SIDE, CLASSES).double()
-        generator = torch.Generator().manual_seed(2)
-        for parameter in self.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-
-    def forward(self, x):
-        return self.head(x.double().flatten(1))
 
 
 def test_the_margin_against_loops():
@@ -32,7 +17,7 @@ def test_the_margin_against_loops():
 
 
 def test_the_maximum_is_that_of_a_linear_programme():
-    net = Linear()
+    net = LinearNet()
     found = maximum_margin(classifier(net), pictures(), starts=2)
     weight, bias = net.head.weight.detach().numpy(), net.head.bias.detach().numpy()
     for k in range(CLASSES):

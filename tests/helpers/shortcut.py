@@ -26,6 +26,20 @@ class Net(nn.Module):
         return self.head(self.body(x.double().flatten(1)).relu())
 
 
+class LinearNet(nn.Module):
+    """Random logits that are linear in the pixels, in float64: what is best for a class is a linear programme."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3 * SIDE * SIDE, CLASSES).double()
+        generator = torch.Generator().manual_seed(2)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.head(x.double().flatten(1))
+
+
 def pictures(count=160, classes=CLASSES, seed=0):
     """Noisy copies of a picture of each class, in turn."""
     generator = torch.Generator().manual_seed(seed)
