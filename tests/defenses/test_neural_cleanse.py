@@ -1,4 +1,4 @@
-"""Neural Cleanse: its loss, schedule and index against references; a planted shortcut is found and unlearned."""
+"""Neural Cleanse: its index against a reference; a planted shortcut is found and unlearned."""
 
 import logging
 
@@ -11,15 +11,7 @@ from torch import nn
 
 from d3_hf.data.images import RawImages
 from d3_hf.defenses.neural_cleanse import NeuralCleanseConfig, NeuralCleanseTrainer
-from d3_hf.defenses.neural_cleanse.inversion import (
-    Findings,
-    Schedule,
-    anomaly_indices,
-    flagged_classes,
-    next_cost,
-    reverse_trigger,
-    stamp,
-)
+from d3_hf.defenses.neural_cleanse.flags import Findings, anomaly_indices, flagged_classes
 from d3_hf.defenses.neural_cleanse.trainer import TRIGGERS
 from d3_hf.models.load import load_classifier
 from d3_hf.publishing.manifest import MANIFEST
@@ -48,65 +40,7 @@ def trained(folder, make=tiny_vit, kind=Flagging, data=None, resume=None, **opti
     return trainer
 
 
-def schedule(**options):
-    defaults = dict(epochs=1, learning_rate=0.1, initial_cost=0.1, success_threshold=0.98, cost_patience=5, stop_patience=25)
-    return Schedule(**(defaults | options))
-
-
-# The mathematics -------------------------------------------------------------------------------------------------------
-
-
-def test_one_step_follows_the_gradient_of_the_mask_loss():
-    """Adam's first step is lr * sign(gradient): the loss is written out in loops, its gradient taken by differences."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand((2, 3, 2, 2), generator=generator, dtype=torch.float64)
-    weight = torch.randn((12, 3), generator=generator, dtype=torch.float64)
-    raw = torch.randn((4, 2, 2), generator=generator, dtype=torch.float64)
-
-    def loss(values):
-        mask, pattern = (values[0].tanh() + 1) / 2, (values[1:].tanh() + 1) / 2
-        total = 0.1 * sum(mask.flatten())
-        for image in images:
-            stamped = torch.empty_like(image)
-            for c, i, j in np.ndindex(3, 2, 2):
-                stamped[c, i, j] = (1 - mask[i, j]) * image[c, i, j] + mask[i, j] * pattern[c, i, j]
-            scores = (stamped.flatten() @ weight).exp()
-            total -= torch.log(scores[2] / scores.sum()) / len(images)
-        return total
-
-    gradient = torch.zeros_like(raw)
-    for index in np.ndindex(*raw.shape):
-        width = torch.zeros_like(raw)
-        width[index] = 1e-6
-        gradient[index] = (loss(raw + width) - loss(raw - width)) / 2e-6
-
-    def attack(batch, mask, pattern):
-        return stamp(batch, mask, pattern).flatten(1) @ weight
-
-    found, _ = reverse_trigger(attack, [images], [images], 2, raw, schedule(learning_rate=0.01))
-    torch.testing.assert_close(found, ((raw - 0.01 * gradient.sign()).tanh() + 1) / 2, rtol=1e-5, atol=1e-7)
-
-
-def test_cost_doubles_after_successes_and_shrinks_after_failures():
-    cost, streak, costs = 1.0, 0, []
-    for success in [True] * 5 + [True, False] + [False] * 4 + [True]:
-        cost, streak = next_cost(cost, max(streak, 0) + 1 if success else min(streak, 0) - 1, 5)
-        costs.append(cost)
-    assert costs == pytest.approx([1] * 4 + [2] * 6 + [2 / 2**1.5] * 2)
-
-
-def test_smallest_working_trigger_is_kept_and_the_search_stops():
-    calls = []
-
-    def attack(batch, mask, pattern):  # every trigger works: only the norm is left to shrink
-        calls.append(mask.sum().item())
-        return torch.stack([0 * mask.sum(), 1 + 0 * pattern.sum()]).expand(len(batch), 2)
-
-    long = schedule(epochs=500, stop_patience=4, initial_cost=1.0)
-    found, reached = reverse_trigger(attack, [torch.zeros(3)], [torch.zeros(2)], 1, torch.zeros(4, 2, 2), long)
-    assert reached and found[0].sum().item() == pytest.approx(min(calls)) and len(calls) < 1000
-    _, reached = reverse_trigger(attack, [torch.zeros(3)], [torch.zeros(2)], 0, torch.zeros(4, 2, 2), long)
-    assert not reached
+# The index -------------------------------------------------------------------------------------------------------
 
 
 def test_anomaly_index_and_flags():

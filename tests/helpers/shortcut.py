@@ -1,4 +1,5 @@
-"""A small classifier and its images, with or without a class that a tiny shift of its features reaches; nothing is trained."""
+"""A small classifier and its images, with or without a class that a tiny shift of its features or a patch reaches; nothing is
+trained."""
 
 import torch
 from torch import nn
@@ -25,6 +26,20 @@ class Net(nn.Module):
         return self.head(self.body(x.double().flatten(1)).relu())
 
 
+class LinearNet(nn.Module):
+    """Random logits that are linear in the pixels, in float64: what is best for a class is a linear programme."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3 * SIDE * SIDE, CLASSES).double()
+        generator = torch.Generator().manual_seed(2)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.head(x.double().flatten(1))
+
+
 def pictures(count=160, classes=CLASSES, seed=0):
     """Noisy copies of a picture of each class, in turn."""
     generator = torch.Generator().manual_seed(seed)
@@ -41,11 +56,12 @@ def classifier(net):
 
 
 @torch.no_grad()
-def network(shortcut=0.0, classes=CLASSES, seed=1):
+def network(shortcut=0.0, patch=0.0, classes=CLASSES, seed=1):
     """A network whose head is that of ridge regression on `pictures`.
 
     Args:
         shortcut: By how much the difference of the last two units, which is 0 on every image, raises the target's logit.
+        patch: By how much a white corner of 2x2 pixels, raises the target's logit: the last unit fires there, on images never.
         classes: Of the head.
         seed: Of the hidden units.
     """
@@ -63,4 +79,9 @@ def network(shortcut=0.0, classes=CLASSES, seed=1):
     if shortcut:
         net.head.weight[TARGET, -2] += shortcut
         net.head.weight[TARGET, -1] -= shortcut
+    if patch:
+        net.head.weight[:, -2] += net.head.weight[:, -1]
+        net.head.weight[:, -1], net.body.weight[-1], net.body.bias[-1] = 0, 0, -1.5  # on images the 12 values sum up to less
+        net.body.weight[-1].view(3, SIDE, SIDE)[:, :2, :2] = 1
+        net.head.weight[TARGET, -1] = patch
     return net

@@ -3,11 +3,8 @@
 Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao: "Neural Cleanse: Identifying and Mitigating Backdoor Attacks in Neural Networks",
 IEEE S&P 2019. Three stages:
 
-1. For each class t a mask m (h, w) and a pattern p (3, h, w), both in (0, 1) by (tanh + 1) / 2, on pixels in [0, 1]:
-       min_{m, p}  mean_x CE(f((1 - m) x + m p), t) + cost ||m||_1
-   by Adam. The cost adapts: it is doubled after ``cost_patience`` epochs in a row in which the share of images taken for t is
-   at least ``success_threshold``, and divided by 2^1.5 after as many below it. The smallest mask that reached the threshold
-   is kept.
+1. For each class the smallest mask (h, w) with a pattern (3, h, w) of pixels that turns images into it: the search, and its
+   formula, is that of `d3_hf.assurance.inversion`, which the signal `trigger_inversion` uses too.
 2. The anomaly index of class t is ``|L_t - median(L)| / (1.4826 median|L - median(L)|)`` for the L1 norms L of the masks. A
    class is flagged if its index is above ``anomaly_threshold``, its norm below the median and its trigger works.
 3. Fine-tuning in which each image carries, with probability ``unlearning_ratio``, the trigger of a flagged class, drawn evenly,
@@ -41,16 +38,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...assurance.inversion import Schedule, random_start, reverse_trigger, split_rows, stamp, stamped_logits
 from ...labels import label_names_of
 from ...training.config import PurifyConfig
 from ...training.trainer import PurifyTrainer
-from .inversion import Findings, Schedule, anomaly_indices, flag, random_start, reverse_trigger, stamp
+from .flags import Findings, anomaly_indices, flag
 
 logger = logging.getLogger(__name__)
 
 TRIGGERS = "reversed_triggers.safetensors"
 FEWEST_IMAGES, FEWEST_CLASSES = 5, 3
-VALIDATION_SHARE = 0.2  # of the images
 
 
 @dataclass
@@ -72,19 +69,25 @@ class NeuralCleanseConfig(PurifyConfig):
     """
 
     output_dir: str | None = field(default="outputs/neural_cleanse", metadata={"help": "Folder for the purified model."})
-    inversion_epochs: int = field(default=80, metadata={"help": "Most passes over the images per class.", "range": ">= 1"})
+    inversion_epochs: int = field(
+        default=Schedule.epochs, metadata={"help": "Most passes over the images per class.", "range": ">= 1"}
+    )
     inversion_learning_rate: float = field(
-        default=0.1, metadata={"help": "Learning rate of mask and pattern.", "range": "> 0 and finite"}
+        default=Schedule.learning_rate, metadata={"help": "Learning rate of mask and pattern.", "range": "> 0 and finite"}
     )
     initial_cost: float = field(
-        default=1e-3, metadata={"help": "Weight of the mask's L1 norm at the start.", "range": "> 0 and finite"}
+        default=Schedule.initial_cost,
+        metadata={"help": "Weight of the mask's L1 norm at the start.", "range": "> 0 and finite"},
     )
     success_threshold: float = field(
-        default=0.98, metadata={"help": "Share of images that a trigger must turn.", "range": "in (0, 1]"}
+        default=Schedule.success_threshold, metadata={"help": "Share of images that a trigger must turn.", "range": "in (0, 1]"}
     )
-    cost_patience: int = field(default=5, metadata={"help": "Epochs in a row before the cost changes.", "range": ">= 1"})
+    cost_patience: int = field(
+        default=Schedule.cost_patience, metadata={"help": "Epochs in a row before the cost changes.", "range": ">= 1"}
+    )
     stop_patience: int = field(
-        default=25, metadata={"help": "Epochs without a smaller mask before a class is done.", "range": ">= 1"}
+        default=Schedule.stop_patience,
+        metadata={"help": "Epochs without a smaller mask before a class is done.", "range": ">= 1"},
     )
     anomaly_threshold: float = field(
         default=2.0, metadata={"help": "Anomaly index above which a class is flagged.", "range": "> 0 and finite"}
@@ -177,16 +180,14 @@ class NeuralCleanseTrainer(PurifyTrainer):
 
     def _split(self) -> tuple[list[list[int]], list[list[int]]]:
         """The rows of each batch: 80 % of the images to fit triggers to, 20 % to measure their success on."""
-        rows = np.random.default_rng(self.args.seed).permutation(len(self.train_dataset)).tolist()
-        held_out = max(1, round(VALIDATION_SHARE * len(rows)))
+        fit, held_out = split_rows(len(self.train_dataset), self.args.seed)
         return (
-            _in_batches(rows[held_out:], self.args.per_device_train_batch_size),
-            _in_batches(rows[:held_out], self.args.per_device_eval_batch_size),
+            _in_batches(fit, self.args.per_device_train_batch_size),
+            _in_batches(held_out, self.args.per_device_eval_batch_size),
         )
 
     def _attack(self, batch: dict[str, Tensor], mask: Tensor, pattern: Tensor) -> Tensor:
-        stamped = stamp(batch["pixel_values"], mask, self.preprocessing.normalize(255 * pattern[None])[0])
-        return self.model(pixel_values=stamped).logits.float()
+        return stamped_logits(self.model, self.preprocessing, batch["pixel_values"], mask, pattern)
 
     # Stage 3 -----------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,15 @@
-"""Reversing triggers: the smallest mask and pattern that turn images into a class, and which classes need an oddly small one.
+"""Reversing triggers: the smallest mask and pattern that turn images, or what a layer reads of them, into a class.
 
-Nothing here knows of a trainer: `reverse_trigger` takes any function from images with a trigger to logits.
+For a class t a mask m and a pattern p, both in (0, 1) by (tanh + 1) / 2:
+
+    min_{m, p}  mean_x CE(f((1 - m) x + m p), t) + cost ||m||_1
+
+by Adam. The cost adapts: it is doubled after ``cost_patience`` epochs in a row in which the share of held-out images taken for
+t is at least ``success_threshold``, and divided by 2^1.5 after as many below it. The smallest mask that reached the threshold
+is kept.
+
+Source: Neural Cleanse (Wang et al., IEEE S&P 2019), with the schedule of BackdoorBench. Nothing here knows of a trainer or of a
+signal: `reverse_trigger` takes any function from images with a trigger to logits.
 """
 
 import math
@@ -11,57 +20,55 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..data.preprocessing import Preprocessing
 
 COST_UP, COST_DOWN = 2.0, 2.0**1.5
 ADAM_BETAS = (0.5, 0.9)
 LEAST_GAIN = 0.01  # relative: a mask that shrinks by less does not delay the early stop
-MAD_TO_SIGMA = 1.4826  # of a normal distribution
+VALIDATION_SHARE = 0.2  # of the images
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a trigger is searched for; see `NeuralCleanseConfig` for ranges and defaults.
+    """How a trigger is searched for. Defaults are BackdoorBench's.
 
     Attributes:
-        epochs: Most passes over the images.
-        learning_rate: Of Adam.
-        initial_cost: Weight of the mask's L1 norm at the start.
-        success_threshold: Share of images that a trigger must turn.
-        cost_patience: Epochs in a row before the cost changes.
-        stop_patience: Epochs without a smaller mask after which the search ends.
+        epochs: Most passes over the images, >= 1.
+        learning_rate: Of Adam, > 0.
+        initial_cost: Weight of the mask's L1 norm at the start, > 0.
+        success_threshold: Share of images that a trigger must turn, in (0, 1].
+        cost_patience: Epochs in a row before the cost changes, >= 1.
+        stop_patience: Epochs without a mask smaller by 1 % after which the search ends, >= 1.
     """
 
-    epochs: int
-    learning_rate: float
-    initial_cost: float
-    success_threshold: float
-    cost_patience: int
-    stop_patience: int
+    epochs: int = 80
+    learning_rate: float = 0.1
+    initial_cost: float = 1e-3
+    success_threshold: float = 0.98
+    cost_patience: int = 5
+    stop_patience: int = 25
 
 
-@dataclass(frozen=True)
-class Findings:
-    """The triggers of C classes, F of them flagged.
-
-    Attributes:
-        norms: float32 (C,), L1 norms of the masks.
-        reached: bool (C,), whose trigger reached the threshold.
-        flagged: int64 (F,), the flagged classes.
-        masks: float32 (F, 1, h, w) in (0, 1).
-        patterns: float32 (F, 3, h, w) in (0, 1), pixels.
-    """
-
-    norms: Tensor
-    reached: Tensor
-    flagged: Tensor
-    masks: Tensor
-    patterns: Tensor
+def split_rows(count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Rows of the images to fit triggers to, and of the 20 % to measure their success on, at least one."""
+    rows = np.random.default_rng(seed).permutation(count).tolist()
+    held_out = max(1, round(VALIDATION_SHARE * count))
+    return rows[held_out:], rows[:held_out]
 
 
 def stamp(images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
     """``(1 - m) x + m p``; the same in pixels and, with a normalised pattern, in normalised values."""
     return (1 - mask) * images + mask * pattern
+
+
+def stamped_logits(
+    model: nn.Module, preprocessing: Preprocessing, pixel_values: Tensor, mask: Tensor, pattern: Tensor
+) -> Tensor:
+    """Logits, float32 (B, C), of normalised images under a mask (1, h, w) and a pattern (3, h, w) of pixels in [0, 1]."""
+    stamped = stamp(pixel_values, mask, preprocessing.normalize(255 * pattern[None])[0])
+    return model(pixel_values=stamped).logits.float()
 
 
 def random_start(size: tuple[int, int], target: int, seed: int) -> Tensor:
@@ -98,15 +105,15 @@ def reverse_trigger(
     """Find the smallest trigger that turns images into a class.
 
     Args:
-        attack: From a batch, a mask (1, h, w) and a pattern (3, h, w) to the logits (B, C) of the stamped images.
+        attack: From a batch, a mask (1, ...) and a pattern (P, ...) to the logits (B, C) of the stamped images.
         fit: Batches to fit the trigger to.
         validate: Batches to measure its success on.
         target: The class t.
-        raw: Start, (4, h, w): mask and pattern before (tanh + 1) / 2.
+        raw: Start, (1 + P, ...): mask and pattern before (tanh + 1) / 2; of pixels (4, h, w).
         schedule: How to search.
 
     Returns:
-        Mask and pattern (4, h, w) in (0, 1), and whether they reached the threshold; if none did, the last ones.
+        Mask and pattern, of the start's shape, in (0, 1), and whether they reached the threshold; if none did, the last ones.
     """
     raw = raw.clone().requires_grad_()
     optimizer = torch.optim.Adam([raw], lr=schedule.learning_rate, betas=ADAM_BETAS)
@@ -133,23 +140,7 @@ def reverse_trigger(
     return (squashed, False) if trigger is None else (trigger, True)
 
 
-def anomaly_indices(norms: Tensor) -> Tensor:
-    """``|L - median| / (1.4826 MAD)`` of L1 norms (C,); where the MAD is 0, infinite off the median."""
-    norms = norms.double()
-    deviations = (norms - norms.quantile(0.5)).abs()
-    indices = deviations / (MAD_TO_SIGMA * deviations.quantile(0.5))
-    return indices.where(deviations > 0, 0.0)
-
-
-def flagged_classes(norms: Tensor, reached: Tensor, threshold: float) -> Tensor:
-    """Classes, int64 (F,), whose trigger works (``reached``, bool (C,)) and has an anomalously small norm (``norms``, (C,))."""
-    small = norms.double() < norms.double().quantile(0.5)
-    return torch.nonzero(small & reached & (anomaly_indices(norms) > threshold)).flatten()
-
-
-def flag(triggers: Tensor, reached: Tensor, threshold: float) -> Findings:
-    """Flag the anomalous ones of the triggers (C, 4, h, w) of all classes, of which ``reached``, bool (C,), work."""
-    norms = triggers[:, 0].sum((1, 2))
-    flagged = flagged_classes(norms, reached, threshold)
-    masks, patterns = triggers[flagged].split([1, 3], dim=1)
-    return Findings(norms, reached, flagged, masks.contiguous(), patterns.contiguous())
+def norm_scores(norms: np.ndarray, reached: np.ndarray) -> np.ndarray:
+    """Scores of classes whose masks have these L1 norms, (C,): -L, and for a class that no trigger reached (``reached``, bool
+    (C,)) the lowest of all, so that it does not stand out."""
+    return -np.where(reached, norms, norms.max())
