@@ -71,24 +71,14 @@ def run(task: Command | Callable[[list[str]], Any], argv: list[str]) -> NoReturn
             the rest goes to stderr.
         argv: Arguments without the program's name. A ``--debug`` with a value is left in, for `TrainingArguments`.
     """
-    if isinstance(task, Command):
-        command, title, function = task, f"d3-hf {task.name}", task.run
-    else:
-        command, title, function = None, Path(sys.argv[0]).name, task
+    is_command = isinstance(task, Command)
+    title = f"d3-hf {task.name}" if is_command else Path(sys.argv[0]).name
     debug, argv = _take_debug(argv)
-    as_json = command is not None and "--json" in argv
-    if as_json:
-        argv = [argument for argument in argv if argument != "--json"]
+    as_json = is_command and "--json" in argv
     code, found = 0, None
     try:
         with _terminated_as_interrupted(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-            asked, argv = take_launch(argv) if command and command.trains else (None, argv)
-            if command and HELP & set(argv):
-                print(_header(command))
-            if asked and not HELP & set(argv):
-                found = launch(command.name, [*argv, *["--json"] * as_json, *["--debug"] * debug], asked)
-            else:
-                found = function(argv)
+            found = _run_command(task, argv, debug) if is_command else task(argv)
     except KeyboardInterrupt as stop:
         code, what = (TERMINATED, "terminated") if isinstance(stop, Terminated) else (INTERRUPTED, "interrupted")
         message = f"{what}; {str(stop) or RUN_AGAIN}"
@@ -110,6 +100,17 @@ def run(task: Command | Callable[[list[str]], Any], argv: list[str]) -> NoReturn
     if as_json and found is not None and os.environ.get("RANK", "0") == "0":
         _print_json(found)
     sys.exit(code)
+
+
+def _run_command(command: Command, argv: list[str], debug: bool) -> dict[str, Any] | None:
+    """Run a command here, or on the processes that it is asked to launch; its help begins here."""
+    plain = [argument for argument in argv if argument != "--json"]
+    asked, plain = take_launch(plain) if command.trains else (None, plain)
+    if HELP & set(plain):
+        print(_header(command))
+    elif asked:
+        return launch(command.name, [*plain, *["--json"] * ("--json" in argv), *["--debug"] * debug], asked)
+    return command.run(plain)
 
 
 def _print_json(found: dict[str, Any]) -> None:

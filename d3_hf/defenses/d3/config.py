@@ -92,7 +92,7 @@ class D3Config(PurifyConfig):
     warm_start: str | None = field(
         default=None,
         metadata={
-            "help": "Where the selected weights start; default: near with LayerNorm, else random.",
+            "help": "Start of the selected weights; default: near with LayerNorm, else random.",
             "choices": geometry.WARM_STARTS,
         },
     )
