@@ -10,6 +10,7 @@ from .anti_learning import anti_learning
 from .finding import Finding
 from .head_rows import head_rows
 from .latent_shift import latent_shift
+from .maximum_margin import maximum_margin
 
 Signal = Callable[[PreTrainedModel, RawImages], Finding]
 
@@ -18,6 +19,7 @@ SIGNALS: dict[str, Signal] = {
     "head_rows": head_rows,
     "latent_shift": latent_shift,
     "anti_learning": anti_learning,
+    "maximum_margin": maximum_margin,
 }
 # Classes beyond which a signal takes hours.
 MOST_CLASSES = {"latent_shift": 200}
