@@ -7,6 +7,7 @@ Reads model_cards/results/vit.parquet, draws docs/pictures/acc_asr.png, rewrites
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import pandas
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
+
+from d3_hf.cli import run
+from d3_hf.options.parser import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE, PICTURE, README = ROOT / "model_cards/results/vit.parquet", ROOT / "docs/pictures/acc_asr.png", ROOT / "README.md"
@@ -171,8 +175,9 @@ def digest(rows: pandas.DataFrame) -> str:
     return hashlib.sha256(repr([(*names, f"{x:.3f}", f"{y:.3f}") for *names, x, y in points(rows)]).encode()).hexdigest()
 
 
-def main() -> None:
-    """Write picture and block."""
+def main(argv: list[str]) -> None:
+    """Write picture and block; there are no options."""
+    Parser([]).read(argv)
     rows = read()
     PICTURE.parent.mkdir(exist_ok=True)
     draw(rows).savefig(PICTURE, dpi=DPI, metadata={"Description": digest(rows), "Software": None})
@@ -180,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, sys.argv[1:])

@@ -78,7 +78,7 @@ def test_an_alarm_ends_with_4_and_is_whole(here, capsys):
     assert found["fit"]["images"] == 36 and {cost["images"] for cost in found["cost"]} == {30}
     assert [(cost["defence"], cost["why_not"]) for cost in found["cost"]] == [("d3", None), ("ft_sam", None)]
     page, null = Path("out/report.html").read_text(), Path("null.json").read_text()
-    assert "alarm at p = 0.25" in page and page.count("data:image/") == 2
+    assert "alarm at p = 0.25" in page and page.count("data:image/") == 3
     assert str(here) not in page + null + json.dumps(found)
 
     code, again = found_by(capsys, "suspect", *COMMON, "--null", "null.json", "--alarm_at", "0.25")
@@ -133,7 +133,7 @@ def test_an_audit_of_two_folders(here, capsys):
     assert found["accuracy"]["accuracy_drop_n"] == 30 and found["images"]["data"] == "data"
     assert (found["suspicious"]["source"]["name"], found["purified"]["source"]["name"]) == ("suspect", "twin1")
     page = Path("audit.html").read_text()
-    assert found["outcome"] in page and page.count("data:image/") == 2 and str(here) not in page + json.dumps(found)
+    assert found["outcome"] in page and page.count("data:image/") == 3 and str(here) not in page + json.dumps(found)
 
 
 @pytest.mark.parametrize(

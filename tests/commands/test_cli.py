@@ -145,7 +145,7 @@ def test_measure_shows_what_was_recorded(folder, capsys):
         (["victim", "--set", "absent.yaml"], 2, "no set of victims absent.yaml; by name there are victims, victims_paper, "),
         (["victim", "--set=absent.yaml"], 2, "no set of victims absent.yaml"),
         (["benchmark"], 2, "required: --grid"),
-        (["benchmark", "unheard"], 2, "no grid unheard; by name there are ablation, cpu, "),
+        (["benchmark", "unheard"], 2, "no grid unheard; by name there are ablation, auto, "),
         (["benchmark", "grid.yaml", "--shard", "4/4"], 2, "shard must be i/n"),
         (["info"], 2, "name a Hub id, a folder or a file"),
         (["info", "absent.safetensors"], 2, "no such file or folder: absent.safetensors"),
