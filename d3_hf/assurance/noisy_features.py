@@ -9,8 +9,8 @@
    lie among them and take over. The score of a class is its mean log-probability there over the images of other classes.
 
 Source: BAN (Xu et al., NeurIPS 2024), after the mask of BTI-DBF (Xu et al., ICLR 2024), written from published notes: size and
-steps of the noise and 20 epochs of the mask are theirs. They look at the accuracy of (1 - m) z; the score by class, the weight,
-the start, Adam and its rate are this project's.
+steps of the noise and 20 epochs of the mask are theirs. They look at the accuracy of (1 - m) z; the score by class, that the
+noise is relative, the weight of the mask, its start, Adam and its rate are this project's.
 
 Cost: 30 passes over the images forward and backward, one forward; the mask is found on the features alone. Blind to: networks
 without BatchNorm, which are refused; backdoors of all classes; a head that was drawn anew and tuned. The noise is relative and

@@ -1,6 +1,7 @@
 """What stands beside the package: citation, issue forms, and the action, whose steps run here with a d3-hf that only ends."""
 
 import os
+import re
 import subprocess
 
 import pytest
@@ -31,10 +32,12 @@ def test_an_issue_form_is_whole(form):
     assert all(word.removeprefix("d3-hf ") in {*COMMANDS, "--debug"} for word in words)
 
 
-def test_what_the_action_runs_is_there():
-    assert all(f"${{{{ inputs.{name} }}}}" in (ROOT / "action.yml").read_text() for name in ACTION["inputs"])
-    if "check" in COMMANDS:
-        assert command("check", "--help") == 0
+def test_what_the_action_runs_is_there(capsys):
+    text = (ROOT / "action.yml").read_text()
+    assert all(f"${{{{ inputs.{name} }}}}" in text for name in ACTION["inputs"])
+    assert command("check", "--help") == 0
+    named = set(re.findall(r"(?<![\w-])--[a-z]\w*_?\w*", STEPS["Check"]["run"])) | {"--null", "--max_test_images"}
+    assert named <= set(re.findall(r"--\w+", capsys.readouterr().out))
 
 
 @pytest.mark.parametrize(
@@ -49,13 +52,18 @@ def test_what_the_action_runs_is_there():
 def test_the_action_keeps_the_report_and_fails_by_the_code(tmp_path, code, fails, outputs, outcome):
     (tmp_path / "d3-hf").write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > given\necho "{{}}"\nexit {code}\n')
     (tmp_path / "d3-hf").chmod(0o755)
-    inputs = {"MODEL": "$(touch ran)", "IMAGES": "my images", "OPTIONS": "--max_test_images 500\n--seed 1"}
+    inputs = {
+        "MODEL": "$(touch ran)",
+        "IMAGES": "my images",
+        "TWINS": "me/0 me/1",
+        "OPTIONS": "--max_test_images 500\n--alarm_at 0.01",
+    }
     assert STEPS["Check"]["env"].keys() == inputs.keys()
     here = {"RUNNER_TEMP": str(tmp_path), "GITHUB_OUTPUT": str(tmp_path / "outputs")}
     environment = os.environ | inputs | here | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     assert bash(STEPS["Check"]["run"], tmp_path, environment) == 0
     report = tmp_path / "d3-hf-check" / "report"
-    options = ["--max_test_images", "500", "--seed", "1"]
+    options = ["--twins", "me/0", "me/1", "--max_test_images", "500", "--alarm_at", "0.01"]
     given = ["check", "$(touch ran)", "--dataset_name", "my images", "--report", f"{report}.html", "--json", *options]
     assert (tmp_path / "given").read_text().splitlines() == given and not (tmp_path / "ran").exists()
     assert report.with_suffix(".json").read_text() == "{}\n"
