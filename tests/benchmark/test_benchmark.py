@@ -384,7 +384,7 @@ def test_a_pattern_that_matches_nothing_is_refused(grid):
 
 
 def test_a_missing_victim_is_named(grid):
-    with pytest.raises(FileNotFoundError, match="make_victim"):
+    with pytest.raises(FileNotFoundError, match="make it first with d3-hf victim --set"):
         run_grid(replace(grid, victims=["vit/wanet"]))
 
 

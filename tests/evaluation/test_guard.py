@@ -293,4 +293,4 @@ def test_that_the_test_images_cannot_tell_is_logged_and_written_down(tmp_path, c
     assert f"\n- {warning}\n" in (tmp_path / "README.md").read_text()
     low, high = report.results["accuracy_drop_ci95"]
     assert report.results["accuracy_drop"] == 0 and report.results["accuracy_drop_p"] == 1 and high == -low > 0.05
-    assert "| ACC drop | | 0.00 points [-11.35, 11.35] | 30 |" in (tmp_path / "README.md").read_text()
+    assert "| ACC drop | | 0.0 points [-11.4, 11.4] | 30 |" in (tmp_path / "README.md").read_text()
