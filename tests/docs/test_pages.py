@@ -12,7 +12,9 @@ from places import ROOT
 
 import d3_hf
 from d3_hf.auto.config import AutoConfig
+from d3_hf.commands.audit import AuditArguments
 from d3_hf.commands.benchmark import BenchmarkArguments
+from d3_hf.commands.check import CheckArguments
 from d3_hf.commands.purify import OPTIONS
 from d3_hf.commands.push import PushArguments
 from d3_hf.defenses import DEFENCES, defence
@@ -94,9 +96,8 @@ def test_every_method_and_attack_is_listed():
 
 @pytest.mark.parametrize("file", OWN, ids=named)
 def test_options_exist(file):
-    known = {
-        f.name for kind in (*OPTIONS, *KINDS, AutoConfig, BenchmarkArguments, PushArguments, SetArguments) for f in fields(kind)
-    }
+    own = (AutoConfig, AuditArguments, BenchmarkArguments, CheckArguments, PushArguments, SetArguments)
+    known = {f.name for kind in (*OPTIONS, *KINDS, *own) for f in fields(kind)}
     known |= {f.name for name in DEFENCES for f in fields(defence(name)[0])} | OTHER_OPTIONS
     spans = re.findall(r"`([^`\n]+)`", OWN[file])
     named = {option for span in spans if "model_signing" not in span for option in re.findall(r"(?<![\w-])--([a-z]\w*)", span)}
