@@ -4,9 +4,9 @@ With theta_v the suspicious model, theta_b its base and ``tau = theta_v - theta_
 
     theta_0 = theta_b + keep tau,    then    min_theta  E[CE(f(x), y)] + beta / 2 ||theta - theta_b||^2
 
-``keep = 0`` tunes the base alone under a head drawn anew, as FT-init does: the control by which every other defence of a
-fine-tuned model is to be read, since nothing of the victim's body is left in it. ``keep > 0`` is the scalar form of Fine-mixing
-(see `shared.base_start`), under the victim's own head. With ``distillation`` the suspicious model teaches: that brings back ACC
+``keep > 0`` is the scalar form of Fine-mixing (see `shared.base_start`), under the victim's own head. ``keep = 0`` tunes the base
+alone under a head drawn anew, as FT-init does: the control by which every other defence of a fine-tuned model is to be read,
+since nothing of the victim's body is left in it. With ``distillation`` the suspicious model teaches: that brings back ACC
 that a small retain set cannot give, and what it does to such images (see `PurifyConfig`). The pull to the base is that of RGA
 (ICLR 2026, on text).
 
@@ -35,8 +35,9 @@ class BaseTuningConfig(FineTuningConfig):
         base_model: Hub id, folder or weights file of what the suspicious model was fine-tuned from, with a head or without;
             required. Whoever names it vouches for it.
         base_revision: Branch, tag or commit of a Hub id; pin a commit to be sure of what is loaded.
-        keep: Share in [0, 1] of tau that the start keeps. 0 (here): nothing of the victim's body. Fine-mixing looks for the
-            smallest that serves ACC; more keeps more of the backdoor.
+        keep: Share in [0, 1] of tau that the start keeps; 0: nothing of the victim's body. Fine-mixing looks for the smallest
+            that serves ACC; more keeps more of the backdoor. 0.25 (here): what left none on a pretrained ViT
+            (model_cards/vit.md).
         reinitialize_head: Draw the head's weight anew, see `FineTuningConfig`. None (here): where ``keep`` is 0, since the
             head is the victim's own work, which no base can replace; with more it fits the body.
         base_pull: beta >= 0 (nats per squared unit of weight). 0 (here); 0.05 is RGA's, on text.
@@ -50,7 +51,7 @@ class BaseTuningConfig(FineTuningConfig):
         default=None, metadata={"help": "Public model that the suspicious one was fine-tuned from: Hub id, folder or file."}
     )
     base_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base."})
-    keep: float = field(default=0.0, metadata={"help": "Share of the fine-tuning that the start keeps.", "range": "in [0, 1]"})
+    keep: float = field(default=0.25, metadata={"help": "Share of the fine-tuning that the start keeps.", "range": "in [0, 1]"})
     reinitialize_head: bool | None = field(
         default=None, metadata={"help": "Draw the head's weight anew first; default: where keep is 0."}
     )

@@ -35,6 +35,7 @@ class Rule:
         warmup: Share of the updates.
         images: In each update, over all processes and micro-batches.
         updates: Of the whole run; at least one pass over the images is made.
+        updates_from_base: The same of a run that starts near the public base, and has further to go.
         cutmix: Its alpha, for methods whose loss fits it.
         is_publications: Whether the methods were published on such networks: what a publication says goes before the row.
     """
@@ -49,6 +50,7 @@ class Rule:
     warmup: float
     images: int
     updates: int
+    updates_from_base: int
     cutmix: float
     is_publications: bool
 
@@ -80,7 +82,7 @@ def width_of(model: nn.Module) -> int | None:
 RULES = (
     # On a pretrained ViT-S ten epochs at half as much more cost twice the ACC; CutMix leaves a quarter of BadNets' ASR and two
     # points more ACC. A ViT of 64 channels needs the rate that its width asks for (tests/defenses/test_defaults.py). The
-    # long warm-up is for Adam, whose first steps are all of the full rate.
+    # long warm-up is for Adam, whose first steps are all of the full rate. Near the base twice the updates are worth four points.
     Rule(
         name="LayerNorm",
         fits=lambda model: bool(other_norms(model)),
@@ -92,6 +94,7 @@ RULES = (
         warmup=0.3,
         images=32,
         updates=200,
+        updates_from_base=400,
         cutmix=1.0,
         is_publications=False,
     ),
@@ -107,6 +110,7 @@ RULES = (
         warmup=0,
         images=128,
         updates=300,
+        updates_from_base=300,
         cutmix=0.0,
         is_publications=True,
     ),
@@ -122,6 +126,7 @@ RULES = (
         warmup=0,
         images=128,
         updates=300,
+        updates_from_base=300,
         cutmix=0.0,
         is_publications=True,
     ),
@@ -196,7 +201,8 @@ def resolved(
             setattr(args, name, row[name])
     args.optim = OptimizerNames(args.optim)
     if args.num_train_epochs is None:
-        args.num_train_epochs = passes(args.max_steps if args.max_steps > 0 else rule.updates, count or 1, images_of(args))
+        updates = rule.updates_from_base if getattr(args, "base_model", None) else rule.updates
+        args.num_train_epochs = passes(args.max_steps if args.max_steps > 0 else updates, count or 1, images_of(args))
     if args.warmup_steps is None:
         args.warmup_steps = int(rule.warmup * updates_of(args, count or 1))  # none in a run of two or three updates
     options = {name: plain(getattr(args, name)) for name in left if getattr(args, name) is not None}

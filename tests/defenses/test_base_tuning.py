@@ -165,7 +165,7 @@ def test_a_checkpoint_of_another_start_is_refused(tmp_path):
             {"base_model": str(tmp_path / "moved")},
             "checkpoint-1 belongs to a run from another base, or from none: resume with its base_model",
         ),
-        ({"keep": 0.5}, "checkpoint-1 belongs to a run that began with keep 0.0: resume with it"),
+        ({"keep": 0.5}, "checkpoint-1 belongs to a run that began with keep 0.25: resume with it"),
     ):
         shutil.rmtree(tmp_path / "run" / "checkpoint-2", ignore_errors=True)
         with pytest.raises(ValueError, match=message):

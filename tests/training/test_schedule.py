@@ -120,6 +120,14 @@ def test_another_optimizer_needs_its_own_learning_rate():
     assert settled(tiny_vit(), optim="adamw_torch")[0]["learning_rate"] == TINY
 
 
+def test_a_run_from_near_the_base_has_further_to_go():
+    for name, options in (("d3", {}), ("base_tuning", {"keep": 0.5})):
+        found, _ = settled(tiny_vit(), name=name, base_model="base", **options)
+        assert found["num_train_epochs"] == passes(RULES[0].updates_from_base, 1000, RULES[0].images)
+    assert settled(tiny_vit(), name="d3")[0]["num_train_epochs"] == passes(RULES[0].updates, 1000, RULES[0].images)
+    assert RULES[0].updates_from_base > RULES[0].updates
+
+
 def test_processes_and_micro_batches_share_an_update():
     found, _ = settled(tiny_vit(), gradient_accumulation_steps=4)
     assert found["per_device_train_batch_size"] == RULES[0].images // 4
