@@ -14,6 +14,9 @@ from ..options.arguments import NO_IMAGES, AttackArguments, DataArguments, Model
 from ..options.parser import parse_arguments
 
 if TYPE_CHECKING:  # what does more than read options is loaded when they are read: help and mistakes answer sooner
+    from transformers import PreTrainedModel
+
+    from ..training.config import PurifyConfig
     from ..training.trainer import PurifyTrainer
 
 logger = logging.getLogger(__name__)
@@ -109,6 +112,7 @@ def _run(method, model_args, data_args, attack_args, drill, guard, args) -> dict
             logger.warning("no test images: measuring on %s", AUDIT_SPLIT)
             test, report = audit, replace(report, split=AUDIT_SPLIT)
     else:
+        _tell_of_bases(model, args)
         _, trainer_class = defence(method)
         trainer = trainer_class(model=model, args=args, train_dataset=images.retain, data_source=images.source)
     try:
@@ -120,6 +124,19 @@ def _run(method, model_args, data_args, attack_args, drill, guard, args) -> dict
     if report.results:
         print_summary(trainer, Path(args.output_dir))
     return report.results
+
+
+def _tell_of_bases(model: "PreTrainedModel", args: "PurifyConfig") -> None:
+    """Say what the model may descend from, where the method starts near the base and none is named."""
+    from ..models.likely_bases import likely_bases
+
+    if getattr(args, "base_model", "") is None and (names := likely_bases(model)):
+        logger.warning(
+            "if this is a fine-tuned %s, and you trust that one, say so: --base_model %s (whether it is the ancestor is "
+            "checked) removes what is left without it, see docs/choose.md",
+            " or ".join(names),
+            names[0],
+        )
 
 
 def _refuse_few(drawn: int, of: int, classes: int) -> None:

@@ -4,9 +4,9 @@ With theta_v the suspicious model, theta_b its base and ``tau = theta_v - theta_
 
     theta_0 = theta_b + keep tau,    then    min_theta  E[CE(f(x), y)] + beta / 2 ||theta - theta_b||^2
 
-``keep > 0`` is the scalar form of Fine-mixing (see `shared.base_start`), under the victim's own head. ``keep = 0`` tunes the base
-alone under a head drawn anew, as FT-init does: the control by which every other defence of a fine-tuned model is to be read,
-since nothing of the victim's body is left in it. With ``distillation`` the suspicious model teaches: that brings back ACC
+``keep > 0`` is the scalar form of Fine-mixing (see `shared.base_start`), under the victim's own head. ``keep = 0`` tunes the
+base alone under a head drawn anew, as FT-init does: the control by which every other defence of a fine-tuned model is to be
+read, since nothing of the victim's body is left in it. With ``distillation`` the suspicious model teaches: that brings back ACC
 that a small retain set cannot give, and what it does to such images (see `PurifyConfig`). The pull to the base is that of RGA
 (ICLR 2026, on text).
 

@@ -8,6 +8,7 @@ from ..defenses.shared.selection import select_weights
 from ..labels import label_names_of
 from ..models.batch_norm import batch_norms
 from ..models.head import find_head
+from ..models.likely_bases import likely_bases
 from ..models.source import preprocessing_of
 from ..publishing.manifest import source_facts
 
@@ -29,6 +30,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         "image_std": list(preprocessing.std),
         "parameters": parameters_of(model),
         "batch_norms": len(batch_norms(model)),
+        "likely_bases": likely_bases(model),
         "selection": selection_of(model, preprocessing.size),
     }
 

@@ -82,7 +82,8 @@ def width_of(model: nn.Module) -> int | None:
 RULES = (
     # On a pretrained ViT-S ten epochs at half as much more cost twice the ACC; CutMix leaves a quarter of BadNets' ASR and two
     # points more ACC. A ViT of 64 channels needs the rate that its width asks for (tests/defenses/test_defaults.py). The
-    # long warm-up is for Adam, whose first steps are all of the full rate. Near the base twice the updates are worth four points.
+    # long warm-up is for Adam, whose first steps are all of the full rate. Near the base twice the updates are worth four
+    # points of ACC.
     Rule(
         name="LayerNorm",
         fits=lambda model: bool(other_norms(model)),
