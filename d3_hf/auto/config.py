@@ -17,8 +17,8 @@ class AutoConfig(PurifyConfig):
         auto_budget: Recipes to try at most, >= 1; the chosen one is trained once more. 3 (here): with that one about four
             trainings.
         ladder: YAML of recipes in place of ``ladder.yaml``, see `read_ladder`.
-        base_model: Public model that the suspicious one was fine-tuned from: Hub id, folder or file; for the recipes that need
-            it. Whoever names it vouches for it.
+        base_model: Public model that the suspicious one was fine-tuned from: Hub id, folder or file, or ``"auto"``; for the
+            recipes that need it. Whoever names it vouches for it.
         base_revision: Branch, tag or commit of a Hub id.
         dry_run: Print what would be tried, with how long it would take, and write nothing.
 

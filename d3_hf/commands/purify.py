@@ -132,10 +132,9 @@ def _tell_of_bases(model: "PreTrainedModel", args: "PurifyConfig") -> None:
 
     if getattr(args, "base_model", "") is None and (names := likely_bases(model)):
         logger.warning(
-            "if this is a fine-tuned %s, and you trust that one, say so: --base_model %s (whether it is the ancestor is "
-            "checked) removes what is left without it, see docs/choose.md",
+            "if this is a fine-tuned %s, and you trust that one, name it by --base_model (that it is the ancestor is checked), "
+            "or let --base_model auto look: a start near the base removes what is left without it, see docs/choose.md",
             " or ".join(names),
-            names[0],
         )
 
 

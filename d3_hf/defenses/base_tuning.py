@@ -32,7 +32,8 @@ class BaseTuningConfig(FineTuningConfig):
     """Arguments of base tuning; schedule and additions are those that all defences share.
 
     Args:
-        base_model: Hub id, folder or weights file of what the suspicious model was fine-tuned from, with a head or without;
+        base_model: Hub id, folder or weights file of what the suspicious model was fine-tuned from, with a head or without, or
+            ``"auto"`` to look among the public models of its architecture (see `likely_bases.find_base`);
             required. Whoever names it vouches for it.
         base_revision: Branch, tag or commit of a Hub id; pin a commit to be sure of what is loaded.
         keep: Share in [0, 1] of tau that the start keeps; 0: nothing of the victim's body. Fine-mixing looks for the smallest
@@ -48,7 +49,8 @@ class BaseTuningConfig(FineTuningConfig):
 
     output_dir: str | None = field(default="outputs/base_tuned", metadata={"help": "Folder for the tuned model."})
     base_model: str | None = field(
-        default=None, metadata={"help": "Public model that the suspicious one was fine-tuned from: Hub id, folder or file."}
+        default=None,
+        metadata={"help": "Public model that the suspicious one was fine-tuned from: id, folder or file; auto: look for it."},
     )
     base_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base."})
     keep: float = field(default=0.25, metadata={"help": "Share of the fine-tuning that the start keeps.", "range": "in [0, 1]"})

@@ -1,9 +1,11 @@
 """Which public models a classifier may have been fine-tuned from: by what its folder's card says, and by its architecture.
 
 Neither is proof, and a card is the suspect's own word. Whether a model is the ancestor shows in the weights, see `load_base`;
-whether it is to be trusted is the user's to say.
+whether it is to be trusted is the user's to say. `find_base` looks among those of the architecture alone: an attacker can write
+any name into a card, and cannot write into their publishers' repositories.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
+from ..files import first_line
+from .base import Base, load_base
 from .source import source_of
 
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"  # in place of a base's name
 GOOGLE = "google/vit-{}-patch{}-224{}"
 # The most downloaded image models of the Hub without their classes' own names: the kind among transformers', what its
 # configuration says, and the ids.
@@ -65,6 +72,28 @@ def likely_bases(model: PreTrainedModel) -> list[str]:
         model: As `load_classifier` returns it.
     """
     return list(dict.fromkeys([*said_by_card(model), *of_its_architecture(model.config)]))
+
+
+def find_base(model: PreTrainedModel, image_size: tuple[int, int]) -> Base:
+    """The first of the public models of a classifier's architecture that it was fine-tuned from, by the weights.
+
+    Args:
+        model: As `load_classifier` returns it; it is only read.
+        image_size: See `load_base`.
+
+    Raises:
+        ValueError: No public model of the architecture is known, or none is the ancestor or within reach; each with its reason.
+    """
+    names, reasons = of_its_architecture(model.config), []
+    if not names:
+        raise ValueError("base_model=auto: no public model of this architecture is known here: name the base, or leave it out")
+    for name in names:
+        try:
+            return load_base(model, name, image_size)
+        except (OSError, ValueError) as reason:
+            logger.info("%s is not the base: %s", name, reason)
+            reasons.append(first_line(reason))
+    raise ValueError(f"base_model=auto: the base was not found: name it, or leave it out ({'; '.join(reasons)})")
 
 
 def said_by_card(model: PreTrainedModel) -> list[str]:

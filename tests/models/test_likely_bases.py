@@ -1,9 +1,13 @@
 """Which public models a classifier may descend from: by its folder's card, by its architecture, and by nothing else."""
 
 import pytest
-from tiny import tiny_dinov2, tiny_resnet, tiny_timm_vit
+import torch
+from every_defence import build
+from tiny import SIZE, tiny_dinov2, tiny_resnet, tiny_timm_vit, tiny_vit
+from tiny_trained import base_of, differing, trained
 from transformers import AutoConfig
 
+from d3_hf.models import likely_bases as found
 from d3_hf.models import load_classifier
 from d3_hf.models.likely_bases import PUBLIC, likely_bases, of_its_architecture
 from d3_hf.models.source import Source
@@ -65,3 +69,50 @@ def test_what_did_not_come_from_a_folder_has_no_card(tmp_path, monkeypatch):
     for source in (None, Source("file", "."), Source("hub", ".")):
         model.source = source
         assert "them/base" not in likely_bases(model)
+
+
+@pytest.fixture
+def known(monkeypatch, tmp_path):
+    """As if folders were public models of tiny_vit's architecture: one that is absent, one of other weights, and the base."""
+    other = tiny_vit()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_()
+    other.save_pretrained(tmp_path / "other")
+    places = [str(tmp_path / "absent"), str(tmp_path / "other"), base_of(tiny_vit)]
+    monkeypatch.setattr(found, "PUBLIC", [("vit", {"hidden_size": tiny_vit().config.hidden_size}, places)])
+    return places
+
+
+def test_the_base_is_found_by_its_weights(known):
+    base = found.find_base(trained(tiny_vit), (SIZE, SIZE))
+    assert base.source.name == known[-1] and 0 < base.relative_distance < 1
+
+
+def test_a_base_that_is_not_found_says_why_of_each(known):
+    known.pop()
+    with pytest.raises(ValueError, match="(?s)the base was not found: name it, or leave it out .*absent.*; .*other"):
+        found.find_base(trained(tiny_vit), (SIZE, SIZE))
+    with pytest.raises(ValueError, match="no public model of this architecture is known here"):
+        found.find_base(trained(tiny_resnet), (SIZE, SIZE))
+
+
+def test_the_card_of_the_suspect_is_not_believed(known, tmp_path):
+    model, folder = trained(tiny_vit), tmp_path / "suspect"
+    folder.mkdir()
+    (folder / "README.md").write_text("---\nbase_model: them/base\n---\n")
+    model.source = Source("folder", str(folder))
+    assert likely_bases(model)[0] == "them/base" and found.find_base(model, (SIZE, SIZE)).source.name == known[-1]
+
+
+def test_d3_and_base_tuning_start_from_what_was_found(known, tmp_path):
+    for name in ("d3", "base_tuning"):
+        trainers = [
+            build(name, tmp_path / f"{name}{k}", trained(tiny_vit), base_model=base)
+            for k, base in enumerate(("auto", known[-1]))
+        ]
+        for trainer in trainers:
+            trainer.start()
+        assert differing(*(trainer.model for trainer in trainers)) == []
+        with pytest.raises(ValueError, match="base_revision is for a base that is named"):
+            build(name, tmp_path / "revision", trained(tiny_vit), base_model="auto", base_revision="main")

@@ -40,9 +40,9 @@ class D3Config(PurifyConfig):
             with 1,000 images random costs eight points of ACC and near three (model_cards/vit.md).
         projection: S, applied to each weight after each step: ``"sphere"`` ||W_k|| = ||W_k^0|| (code), ``"ball"`` (<=; the
             other reading of the paper) or ``"none"``.
-        base_model: Hub id, folder or weights file of the public model that the suspicious one was fine-tuned from: the body,
-            all that the base has, starts between the two (see `BaseStart`; theta_s of it in place of ``warm_start``). Whoever
-            names it vouches for it.
+        base_model: Hub id, folder or weights file of the public model that the suspicious one was fine-tuned from, or ``auto``
+            to look among those of its architecture (see `likely_bases.find_base`): the body, all that the base has, starts
+            between the two (see `BaseStart`; theta_s of it in place of ``warm_start``). Whoever names it vouches for it.
         base_revision: Branch, tag or commit of a Hub id.
         keep: Share in [0, 1] of the way from the base to the suspicious model that the start keeps. 0.25 (here): what base
             tuning left no backdoor with on a pretrained ViT (model_cards/vit.md); twice the usual updates cost less ACC.
@@ -102,7 +102,8 @@ class D3Config(PurifyConfig):
         metadata={"help": "Norm constraint on each selected weight.", "choices": geometry.PROJECTIONS},
     )
     base_model: str | None = field(
-        default=None, metadata={"help": "Public model that the suspicious one was fine-tuned from: move towards it."}
+        default=None,
+        metadata={"help": "Public model that the suspicious one was fine-tuned from, to start near; auto: look for it."},
     )
     base_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base."})
     keep: float = field(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...models.base import load_base
+from ...models.likely_bases import AUTO, find_base
 from ...publishing.manifest import public_source
 from ...training.reference import fingerprint
 
@@ -29,20 +30,26 @@ class BaseStart:
 
     Args:
         model: The suspicious model, as it was handed over.
-        base_model: What it was fine-tuned from: Hub id, folder or file.
+        base_model: What it was fine-tuned from: Hub id, folder or file, or ``"auto"``, see `find_base`.
         size: (H, W) of the images that the model accepts.
         revision: Branch, tag or commit of a Hub id.
         keep: Share in [0, 1] of ``theta_v - theta_b``.
 
     Raises:
-        ValueError: The base cannot be loaded or is none of this model, see `load_base`.
+        ValueError: The base cannot be loaded or is none of this model, see `load_base` and `find_base`; or a revision is given
+            of one that is to be found.
 
     Attributes:
         base: The base, see `Base`.
     """
 
     def __init__(self, model: PreTrainedModel, base_model: str, size: tuple[int, int], revision: str | None, keep: float):
-        self.base, self.keep = load_base(model, base_model, size, revision), keep
+        if base_model == AUTO and revision is not None:
+            raise ValueError(
+                "base_revision is for a base that is named, and base_model is auto: name it, or leave base_revision out"
+            )
+        self.base = find_base(model, size) if base_model == AUTO else load_base(model, base_model, size, revision)
+        self.keep = keep
         self._sha256 = fingerprint(self.base.weights.values())
 
     @torch.no_grad()
