@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what does more than read options is loaded when they are re
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # in place of a defence's name: tried and chosen without a trigger
+NO_BASE = "none"  # in place of a base's name: do not look for it
 AUDIT_SPLIT = "the part of the retain set that no decision saw"  # what is measured on where there is nothing else
 
 
@@ -42,6 +43,9 @@ OPTIONS = [ModelArguments, DataArguments, AttackArguments, DrillArguments, Guard
 
 def run(argv: list[str]) -> dict[str, Any]:
     """Run ``[--defence NAME] [CONFIG.yaml] --option value ...``: load, purify by D3 or another method, print the table.
+
+    A method that can start near the public base does so on a network with LayerNorm, where one of the public models of its
+    architecture is the ancestor, see `find_base`; ``--base_model none`` starts from the suspicious model itself.
 
     With ``--defence auto`` the method and its settings are chosen first, see `choose_recipe`, which gets model and retain set
     and nothing else. What it kept for the audit is measured before and after, and stands in for test images where the retain
@@ -102,6 +106,7 @@ def _run(method, model_args, data_args, attack_args, drill, guard, args) -> dict
         _refuse_few(len(images.retain), len(images.retain) + len(images.rest), len(class_names))
     check_labels(class_names, model.config)
     report = Report(data=public_name(images.source), configuration=images.configuration, split=images.split)
+    _settle_base(model, args)
     if isinstance(args, AutoConfig):
         plan = make_plan(model, images.retain, args, guard.max_accuracy_drop, images.source)
         if args.dry_run:
@@ -112,7 +117,6 @@ def _run(method, model_args, data_args, attack_args, drill, guard, args) -> dict
             logger.warning("no test images: measuring on %s", AUDIT_SPLIT)
             test, report = audit, replace(report, split=AUDIT_SPLIT)
     else:
-        _tell_of_bases(model, args)
         _, trainer_class = defence(method)
         trainer = trainer_class(model=model, args=args, train_dataset=images.retain, data_source=images.source)
     try:
@@ -126,16 +130,26 @@ def _run(method, model_args, data_args, attack_args, drill, guard, args) -> dict
     return report.results
 
 
-def _tell_of_bases(model: "PreTrainedModel", args: "PurifyConfig") -> None:
-    """Say what the model may descend from, where the method starts near the base and none is named."""
-    from ..models.likely_bases import likely_bases
+def _settle_base(model: "PreTrainedModel", args: "PurifyConfig") -> None:
+    """Where the method can start near the public base and none is named, look for it, on networks that this was measured on."""
+    from ..models.likely_bases import find_base, likely_bases
+    from ..models.source import preprocessing_of
+    from ..training.schedule import rule_of
 
-    if getattr(args, "base_model", "") is None and (names := likely_bases(model)):
-        logger.warning(
-            "if this is a fine-tuned %s, and you trust that one, name it by --base_model (that it is the ancestor is checked), "
-            "or let --base_model auto look: a start near the base removes what is left without it, see docs/choose.md",
-            " or ".join(names),
-        )
+    named = getattr(args, "base_model", NO_BASE)
+    if named == NO_BASE and hasattr(args, "base_model"):
+        args.base_model = None
+    if named is not None or rule_of(model).name != "LayerNorm" or not (names := likely_bases(model)):
+        return
+    try:
+        source = find_base(model, preprocessing_of(model).size).source
+    except ValueError as reason:
+        logger.warning("not starting near a public base, which removes more (is it %s?): %s", " or ".join(names), reason)
+        return
+    args.base_model, args.base_revision = source.name, source.revision
+    logger.warning(
+        "starting near %s, which this was fine-tuned from, by its weights; not so with --base_model none", source.name
+    )
 
 
 def _refuse_few(drawn: int, of: int, classes: int) -> None:

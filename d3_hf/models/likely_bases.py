@@ -21,6 +21,7 @@ from .source import source_of
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # in place of a base's name
+ADVICE = "if you know what this was fine-tuned from, name it as base_model"
 GOOGLE = "google/vit-{}-patch{}-224{}"
 # The most downloaded image models of the Hub without their classes' own names: the kind among transformers', what its
 # configuration says, and the ids.
@@ -86,14 +87,14 @@ def find_base(model: PreTrainedModel, image_size: tuple[int, int]) -> Base:
     """
     names, reasons = of_its_architecture(model.config), []
     if not names:
-        raise ValueError("base_model=auto: no public model of this architecture is known here: name the base, or leave it out")
+        raise ValueError(f"no public model of this architecture is known here: {ADVICE}")
     for name in names:
         try:
             return load_base(model, name, image_size)
         except (OSError, ValueError) as reason:
             logger.info("%s is not the base: %s", name, reason)
             reasons.append(first_line(reason))
-    raise ValueError(f"base_model=auto: the base was not found: name it, or leave it out ({'; '.join(reasons)})")
+    raise ValueError(f"no public model of this architecture is its base and within reach ({'; '.join(reasons)}): {ADVICE}")
 
 
 def said_by_card(model: PreTrainedModel) -> list[str]:

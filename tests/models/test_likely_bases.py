@@ -91,7 +91,7 @@ def test_the_base_is_found_by_its_weights(known):
 
 def test_a_base_that_is_not_found_says_why_of_each(known):
     known.pop()
-    with pytest.raises(ValueError, match="(?s)the base was not found: name it, or leave it out .*absent.*; .*other"):
+    with pytest.raises(ValueError, match="is its base and within reach .*absent.*; .*other.*name it as base_model"):
         found.find_base(trained(tiny_vit), (SIZE, SIZE))
     with pytest.raises(ValueError, match="no public model of this architecture is known here"):
         found.find_base(trained(tiny_resnet), (SIZE, SIZE))
