@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from ..errors import GuardRailBroken
 from ..evaluation.guard_arguments import GuardArguments
 from ..options.arguments import NO_IMAGES, AttackArguments, DataArguments, ModelArguments
 from ..options.parser import parse_arguments
+from ..publishing.card_arguments import CardArguments
 
 if TYPE_CHECKING:  # what does more than read options is loaded when they are read: help and mistakes answer sooner
     from ..training.trainer import PurifyTrainer
@@ -34,7 +35,7 @@ class DrillArguments:
 
 
 # What a run reads its options into, beside the defence's own Config.
-OPTIONS = [ModelArguments, DataArguments, AttackArguments, DrillArguments, GuardArguments]
+OPTIONS = [ModelArguments, DataArguments, AttackArguments, DrillArguments, GuardArguments, CardArguments]
 
 
 def run(argv: list[str]) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     return _run(chosen.defence, *options)
 
 
-def _check(model_args, data_args, attack_args, drill, guard, args) -> None:
+def _check(model_args, data_args, attack_args, drill, guard, card_args, args) -> None:
     """Refuse what can be refused before anything is loaded."""
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16 is for a GPU and this run has none: use bf16, or leave it out")
@@ -78,7 +79,7 @@ def _check(model_args, data_args, attack_args, drill, guard, args) -> None:
         raise ValueError("--dry_run writes nothing, a victim neither: make it first and give --model_name_or_path")
 
 
-def _run(method, model_args, data_args, attack_args, drill, guard, args) -> dict[str, Any]:
+def _run(method, model_args, data_args, attack_args, drill, guard, card_args, args) -> dict[str, Any]:
     from ..auto.dry_run import dry_run
     from ..auto.plan import make_plan
     from ..auto.run import choose_recipe
@@ -111,6 +112,7 @@ def _run(method, model_args, data_args, attack_args, drill, guard, args) -> dict
     else:
         _, trainer_class = defence(method)
         trainer = trainer_class(model=model, args=args, train_dataset=images.retain, data_source=images.source)
+    trainer.describe(**asdict(card_args))
     try:
         report = purify(trainer, test, attack, guard, report, audit)
     except GuardRailBroken as broken:

@@ -65,6 +65,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "resume_from_checkpoint",
         "dry_run",
     ),
+    "card": ("license", "finetuned_from"),
     "Hub": ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_create_pr"),
     "help": ("help",),
 }

@@ -38,4 +38,5 @@ def card_of(run: Any, model_name: str | None = None) -> ModelCard:
     """The card of a `PurifyTrainer`'s model, named after its repository if ``model_name`` is None."""
     name = model_name or hub.repository(run.args).rpartition("/")[2]
     place = run.args.hub_model_id or ""  # to load from; where the namespace is missing the push puts it in
-    return render_card(run.facts(), run.report.results or None, name, place if "/" in place else None, run.source_licence)
+    licence = run.card_details.licence() or run.source_licence
+    return render_card(run.facts(), run.report.results or None, name, place if "/" in place else None, licence)

@@ -15,6 +15,7 @@ from transformers.trainer_utils import has_length
 
 from ..data.training_images import TrainingImages
 from ..files import read_mapping
+from ..models.library import network_facts
 from ..models.source import Source, source_of
 from .execution import SECRET, others, plain, resumed
 from .names import is_local, public_name
@@ -196,6 +197,7 @@ def facts_of(run: Purification) -> dict[str, Any]:
         "method": run.method,
         "paper": run.paper,
         "source": source_facts(run.plain),
+        "network": network_facts(run.plain),
         "reference_sha256": run.reference_sha256,
         "retain": _retain_facts(run),
         "preprocessing": {name: getattr(run.preprocessing, name) for name in ("size", "mean", "std")},
