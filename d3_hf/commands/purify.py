@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,14 +86,18 @@ def _run(method, model_args, data_args, attack_args, drill, guard, card_args, ar
     from ..labels import check_labels
     from ..publishing.manifest import public_name
     from ..publishing.report import Report
+    from ..victims.record import clean_model_of
     from ..victims.sets import make_victim
     from ..workflow import purify
 
     attack = attack_args.load()
+    made_in = (attack_args.attack or {}).get("name")  # by which a victim's folder is named, too
     if model_args.model_name_or_path is None:
         victim = make_victim([drill.victim_config])
-        model_args.model_name_or_path, attack = victim.folder, victim.attack
+        model_args.model_name_or_path, attack, made_in = victim.folder, victim.attack, victim.folder
     model = model_args.load()
+    place = card_args.clean_model or clean_model_of(made_in)
+    clean_model = model_args.of(place).load() if place else None
     images = data_args.load(model.config, needs_test=not isinstance(args, AutoConfig))
     class_names, test, audit = images.retain.features["label"].names, images.test, None
     if data_args.is_default_size:
@@ -112,9 +116,9 @@ def _run(method, model_args, data_args, attack_args, drill, guard, card_args, ar
     else:
         _, trainer_class = defence(method)
         trainer = trainer_class(model=model, args=args, train_dataset=images.retain, data_source=images.source)
-    trainer.describe(**asdict(card_args))
+    trainer.describe(**card_args.details())
     try:
-        report = purify(trainer, test, attack, guard, report, audit)
+        report = purify(trainer, test, attack, guard, report, audit, clean_model, card_args.show_images)
     except GuardRailBroken as broken:
         if broken.results:
             print_summary(trainer, broken.folder)

@@ -69,9 +69,8 @@ def rails_of(
         found.append(Rail("min_class_accuracy", least, min(rates.values()), not low, True, said))
     if (least := guard.min_agreement) is not None:
         agreement = accuracy(after.predictions, before.predictions).value
-        said = (
-            f"{100 * agreement:.1f} % of the predictions are those of the suspicious model, under min_agreement, {100 * least:g} %"
-        )
+        share, limit = f"{100 * agreement:.1f} %", f"{100 * least:g} %"
+        said = f"{share} of the predictions are those of the suspicious model, under min_agreement, {limit}"
         found.append(Rail("min_agreement", least, agreement, agreement >= least, True, "" if agreement >= least else said))
     return found
 

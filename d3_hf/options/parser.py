@@ -65,7 +65,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "resume_from_checkpoint",
         "dry_run",
     ),
-    "card": ("license", "finetuned_from"),
+    "card": ("license", "finetuned_from", "clean_model", "show_images"),
     "Hub": ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_create_pr"),
     "help": ("help",),
 }

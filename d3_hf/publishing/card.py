@@ -7,6 +7,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from .licences import UNKNOWN
 from .metadata import purified_metadata
 from .readme import BEGIN, END, FOLDER
+from .summary import headline, rails_table
 from .tables import audit_line, chosen_table, rates_table, results_table
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -49,6 +50,7 @@ def render_card(
     model_name: str,
     hub_model_id: str | None = None,
     licence: dict | None = None,
+    pictures: dict[str, str] | None = None,
 ) -> ModelCard:
     """Model card of a purified model.
 
@@ -58,12 +60,13 @@ def render_card(
         model_name: Title of the card.
         hub_model_id: Repository the card is for, if any.
         licence: The source's, see `licences`; None where it is not known.
+        pictures: Names of the files beside the card that it shows, and what they show.
 
     Returns:
         A card as it goes up: its metadata carry lineage and licence and, when measured on a data set of the Hub, a
         ``model-index``; its text stands between the marks of `readme`.
     """
-    licence = licence or UNKNOWN
+    licence, measured = licence or UNKNOWN, facts["measured"]
     return ModelCard.from_template(
         purified_metadata(facts, results, model_name, licence),
         template_path=str(TEMPLATES / "purified_card.md"),
@@ -73,9 +76,12 @@ def render_card(
         facts=facts,
         licence=licence,
         is_licensed=licence != UNKNOWN,
-        results_table=results_table(results) if results else None,
+        pictures=pictures or {},
+        headline=headline(results, measured.get("trigger")) if results else None,
+        results_table=results_table(results, (measured.get("floor") or {}).get("rates")) if results else None,
+        rails_table=rails_table(measured["rails"]) if measured.get("rails") else None,
         chosen_table=chosen_table(facts["chosen"]) if facts.get("chosen") else None,
-        audit_line=audit_line(facts["measured"]["audit"]) if facts["measured"].get("audit") else None,
+        audit_line=audit_line(measured["audit"]) if measured.get("audit") else None,
         place=hub_model_id or FOLDER,
     )
 

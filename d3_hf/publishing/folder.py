@@ -11,6 +11,7 @@ from ..models.shared import state_to_save
 from . import hub
 from .card import render_card
 from .manifest import RESULTS, RETAIN_INDICES
+from .pictures.of_card import Picture, pictures_of
 
 
 def write_purified(run: Any, folder: Path, state_dict: dict | None = None) -> None:
@@ -39,4 +40,10 @@ def card_of(run: Any, model_name: str | None = None) -> ModelCard:
     name = model_name or hub.repository(run.args).rpartition("/")[2]
     place = run.args.hub_model_id or ""  # to load from; where the namespace is missing the push puts it in
     licence = run.card_details.licence() or run.source_licence
-    return render_card(run.facts(), run.report.results or None, name, place if "/" in place else None, licence)
+    pictures = {picture.name: picture.caption for picture in pictures_in(run)}
+    return render_card(run.facts(), run.report.results or None, name, place if "/" in place else None, licence, pictures)
+
+
+def pictures_in(run: Any) -> list[Picture]:
+    """The pictures of a `PurifyTrainer`'s card, to be drawn beside it."""
+    return pictures_of(run.report, run.state.log_history, getattr(run.args, "epsilon", None))

@@ -16,6 +16,11 @@ def hub_data(name: str | None) -> str | None:
     return name if name and HUB_ID.fullmatch(name) else None
 
 
+def is_public(name: str | None) -> bool:
+    """Whether a data set's images may be shown to whoever sees the card: one of the Hub, or the digits of scikit-learn."""
+    return name == "digits" or hub_data(name) is not None
+
+
 def purified_metadata(facts: dict, results: dict | None, model_name: str, licence: dict[str, Any]) -> ModelCardData:
     """The metadata of a purified model's card.
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .tables import results_table
 from .pictures.triggered import TriggeredImages
+from .tables import results_table
 
 REJECTED = "rejected"  # folder below output_dir, and the manifest's entry with the reasons
 

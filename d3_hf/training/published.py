@@ -11,7 +11,7 @@ from ..files import atomic_file
 from ..models.source import source_of
 from ..publishing import hub, manifest
 from ..publishing.details import CardDetails
-from ..publishing.folder import card_of, write_purified
+from ..publishing.folder import card_of, pictures_in, write_purified
 from ..publishing.readme import source_licence
 from ..publishing.report import Report
 from .checkpoints import check_not_source
@@ -42,7 +42,7 @@ class PublishingTrainer(DurableTrainer):
         """Write the model and what belongs to it; the card too, except into checkpoints. Override to add files."""
         write_purified(self, folder, state_dict)
         if not self.is_writing_checkpoint:
-            self._published_card().save(folder / manifest.CARD)
+            self._write_card(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         check_not_source(Path(output_dir or self.args.output_dir), source_of(self.plain))
@@ -81,6 +81,8 @@ class PublishingTrainer(DurableTrainer):
         if self.is_world_process_zero():
             file = Path(self.args.output_dir) / manifest.CARD
             file.parent.mkdir(parents=True, exist_ok=True)
+            for picture in pictures_in(self):
+                picture.draw(file.with_name(picture.name))
             with atomic_file(file) as beside:
                 beside.write_text(str(self._published_card()), encoding="utf-8")
 
@@ -136,6 +138,11 @@ class PublishingTrainer(DurableTrainer):
             token=token,
         )
         return upload() if blocking else HfApi().run_as_future(upload)
+
+    def _write_card(self, folder: Path) -> None:
+        for picture in pictures_in(self):
+            picture.draw(folder / picture.name)
+        self._published_card().save(folder / manifest.CARD)
 
     def _published_card(self) -> ModelCard:
         details = self.card_details.updated({"tags": self.plain.model_tags})  # with `PreTrainedModel.add_model_tags`

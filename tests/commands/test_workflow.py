@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jsonschema
 import pytest
 import torch
 import yaml
@@ -15,6 +16,9 @@ import d3_hf
 from d3_hf.commands.purify import run
 from d3_hf.data.load import load_images
 from d3_hf.publishing.card import render_card
+from d3_hf.publishing.manifest import SCHEMA
+from d3_hf.publishing.pictures.of_card import CLASSES, TRIGGERED
+from d3_hf.publishing.summary import headline
 from d3_hf.publishing.tables import results_table
 
 TOY = {"max_steps": 6, "disable_tqdm": True, "use_cpu": True, "report_to": "none"}
@@ -55,7 +59,7 @@ def test_drill_leaves_these_files(drill):
     folder, _ = drill
     assert {file.name for file in (folder / "purified").iterdir()} == {
         "README.md", "all_results.json", "config.json", "model.safetensors", "preprocessor_config.json", "purification.json",
-        "retain_indices.json",
+        "retain_indices.json", CLASSES, TRIGGERED,
     }  # fmt: skip
 
 
@@ -77,6 +81,9 @@ def test_manifest_repeats_the_run(drill):
     manifest = json.loads((folder / "purified" / "purification.json").read_text())
     indices = json.loads((folder / "purified" / "retain_indices.json").read_text())
     poisoned = json.loads((folder / "victim" / "victim.json").read_text())["planted"]["poisoned_rows"]
+    schema = json.loads((ROOT / "d3_hf/publishing/schemas/purification.schema.json").read_text())
+    jsonschema.validate(manifest, schema)
+    assert manifest["schema"] == schema["$id"] == SCHEMA
     assert manifest["source"]["kind"] == "folder" and "model.safetensors" in manifest["source"]["sha256"]
     assert manifest["retain"] == {"n": len(indices), "source": "digits", "indices_file": "retain_indices.json"}
     assert manifest["arguments"]["lambda_clean"] == 10 and manifest["arguments"]["epsilon"] == 0.02  # the drill's
@@ -94,6 +101,11 @@ def test_card(drill):
     assert card.data.pipeline_tag == "image-classification" and "purified" in card.data.tags
     assert card.data.eval_results is None and card.data.datasets is None  # the digits are no data set of the Hub
     assert "Images: digits (test)." in card.content
+    results = json.loads((folder / "purified" / "all_results.json").read_text())
+    said = headline(results, {"name": "badnets"})
+    assert f"# purified\n\n{said}\n\nThis image classifier" in card.text and said.startswith("Known trigger (badnets): ASR ")
+    for name in (CLASSES, TRIGGERED):
+        assert f"]({name})" in card.text and (folder / "purified" / name).read_bytes()[:4] == b"\x89PNG"
     for text in ("## Lineage", "`classifier.weight`", "`lambda_clean`", "retain_indices.json", "me/purified", "Limits"):
         assert text in card.content
 
@@ -137,7 +149,9 @@ def test_without_a_trigger_only_accuracy_is_reported(drill, tmp_path):
     rates = {"accuracy_before", "accuracy_after"}
     assert set(results) == rates | {f"{k}_ci95" for k in rates} | {f"{k}_n" for k in rates} | DROP
     assert results["accuracy_after_n"] == 50
-    assert "ASR, RA and PACC were not measured" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "ASR, RA and PACC were not measured" in card and "\n\nNo trigger was known: accuracy " in card
+    assert "All others are at their defaults" not in card and TRIGGERED not in card
 
 
 def test_a_card_without_measurements_says_so():

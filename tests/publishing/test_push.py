@@ -19,6 +19,7 @@ from d3_hf import D3Config, D3Trainer, RawImages, load_images, retain_split
 from d3_hf.data.preprocessing import Preprocessing
 from d3_hf.data.training_images import TrainingImages
 from d3_hf.files import sha256
+from d3_hf.publishing.pictures.of_card import CLASSES, TRIGGERED
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def pushed(hub, repo):
     ("repo", "private", "further"),
     [
         ("me/out", True, {"retain_indices.json"}),
-        ("me/model-purified", True, {"retain_indices.json", "all_results.json"}),
+        ("me/model-purified", True, {"retain_indices.json", "all_results.json", CLASSES, TRIGGERED}),
         ("me/samples", False, set()),
     ],
 )

@@ -26,6 +26,7 @@ def draw_classes(rows: Sequence[dict[str, Any]], file: Path) -> None:
     axes.set_yticks(places, [f"{drawn(row['class'])} ({row['images']})" for row in rows])
     for label in axes.get_yticklabels():
         as_text(label)
+    axes.margins(y=0.02)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("ACC of the class (%)")
