@@ -19,9 +19,9 @@ SCHEMA_FILE = ROOT / "d3_hf" / "publishing" / "schemas" / "purification.schema.j
 def results(both_right, lost, gained, both_wrong, **rates):
     table = PairedTable(both_right, lost, gained, both_wrong)
     found = table.before.as_dict("accuracy_before") | table.after.as_dict("accuracy_after") | table.as_dict("accuracy_drop")
-    return found | {
-        f"{rate}_{when}": v for rate, pair in rates.items() for when, v in zip(("before", "after"), pair, strict=True)
-    }
+    for rate, (before, after) in rates.items():
+        found |= {f"{rate}_before": before, f"{rate}_after": after}
+    return found
 
 
 def test_with_a_known_trigger_the_first_sentence_is_about_it():
