@@ -84,25 +84,29 @@ def _run(method, model_args, data_args, attack_args, drill, guard, card_args, ar
     from ..auto.plan import make_plan
     from ..auto.run import choose_recipe
     from ..labels import check_labels
-    from ..publishing.manifest import public_name
+    from ..publishing.details import CardDetails
+    from ..publishing.manifest import public_name, source_facts
     from ..publishing.report import Report
     from ..victims.record import clean_model_of
     from ..victims.sets import make_victim
     from ..workflow import purify
 
     attack = attack_args.load()
-    made_in = (attack_args.attack or {}).get("name")  # by which a victim's folder is named, too
+    made_in = attack_args.folder
     if model_args.model_name_or_path is None:
         victim = make_victim([drill.victim_config])
-        model_args.model_name_or_path, attack, made_in = victim.folder, victim.attack, victim.folder
+        model_args.model_name_or_path, attack, made_in = victim.folder, victim.attack, Path(victim.folder)
     model = model_args.load()
-    place = card_args.clean_model or clean_model_of(made_in)
+    CardDetails(**card_args.details()).check(source_facts(model), has_results=False)
+    place = card_args.clean_model or (made_in and clean_model_of(made_in))
     clean_model = model_args.of(place).load() if place else None
     images = data_args.load(model.config, needs_test=not isinstance(args, AutoConfig))
     class_names, test, audit = images.retain.features["label"].names, images.test, None
     if data_args.is_default_size:
         _refuse_few(len(images.retain), len(images.retain) + len(images.rest), len(class_names))
     check_labels(class_names, model.config)
+    if clean_model is not None:
+        check_labels(class_names, clean_model.config)
     report = Report(data=public_name(images.source), configuration=images.configuration, split=images.split)
     if isinstance(args, AutoConfig):
         plan = make_plan(model, images.retain, args, guard.max_accuracy_drop, images.source)

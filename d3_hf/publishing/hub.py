@@ -153,7 +153,7 @@ def push_folder(
             readme = merge_card(card, Path(theirs).read_text(encoding="utf-8") if theirs else None, repo)
             if is_signed and readme != written:
                 raise SignedFileChanged(
-                    _signed_too_early(folder, f"would be changed by what {repo} holds", "push to a new one")
+                    _signed_too_early(folder, f"would be changed by what {repo} holds", "push to a new repository")
                 )
             contents = {file.name: file for file in files} | {CARD: readme.encode()}
             operations = [CommitOperationAdd(name, content) for name, content in contents.items()]

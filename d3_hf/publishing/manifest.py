@@ -104,7 +104,8 @@ def own_defaults(kind: type[TrainingArguments]) -> dict[str, Any]:
 
 
 def changed_options(args: TrainingArguments, by_rule: Collection[str]) -> list[str]:
-    """The names of the options in `arguments_of` that are not at their declared defaults, without those that a rule settled."""
+    """The names of the options in `arguments_of` that somebody gave: not at their declared defaults, and not settled by a rule."""
+    by_rule = {*by_rule, "dataloader_pin_memory"}  # which follows from the device
     declared = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)}
     found = arguments_of(args)
     return [name for name, value in found.items() if name not in by_rule and (value or None) != (plain(declared[name]) or None)]

@@ -11,7 +11,7 @@ from ..files import atomic_file
 from ..models.source import source_of
 from ..publishing import hub, manifest
 from ..publishing.details import CardDetails
-from ..publishing.folder import card_of, pictures_in, write_purified
+from ..publishing.folder import card_of, draw_pictures, write_purified
 from ..publishing.readme import source_licence
 from ..publishing.report import Report
 from .checkpoints import check_not_source
@@ -26,6 +26,7 @@ class PublishingTrainer(DurableTrainer):
     Attributes:
         report: What is known of the run besides, see `record`.
         card_details: What is said of the model beyond its manifest.
+        undrawn: Names of the card's pictures that could not be drawn.
     """
 
     last_file = manifest_name = manifest.MANIFEST
@@ -33,6 +34,7 @@ class PublishingTrainer(DurableTrainer):
 
     report: Report = Report()
     card_details: CardDetails = CardDetails()
+    undrawn: frozenset[str] = frozenset()
 
     def record(self, report: Report) -> None:
         """Take in what is known of the run besides: manifest, results and card say it from the next saving on."""
@@ -42,7 +44,8 @@ class PublishingTrainer(DurableTrainer):
         """Write the model and what belongs to it; the card too, except into checkpoints. Override to add files."""
         write_purified(self, folder, state_dict)
         if not self.is_writing_checkpoint:
-            self._write_card(folder)
+            draw_pictures(self, folder)
+            self._published_card().save(folder / manifest.CARD)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         check_not_source(Path(output_dir or self.args.output_dir), source_of(self.plain))
@@ -81,8 +84,7 @@ class PublishingTrainer(DurableTrainer):
         if self.is_world_process_zero():
             file = Path(self.args.output_dir) / manifest.CARD
             file.parent.mkdir(parents=True, exist_ok=True)
-            for picture in pictures_in(self):
-                picture.draw(file.with_name(picture.name))
+            draw_pictures(self, file.parent)
             with atomic_file(file) as beside:
                 beside.write_text(str(self._published_card()), encoding="utf-8")
 
@@ -138,11 +140,6 @@ class PublishingTrainer(DurableTrainer):
             token=token,
         )
         return upload() if blocking else HfApi().run_as_future(upload)
-
-    def _write_card(self, folder: Path) -> None:
-        for picture in pictures_in(self):
-            picture.draw(folder / picture.name)
-        self._published_card().save(folder / manifest.CARD)
 
     def _published_card(self) -> ModelCard:
         details = self.card_details.updated({"tags": self.plain.model_tags})  # with `PreTrainedModel.add_model_tags`

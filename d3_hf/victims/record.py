@@ -71,11 +71,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     return read_mapping(file, "record of make_victim", "make the victim again in an empty folder", needed)
 
 
-def clean_model_of(folder: str | None) -> str | None:
-    """The model without a backdoor that a victim was measured beside; None where there is no such victim, or none any more."""
-    if folder is None or not (Path(folder).expanduser() / VICTIM_FILE).is_file():
+def clean_model_of(folder: Path) -> str | None:
+    """The model without a backdoor that a victim was measured beside; None where there was none, or is none any more."""
+    if not (folder / VICTIM_FILE).is_file():
         return None
-    place = read_record(Path(folder).expanduser())["recipe"].get("clean_model")
+    place = read_record(folder)["recipe"].get("clean_model")
     return place if place and Path(place).expanduser().exists() else None
 
 

@@ -60,7 +60,17 @@ def test_captions_say_what_is_drawn():
     assert few.caption == "ACC of each class before and after, with the number of test images."
     assert many.caption.startswith("ACC of the 20 classes whose accuracy changed most before and after")
     (curve,) = pictures_of(Report(), [{"step": k, "clean_loss": 1.0} for k in range(5)])
-    assert curve.caption == "Clean loss while training."
+    assert curve.caption == "Loss on the trusted images while training."
+
+
+def test_a_picture_that_cannot_be_drawn_costs_itself_and_no_run(tmp_path, monkeypatch, caplog):
+    def fails(*arguments):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("d3_hf.publishing.pictures.of_card.draw_classes", fails)
+    purified(tmp_path, "photos")
+    assert f"{CLASSES} is not drawn (no font)" in caplog.text and not list(tmp_path.glob("*.png"))
+    assert (tmp_path / "model.safetensors").is_file() and CLASSES not in (tmp_path / "README.md").read_text()
 
 
 def test_neither_pyplot_nor_a_backend_is_touched(tmp_path):

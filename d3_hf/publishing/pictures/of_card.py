@@ -13,6 +13,7 @@ from .triggered import draw_triggered
 
 CLASSES, TRAINING, TRIGGERED = "purification_classes.png", "purification_training.png", "purification_triggered.png"
 NAMES = (CLASSES, TRAINING, TRIGGERED)
+CURVES = {"clean_loss": "Loss on the trusted images", "distance": "distance of the selected weights from their start"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,6 @@ def pictures_of(report: Report, log_history: Sequence[dict[str, Any]], epsilon: 
         caption = f"ACC of {which} before and after, with the number of test images."
         found.append(Picture(CLASSES, caption, partial(draw_classes, report.classes)))
     if curves := logged(log_history):
-        names = " and ".join(key.replace("_", " ") for key in curves)
-        found.append(Picture(TRAINING, f"{names.capitalize()} while training.", partial(draw_training, log_history, epsilon)))
+        caption = f"{' and '.join(CURVES[key] for key in curves)} while training."
+        found.append(Picture(TRAINING, caption, partial(draw_training, log_history, epsilon)))
     return found
