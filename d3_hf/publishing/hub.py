@@ -140,7 +140,7 @@ def push_folder(
     written = (folder / CARD).read_text(encoding="utf-8")
     is_signed = CARD in signed_files(folder / SIGNATURE)
     if is_signed and named_for(written, folder.absolute().name, repo) != written:
-        raise SignedFileChanged(_signed_too_early(folder, "names no repository yet", f"purify with --hub_model_id {repo}"))
+        raise SignedFileChanged(_signed_too_early(folder, f"does not name {repo}", f"purify with --hub_model_id {repo}"))
     try:
         with _timeout(TIMEOUT):
             if not create_pr:

@@ -104,7 +104,7 @@ def own_defaults(kind: type[TrainingArguments]) -> dict[str, Any]:
 
 
 def changed_options(args: TrainingArguments, by_rule: Collection[str]) -> list[str]:
-    """The names of the options in `arguments_of` that somebody gave: not at their declared defaults, and not settled by a rule."""
+    """The names of the options in `arguments_of` that are not at their declared defaults, without those that a rule settled."""
     by_rule = {*by_rule, "dataloader_pin_memory"}  # which follows from the device
     declared = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)}
     found = arguments_of(args)

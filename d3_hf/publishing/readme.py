@@ -22,28 +22,31 @@ BEGIN = "<!-- d3_hf: what stands from here on is replaced by the next push -->"
 END = "<!-- d3_hf: up to here -->"
 FOLDER = "path/to/this/folder"  # in a card's example, until the repository's name is known
 SECTION = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+EXAMPLE = re.compile(r'(?:model=|load_classifier\()"([^"\n]+)"')  # what it loads
 TITLE = re.compile(r"^# .*", re.MULTILINE)
 OF_THE_WEIGHTS = ("model-index",)  # metadata that speak of weights which are replaced
 OURS = {"d3_hf", "purified"}  # tags of a card of ours
 
 
 def named_for(card: str, folder_name: str, repo: str) -> str:
-    """A card that was made before its repository had a name, with the name in it; any other as it is.
+    """A card that was made before its repository had a name, or for another one, with the name in it; as it is if it has it.
 
     Args:
         card: Metadata and text.
-        folder_name: Of the folder that it lies in, after which the card is called until then.
-        repo: The repository's id: its name becomes that of the card and of the ``model-index``, unless they were given another.
+        folder_name: Of the folder that it lies in, after which the card is called until it has a repository.
+        repo: The repository's id: it goes into the example, and its name becomes that of the card and of the ``model-index``,
+            unless they were given one of their own.
     """
-    if FOLDER not in card:
-        return card
     metadata, text = _parse(card)
-    name = repo.rpartition("/")[2]
+    example = EXAMPLE.search(text)
+    if example is None or (place := example[1]) == repo:
+        return card
+    made_up, name = {folder_name, place.rpartition("/")[2]}, repo.rpartition("/")[2]
     for entry in metadata.get("model-index", []):
-        if entry["name"] == folder_name:
+        if entry["name"] in made_up:
             entry["name"] = name
-    title = re.compile(rf"^# {re.escape(folder_name)}$", re.MULTILINE)
-    return _written(metadata, title.sub(lambda _: f"# {name}", text.replace(FOLDER, repo), count=1))
+    title = re.compile(rf"^# ({'|'.join(map(re.escape, sorted(made_up)))})$", re.MULTILINE)
+    return _written(metadata, title.sub(lambda _: f"# {name}", text.replace(f'"{place}"', f'"{repo}"'), count=1))
 
 
 def merge_card(card: str, theirs: str | None, repo: str) -> str:

@@ -1,6 +1,7 @@
 """The whole path: a fire drill at toy size through `accelerate launch`, and what it leaves behind."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -145,13 +146,17 @@ def test_without_a_trigger_only_accuracy_is_reported(drill, tmp_path):
             "2",
         ]
         + ["--max_test_images", "50", "--disable_tqdm", "true", "--use_cpu", "--max_accuracy_drop", "1"]
+        + ["--license", "mit", "--finetuned_from", "them/vit", "--clean_model", str(folder / "victim")]
     )
     rates = {"accuracy_before", "accuracy_after"}
     assert set(results) == rates | {f"{k}_ci95" for k in rates} | {f"{k}_n" for k in rates} | DROP
     assert results["accuracy_after_n"] == 50
     card = (tmp_path / "README.md").read_text()
     assert "ASR, RA and PACC were not measured" in card and "\n\nNo trigger was known: accuracy " in card
-    assert "All others are at their defaults" not in card and TRIGGERED not in card
+    data = ModelCard(card).data
+    assert (data.license, data.base_model, data.base_model_relation) == ("mit", "them/vit", "finetune")
+    before = results["accuracy_before"]  # of the victim, which stands in for a model without backdoor
+    assert TRIGGERED not in card and re.search(rf"\| ACC \| ({100 * before:.1f} % .*?) \| .* \| \1 \| 50 \|", card)
 
 
 def test_a_card_without_measurements_says_so():
@@ -177,6 +182,8 @@ def test_a_card_without_measurements_says_so():
             "--attack is that of the victim",
         ),
         ([*DIGITS, "--attack", "unheard"], "unknown attack 'unheard'"),
+        ([*DIGITS, "--license", "appache-2.0"], "did you mean apache-2.0"),
+        ([*DIGITS, "--finetuned_from", "weights.pth"], "finetuned_from=weights.pth is no Hub id"),
         ([*DIGITS, "--train_split", "learn"], "no split 'learn'; it has train, test"),
         ([*DIGITS, "--retain_count", "5000"], "5000"),
         (DIGITS, "^5 % of 1437 images are 72, fewer than 10 a class: give --retain_count or --retain_fraction"),

@@ -51,7 +51,7 @@ def signed(folder, *names):
 def test_a_card_that_is_signed_goes_up_as_it_is_or_not_at_all(own_hub, purified, tmp_path):
     folder = signed(Path(shutil.copytree(purified, tmp_path / "run")), "README.md", "model.safetensors")
     with pytest.raises(
-        ValueError, match=r"covers README.md of .*, which names no repository yet: purify with --hub_model_id me/m"
+        ValueError, match=r"covers README.md of .*, which does not name me/model: purify with --hub_model_id me/m"
     ):
         pushing.push_folder(folder, "me/model")
     assert not own_hub.seen

@@ -127,7 +127,10 @@ def test_a_card_without_a_repository_is_named_when_it_gets_one():
     assert "\n    # run\n" in text  # only the title
     chosen = parts(named_for(card.replace("# run\n", "# My name\n", 1), "run", "me/vit-2"))[1]
     assert "# My name\n" in chosen and "# vit-2" not in chosen
-    assert named_for(CARD, "run", "me/vit-2") == CARD  # it has one
+    assert named_for(CARD, "run", "me/vit-2") == CARD  # it loads nothing
+    other = named_for(card, "run", "me/first")
+    assert named_for(other, "run", "me/first") == other
+    assert parts(named_for(other, "run", "me/vit-2")) == (metadata, text)  # it was made for another repository
 
 
 def test_data_sets_are_added_to_the_owners():
