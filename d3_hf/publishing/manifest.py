@@ -107,8 +107,13 @@ def changed_options(args: TrainingArguments, by_rule: Collection[str]) -> list[s
     """The names of the options in `arguments_of` that are not at their declared defaults, without those that a rule settled."""
     by_rule = {*by_rule, "dataloader_pin_memory"}  # which follows from the device
     declared = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)}
-    found = arguments_of(args)
-    return [name for name, value in found.items() if name not in by_rule and (value or None) != (plain(declared[name]) or None)]
+    given = {name: value for name, value in arguments_of(args).items() if name not in by_rule}
+    return [name for name, value in given.items() if _filled(value) != _filled(plain(declared[name]))]
+
+
+def _filled(value: Any) -> Any:
+    """A value, None in place of an empty one; 0 and False, which switch off what a rule would settle, are none such."""
+    return None if value in ("", [], {}) else value
 
 
 def arguments_of(args: TrainingArguments) -> dict[str, Any]:

@@ -74,8 +74,8 @@ def trainer(folder, **options):
 
 
 def test_only_what_differs_from_its_default_is_listed_and_what_the_rule_settled_by_its_value(tmp_path):
-    made = trainer(tmp_path, lambda_clean=7.5, horizontal_flip=False)
-    assert set(changed_options(made.args, made.schedule["options"])) == {"lambda_clean", "max_steps", "use_cpu"}
+    made = trainer(tmp_path, lambda_clean=7.5, horizontal_flip=False, cutmix=0)  # which the rule would set to 1
+    assert set(changed_options(made.args, made.schedule["options"])) == {"lambda_clean", "max_steps", "use_cpu", "cutmix"}
     text = made.card().text
     assert "| `lambda_clean` | `7.5` |" in text and "| `max_steps` | `2` |" in text
     assert "| `horizontal_flip`" not in text and "| `learning_rate` |" not in text and "| `seed`" not in text

@@ -33,7 +33,7 @@ def draw_training(log_history: Sequence[dict[str, Any]], epsilon: float | None, 
             axes.axhline(epsilon, color=WRONG, linestyle="--", linewidth=1, label=f"epsilon, {epsilon:g}")
             axes.legend(frameon=False)
         axes.set_ylabel(PANELS[key])
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max(value for _, value in points) or 1)
         axes.grid(alpha=0.3)
     panels[-1].set_xlabel("update")
     save(figure, file)
