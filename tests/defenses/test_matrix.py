@@ -79,7 +79,10 @@ def test_manifest_and_card_name_method_source_and_options(whole, tmp_path):
     jsonschema.validate(facts, json.loads(SCHEMA.read_text()))
     assert facts["method"] == run.method and facts["paper"] in card and run.method in card
     assert facts["reference_sha256"] == run.reference_sha256 and facts["retain"]["n"] == 40
-    assert set(OPTIONS[name]) <= set(facts["arguments"]) and "`learning_rate`" in card
+    assert set(OPTIONS[name]) <= set(facts["arguments"])
+    told = [*facts["changed_options"], *facts.get("schedule", {}).get("options", ())]
+    assert "per_device_train_batch_size" in told
+    assert all(f"`{option}`" in card for option in told)
     assert not {path.name for path in tmp_path.iterdir()} & {"training_args.bin", "optimizer.pt"}
 
 
