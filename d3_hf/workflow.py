@@ -5,17 +5,23 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
 
 from .attacks import Attack
 from .data.images import RawImages
 from .errors import GuardRailBroken
 from .evaluation.class_order import order_contradiction
-from .evaluation.guard import broken_rails, uncertain_rails
+from .evaluation.guard import broken_rails, rails_of, recall_rows, uncertain_rails
 from .evaluation.guard_arguments import GuardArguments
-from .evaluation.measure import measure_trainer, paired_results, results
+from .evaluation.measure import Measurement, measure, measure_trainer, paired_results, rates, results
 from .evaluation.retain_check import retain_warnings
 from .labels import check_labels
+from .models.source import preprocessing_of
+from .publishing.manifest import source_facts
+from .publishing.metadata import is_public
+from .publishing.pictures.triggered import MOST, TriggeredImages
 from .publishing.report import REJECTED, Report
 from .training.trainer import PurifyTrainer
 
@@ -29,6 +35,8 @@ def purify(
     guard: GuardArguments | None = None,
     report: Report | None = None,
     audit: RawImages | None = None,
+    clean_model: PreTrainedModel | None = None,
+    show_images: bool | None = None,
 ) -> Report:
     """Measure, train, measure again, save; push if ``trainer.args.push_to_hub``.
 
@@ -44,6 +52,10 @@ def purify(
         report: What the images measured on are called, for manifest and card.
         audit: Images that neither the training nor the choice of its settings saw: what becomes of ACC on them is evidence in
             manifest and card, and decides nothing.
+        clean_model: A model without a backdoor that was trained alike, of `load_classifier`: its rates under the trigger are
+            the floor, in a column of the table.
+        show_images: Whether the card shows a few test images with the trigger. None: where they are of the Hub, as
+            ``report.data`` says, or scikit-learn's digits; those of this machine do not leave it unasked.
 
     Returns:
         The report, with what was found. ``results`` holds what ``all_results.json`` does: ``accuracy_before``,
@@ -59,6 +71,8 @@ def purify(
     """
     report = report or Report()
     check_labels(test.class_names, trainer.plain.config)
+    if clean_model is not None:
+        check_labels(test.class_names, clean_model.config)
     before = measure_trainer(trainer, test, attack)
     contradiction = before and order_contradiction(before.predictions, test.labels, test.class_names, trainer.plain.config)
     (contradiction,) = broadcast_object_list([contradiction])
@@ -83,18 +97,23 @@ def purify(
     after = measure_trainer(trainer, test, attack)
     audit_after = measure_trainer(trainer, audit) if audit else None
     if trainer.is_world_process_zero():
-        uncertain = uncertain_rails(guard, before, after, test.labels) if guard else []
-        for warning in uncertain:
+        rails = rails_of(guard, before, after, test.labels, test.class_names) if guard else []
+        for warning in uncertain_rails(rails):
             logger.warning(warning)
+        shows = is_public(report.data) if show_images is None else show_images
         report = replace(
             report,
-            warnings=(*report.warnings, *uncertain),
+            warnings=(*report.warnings, *uncertain_rails(rails)),
             results=results(before, after, test.labels),
             trigger=attack.describe() if attack else None,
             n_images=len(test),
             seconds={"before": before.seconds, "training": training, "after": after.seconds},
             guard_rails=asdict(guard) if guard else None,
-            rejected=tuple(broken_rails(guard, before, after, test.labels, test.class_names)) if guard else (),
+            rails=tuple(rail.as_dict() for rail in rails),
+            rejected=tuple(broken_rails(rails)),
+            classes=tuple(recall_rows(before.predictions, after.predictions, test.labels, test.class_names)),
+            floor=_floor(clean_model, trainer, test, attack) if clean_model is not None else None,
+            shown=_shown(test, attack, before, after) if attack and shows else None,
             audit=paired_results(audit_before, audit_after, audit.labels) if audit else {},
         )
     (rejected,) = broadcast_object_list([report.rejected])
@@ -108,3 +127,31 @@ def purify(
     else:
         trainer.save_model()
     return trainer.report
+
+
+def _floor(model: PreTrainedModel, trainer: PurifyTrainer, test: RawImages, attack: Attack | None) -> dict:
+    """The rates of a model without a backdoor on the same images."""
+    batch, device = trainer.args.per_device_eval_batch_size, trainer.args.device
+    found = measure(model, test, preprocessing_of(model), attack, batch, device)
+    return {"source": source_facts(model), "rates": rates(found)}
+
+
+def _shown(test: RawImages, attack: Attack, before: Measurement, after: Measurement) -> TriggeredImages:
+    """The first image of each class that the attack counts, of eight classes at most."""
+    counted = np.flatnonzero(attack.counted(test.labels).numpy())
+    _, first = np.unique(test.labels.numpy()[counted], return_index=True)
+    rows = np.sort(counted[first])[:MOST]
+    labels = test.labels[rows]
+    plain = [test.images[row] for row in rows.tolist()]
+
+    def names(classes: np.ndarray) -> list[str]:
+        return [test.class_names[k] for k in classes.tolist()]
+
+    return TriggeredImages(
+        plain=plain,
+        triggered=[attack.trigger(image) for image in plain],
+        truth=names(labels.numpy()),
+        wanted=names(attack.poisoned_labels(labels, len(test.class_names)).numpy()),
+        before=names(before.triggered_predictions[rows]),
+        after=names(after.triggered_predictions[rows]),
+    )

@@ -12,6 +12,7 @@ from ..errors import GuardRailBroken
 from ..evaluation.guard_arguments import GuardArguments
 from ..options.arguments import NO_IMAGES, AttackArguments, DataArguments, ModelArguments
 from ..options.parser import parse_arguments
+from ..publishing.card_arguments import CardArguments
 
 if TYPE_CHECKING:  # what does more than read options is loaded when they are read: help and mistakes answer sooner
     from transformers import PreTrainedModel
@@ -38,7 +39,7 @@ class DrillArguments:
 
 
 # What a run reads its options into, beside the defence's own Config.
-OPTIONS = [ModelArguments, DataArguments, AttackArguments, DrillArguments, GuardArguments]
+OPTIONS = [ModelArguments, DataArguments, AttackArguments, DrillArguments, GuardArguments, CardArguments]
 
 
 def run(argv: list[str]) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     return _run(chosen.defence, *options)
 
 
-def _check(model_args, data_args, attack_args, drill, guard, args) -> None:
+def _check(model_args, data_args, attack_args, drill, guard, card_args, args) -> None:
     """Refuse what can be refused before anything is loaded."""
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16 is for a GPU and this run has none: use bf16, or leave it out")
@@ -85,26 +86,34 @@ def _check(model_args, data_args, attack_args, drill, guard, args) -> None:
         raise ValueError("--dry_run writes nothing, a victim neither: make it first and give --model_name_or_path")
 
 
-def _run(method, model_args, data_args, attack_args, drill, guard, args) -> dict[str, Any]:
+def _run(method, model_args, data_args, attack_args, drill, guard, card_args, args) -> dict[str, Any]:
     from ..auto.dry_run import dry_run
     from ..auto.plan import make_plan
     from ..auto.run import choose_recipe
     from ..labels import check_labels
-    from ..publishing.manifest import public_name
+    from ..publishing.details import CardDetails
+    from ..publishing.manifest import public_name, source_facts
     from ..publishing.report import Report
+    from ..victims.record import clean_model_of
     from ..victims.sets import make_victim
     from ..workflow import purify
 
     attack = attack_args.load()
+    made_in = attack_args.folder
     if model_args.model_name_or_path is None:
         victim = make_victim([drill.victim_config])
-        model_args.model_name_or_path, attack = victim.folder, victim.attack
+        model_args.model_name_or_path, attack, made_in = victim.folder, victim.attack, Path(victim.folder)
     model = model_args.load()
+    CardDetails(**card_args.details()).check(source_facts(model), has_results=False)
+    place = card_args.clean_model or (made_in and clean_model_of(made_in))
+    clean_model = model_args.of(place).load() if place else None
     images = data_args.load(model.config, needs_test=not isinstance(args, AutoConfig))
     class_names, test, audit = images.retain.features["label"].names, images.test, None
     if data_args.is_default_size:
         _refuse_few(len(images.retain), len(images.retain) + len(images.rest), len(class_names))
     check_labels(class_names, model.config)
+    if clean_model is not None:
+        check_labels(class_names, clean_model.config)
     report = Report(data=public_name(images.source), configuration=images.configuration, split=images.split)
     _settle_base(model, args)
     if isinstance(args, AutoConfig):
@@ -119,8 +128,9 @@ def _run(method, model_args, data_args, attack_args, drill, guard, args) -> dict
     else:
         _, trainer_class = defence(method)
         trainer = trainer_class(model=model, args=args, train_dataset=images.retain, data_source=images.source)
+    trainer.describe(**card_args.details())
     try:
-        report = purify(trainer, test, attack, guard, report, audit)
+        report = purify(trainer, test, attack, guard, report, audit, clean_model, card_args.show_images)
     except GuardRailBroken as broken:
         if broken.results:
             print_summary(trainer, broken.folder)

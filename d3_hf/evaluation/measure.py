@@ -38,6 +38,7 @@ class Measurement:
         trigger_drift: See `metrics.trigger_drift`, over the triggered images that the attack counts; None when no attack was
             given or it wants several classes of them (all-to-all), among which no single one is the trigger's new target.
         predictions: Predicted classes (N,) of the images as they are, for what compares two models; no rate of one.
+        triggered_predictions: Those of the same images with the trigger, as the attack stamps it on any; None without attack.
     """
 
     accuracy: Proportion
@@ -49,6 +50,7 @@ class Measurement:
     pacc: Proportion | None = None
     trigger_drift: Proportion | None = None
     predictions: np.ndarray | None = field(default=None, repr=False, compare=False)
+    triggered_predictions: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 def rates(measurement: Measurement) -> dict[str, Any]:
@@ -174,6 +176,7 @@ def measure(
         pacc=poisoned_accuracy(triggered, images.labels),
         trigger_drift=trigger_drift(found, truth, targets[0]) if len(targets) == 1 else None,
         predictions=plain,
+        triggered_predictions=triggered,
     )
 
 

@@ -14,7 +14,7 @@ from ..assurance.finding import Finding, outlier_scores
 from ..assurance.signals import LIMITS, SIGNALS, Signal, read_signals
 from ..data.images import RawImages
 from ..evaluation.confidence import Answers, confident_flips
-from ..evaluation.guard import class_rates
+from ..evaluation.guard import recall_rows
 from ..evaluation.metrics import Proportion
 from ..evaluation.paired import paired_table
 from ..models.source import source_of
@@ -93,7 +93,7 @@ class Audit:
             "classes": self.class_names,
             "signals": {name: self._signal(name) for name in self.before},
             "accuracy": self._accuracy(),
-            "recall": self._recall(),
+            "recall": recall_rows(self.said_before.predicted, self.said_after.predicted, self.labels, self.class_names),
             "flips": self._flips(),
             "outcome": self.outcome,
             "warnings": self.warnings,
@@ -113,14 +113,6 @@ class Audit:
         counts = {name: getattr(table, name) for name in ("both_right", "lost", "gained", "both_wrong")}
         rates = table.before.as_dict("accuracy_before") | table.after.as_dict("accuracy_after")
         return rates | table.as_dict("accuracy_drop") | counts
-
-    def _recall(self) -> list[dict[str, Any]]:
-        before, after = (class_rates(said.predicted, self.labels) for said in (self.said_before, self.said_after))
-        counts = self.labels.bincount(minlength=len(self.class_names)).tolist()
-        return [
-            {"class": name, "images": counts[k], "before": before.get(k), "after": after.get(k)}
-            for k, name in enumerate(self.class_names)
-        ]
 
     def _flips(self) -> dict[str, Any]:
         flips = confident_flips(self.said_before, self.said_after)

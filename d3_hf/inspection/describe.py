@@ -8,6 +8,7 @@ from ..defenses.shared.selection import select_weights
 from ..labels import label_names_of
 from ..models.batch_norm import batch_norms
 from ..models.head import find_head
+from ..models.library import architecture_of
 from ..models.likely_bases import likely_bases
 from ..models.source import preprocessing_of
 from ..publishing.manifest import source_facts
@@ -48,12 +49,6 @@ def selection_of(model: PreTrainedModel, image_size: tuple[int, int]) -> dict[st
     except ValueError as reason:
         found |= {"linear_weights": None, "linear_weights_why": str(reason)}
     return found
-
-
-def architecture_of(model: PreTrainedModel) -> str:
-    """The network's name: timm's where it has one, a wrapped module's class, else its type among transformers'."""
-    config = model.config
-    return getattr(config, "architecture", None) or getattr(config, "module_class", None) or config.model_type
 
 
 def parameters_of(model: PreTrainedModel) -> int:

@@ -13,7 +13,8 @@ from ..auto.record import images_digest
 from ..data.images import RawImages
 from ..errors import join_names
 from ..files import atomic_file, read_mapping
-from .describe import architecture_of, parameters_of
+from ..models.library import architecture_of
+from .describe import parameters_of
 
 SCHEMA = "urn:d3_hf:null:1"
 ADVICE = "write one with d3-hf check ... --twins ... --save_null FILE.json"

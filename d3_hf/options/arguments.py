@@ -209,6 +209,16 @@ class AttackArguments:
             named = not self.attack.startswith("{")
             self.attack = {"name": self.attack} if named else read_json(self.attack, "attack")
 
+    @property
+    def folder(self) -> Path | None:
+        """The victim's folder that is named in place of an attack, if one is."""
+        from ..attacks import ATTACKS
+
+        name = str((self.attack or {}).get("name"))
+        if (self.attack or {}).keys() != {"name"} or name in ATTACKS:
+            return None
+        return folder if (folder := Path(name).expanduser()).is_dir() else None
+
     def load(self) -> "Attack | None":
         """The attack, with what it has learned where a folder is named; None where none is.
 
@@ -216,11 +226,8 @@ class AttackArguments:
             FileNotFoundError: The folder holds no attack.
             ValueError: See `from_description` and `load_attack`.
         """
-        from ..attacks import ATTACKS, from_description, load_attack
+        from ..attacks import from_description, load_attack
 
         if not self.attack:
             return None
-        name = str(self.attack.get("name"))
-        if self.attack.keys() == {"name"} and name not in ATTACKS and (folder := Path(name).expanduser()).is_dir():
-            return load_attack(folder)
-        return from_description(self.attack)
+        return load_attack(self.folder) if self.folder else from_description(self.attack)

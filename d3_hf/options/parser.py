@@ -40,6 +40,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "test_split",
         "max_test_images",
         "attack",
+        "clean_model",
         "poison_ratio",
         "victim_config",
     ),
@@ -65,7 +66,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "resume_from_checkpoint",
         "dry_run",
     ),
-    "Hub": ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_create_pr"),
+    "Hub": ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_create_pr", "license", "finetuned_from"),
     "help": ("help",),
 }
 FREQUENT = {name for names in GROUPS.values() for name in names}

@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
-from .tables import RESULT_NAMES, audit_line, chosen_table, rates_table, results_table
+from .licences import UNKNOWN
+from .metadata import purified_metadata
+from .readme import BEGIN, END, FOLDER
+from .summary import headline, rails_table
+from .tables import audit_line, chosen_table, rates_table, results_table
 
 TEMPLATES = Path(__file__).parent / "templates"
-
-
-FOLDER = "path/to/this/folder"  # in a card's example, until the repository's name is known
 
 
 def victim_table(facts: dict) -> str:
@@ -49,6 +50,7 @@ def render_card(
     model_name: str,
     hub_model_id: str | None = None,
     licence: dict | None = None,
+    pictures: dict[str, str] | None = None,
 ) -> ModelCard:
     """Model card of a purified model.
 
@@ -57,30 +59,29 @@ def render_card(
         results: As `measure.results` makes it; ``None`` if nothing was measured.
         model_name: Title of the card.
         hub_model_id: Repository the card is for, if any.
-        licence: The source's, see `source_licence`.
+        licence: The source's, see `licences`; None where it is not known.
+        pictures: Names of the files beside the card that it shows, and what they show.
 
     Returns:
-        A card whose metadata carry the lineage and, when measured, a ``model-index``.
+        A card as it goes up: its metadata carry lineage and licence and, when measured on a data set of the Hub, a
+        ``model-index``; its text stands between the marks of `readme`.
     """
-    source = facts["source"]
-    card_data = ModelCardData(
-        base_model=source["name"] if source["kind"] == "hub" else None,
-        base_model_relation="finetune" if source["kind"] == "hub" else None,
-        library_name="transformers",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "backdoor-defense", "purified", "d3_hf"],
-        model_name=model_name,
-        eval_results=_eval_results(results, facts["measured"]) if results else None,
-        **(licence or {}),
-    )
+    licence, measured = licence or UNKNOWN, facts["measured"]
     return ModelCard.from_template(
-        card_data,
+        purified_metadata(facts, results, model_name, licence),
         template_path=str(TEMPLATES / "purified_card.md"),
+        begin=BEGIN,
+        end=END,
         model_name=model_name,
         facts=facts,
-        results_table=results_table(results) if results else None,
+        licence=licence,
+        is_licensed=licence != UNKNOWN,
+        pictures=pictures or {},
+        headline=headline(results, measured.get("trigger")) if results else None,
+        results_table=results_table(results, (measured.get("floor") or {}).get("rates")) if results else None,
+        rails_table=rails_table(measured["rails"]) if measured.get("rails") else None,
         chosen_table=chosen_table(facts["chosen"]) if facts.get("chosen") else None,
-        audit_line=audit_line(facts["measured"]["audit"]) if facts["measured"].get("audit") else None,
+        audit_line=audit_line(measured["audit"]) if measured.get("audit") else None,
         place=hub_model_id or FOLDER,
     )
 
@@ -92,22 +93,3 @@ def name_deleted(card: str, deleted: list[str]) -> str:
     files = "\n".join(f"- `{name}`" for name in deleted)
     why = "They hold other weights than the purified ones, or go with them, and many programs would load them first:"
     return f"{card.rstrip()}\n\n## Deleted from this repository\n\n{why}\n\n{files}\n"
-
-
-def _eval_results(results: dict, measured: dict) -> list[EvalResult]:
-    data, found = measured.get("data") or "held-out images", []
-    for key, (metric, short) in RESULT_NAMES.items():
-        if f"{key}_after" in results:
-            found.append(
-                EvalResult(
-                    task_type="image-classification",
-                    dataset_type=data,
-                    dataset_name=data,
-                    dataset_config="as they are" if key == "accuracy" else f"triggered by {measured['trigger']['name']}",
-                    dataset_split=measured.get("split"),
-                    metric_type=metric,
-                    metric_name=f"{short} after purification",
-                    metric_value=results[f"{key}_after"],
-                )
-            )
-    return found

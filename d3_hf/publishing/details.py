@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from .licences import FIELDS, licence_of
 from .manifest import is_local
 
 TASK = "image-classification"
@@ -17,7 +18,7 @@ class CardDetails:
 
     Attributes:
         language: Of the class names, as ISO 639 codes.
-        license: Of the model, a code of the Hub's.
+        license: Of the model, see `licences.licence_of`; its source's where it is not given.
         tags: Further tags.
         model_name: Title of the card, in place of the repository's name.
         finetuned_from: Hub id of the model that was purified, for one that was loaded from files.
@@ -58,8 +59,10 @@ class CardDetails:
             has_results: Whether something was measured.
 
         Raises:
-            ValueError: Another task, another model than was purified, or arguments of a measurement that there was not.
+            ValueError: Another task, another model than was purified, a misspelt licence, or arguments of a measurement that
+                there was not.
         """
+        self.licence()
         if other := set(listed(self.tasks)) - {TASK}:
             raise ValueError(f"tasks={', '.join(sorted(other))}: the model is for {TASK}")
         if self.finetuned_from and source["kind"] == "hub" and self.finetuned_from != source["name"]:
@@ -67,14 +70,17 @@ class CardDetails:
         if self.dataset_args and not has_results:
             raise ValueError("dataset_args says what was measured on, and nothing was measured: use purify(), or leave it out")
 
+    def licence(self) -> dict[str, Any]:
+        """The licence as metadata; empty where it is not given."""
+        return licence_of(self.license) if self.license else {}
+
     def put_on(self, card: ModelCard) -> ModelCard:
         """Add these to a card's metadata, and return it."""
         data = card.data
-        for name in ("language", "license"):
-            if (value := getattr(self, name)) is not None:
-                setattr(data, name, value)
-        if self.license is not None:
-            data.license_name = data.license_link = None  # of the source's, which this one replaces
+        if self.language is not None:
+            data.language = self.language
+        for name in FIELDS if self.license else ():
+            setattr(data, name, self.licence().get(name))  # the others are of the source's, which this one replaces
         data.tags = [*dict.fromkeys([*(data.tags or []), *listed(self.tags)])]
         if self.finetuned_from and not is_local(self.finetuned_from):  # a path is none of the readers'
             data.base_model, data.base_model_relation = self.finetuned_from, "finetune"

@@ -16,11 +16,12 @@ from transformers import TrainingArguments
 
 from ..files import first_line, read_mapping
 from ..models.weights import PICKLED
-from .card import FOLDER, name_deleted
+from .card import name_deleted
 from .leftovers import leftovers
 from .manifest import CARD, MANIFEST, PUBLISHED, read_manifest
-from .readme import merge_card
+from .readme import merge_card, named_for
 from .report import REJECTED
+from .signature import SIGNATURE, SignedFileChanged, signed_files
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,8 @@ def push_folder(
     """Upload the folder of a purified model, in one commit; running it again finishes what failed.
 
     The same commit deletes what must not stay beside the purified weights, see `leftovers`; card, commit and log name it. Of a
-    README that is there the owner's text and licence stay, see `merge_card`.
+    README that is there the owner's text and licence stay, see `merge_card`; where none is, a card that was made for the
+    repository goes up byte for byte.
 
     Args:
         folder: What a purification wrote.
@@ -116,7 +118,8 @@ def push_folder(
     Raises:
         FileNotFoundError: The folder holds no purified model.
         ValueError: No repository is named, or both are; a pull request on a source that is not on the Hub; a guard rail
-            rejected the model; the manifest is damaged; a file is a link out of the folder.
+            rejected the model; the manifest is damaged; a file is a link out of the folder; a signature covers the card,
+            which the push would change.
         OSError: The Hub did not take it; the folder is as it was.
     """
     folder = Path(folder).expanduser()
@@ -134,6 +137,10 @@ def push_folder(
     else:
         again = ["--hub_model_id", repo, *([] if private else ["--hub_private_repo", "false"])]
     api = HfApi(library_name="d3_hf", token=token)
+    written = (folder / CARD).read_text(encoding="utf-8")
+    is_signed = CARD in signed_files(folder / SIGNATURE)
+    if is_signed and named_for(written, folder.absolute().name, repo) != written:
+        raise SignedFileChanged(_signed_too_early(folder, f"does not name {repo}", f"purify with --hub_model_id {repo}"))
     try:
         with _timeout(TIMEOUT):
             if not create_pr:
@@ -141,9 +148,13 @@ def push_folder(
             there = api.model_info(repo, revision=source["revision"] if create_pr else revision)
             names = [file.rfilename for file in there.siblings]
             deleted = leftovers(names, {file.name for file in files})
-            card = name_deleted((folder / CARD).read_text(encoding="utf-8").replace(FOLDER, repo), deleted)
+            card = name_deleted(named_for(written, folder.absolute().name, repo), deleted)
             theirs = api.hf_hub_download(repo, CARD, revision=there.sha) if CARD in names else None
             readme = merge_card(card, Path(theirs).read_text(encoding="utf-8") if theirs else None, repo)
+            if is_signed and readme != written:
+                raise SignedFileChanged(
+                    _signed_too_early(folder, f"would be changed by what {repo} holds", "push to a new repository")
+                )
             contents = {file.name: file for file in files} | {CARD: readme.encode()}
             operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
             operations += [CommitOperationDelete(name, is_folder=False) for name in deleted]
@@ -156,6 +167,8 @@ def push_folder(
                 parent_commit=there.sha,
                 revision=revision,
             )
+    except SignedFileChanged:
+        raise
     except Exception as error:  # a network can fail in any way; none of them is recovered from
         command = shlex.join(["d3-hf", "push", str(folder), *again])
         advice = f"{_no_right(error, create_pr)}Finish it with: {command}"
@@ -163,6 +176,10 @@ def push_folder(
     if deleted:
         logger.warning("%s: deleted in the same commit, as no part of the purified model: %s", repo, ", ".join(deleted))
     return done
+
+
+def _signed_too_early(folder: Path, why: str, instead: str) -> str:
+    return f"{SIGNATURE} covers {CARD} of {folder}, which {why}: {instead}, or sign with --ignore-paths {folder / CARD}"
 
 
 def _description(deleted: list[str]) -> str:

@@ -5,6 +5,7 @@ import logging
 import platform
 import shutil
 import sys
+from collections.abc import Collection
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,14 +16,17 @@ from transformers.trainer_utils import has_length
 
 from ..data.training_images import TrainingImages
 from ..files import read_mapping
+from ..models.library import network_facts
 from ..models.source import Source, source_of
 from .execution import SECRET, others, plain, resumed
 from .names import is_local, public_name
+from .pictures.of_card import NAMES as PICTURES
 from .report import REJECTED
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "purification.json"
+SCHEMA = "urn:d3_hf:purification:1"  # of schemas/purification.schema.json
 VICTIM_FILE = "victim.json"  # a victim's manifest
 CARD = "README.md"
 RESULTS = "all_results.json"
@@ -45,7 +49,7 @@ PUBLISHED = (
 )
 # Patterns of all that may lie there, of a purified model or of a victim: what goes before the files of another run come. The
 # last is no file of ours: transformers reads an image processor there before preprocessor_config.json.
-MODEL_FILES = (*PUBLISHED, VICTIM_FILE, "attack.json", "trigger.safetensors", "processor_config.json")
+MODEL_FILES = (*PUBLISHED, *PICTURES, VICTIM_FILE, "attack.json", "trigger.safetensors", "processor_config.json")
 PACKAGES = ("d3_hf", "transformers", "accelerate", "torch", "timm", "datasets", "safetensors")
 # Where a run wrote and whom it told about it is no part of what it computed.
 PLACES = (
@@ -97,6 +101,19 @@ def own_defaults(kind: type[TrainingArguments]) -> dict[str, Any]:
     own = set(kind.own_options()) - set(PLACES)
     found = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(kind) if f.name in own}
     return {name: value for name, value in found.items() if not name.startswith("hub_")}
+
+
+def changed_options(args: TrainingArguments, by_rule: Collection[str]) -> list[str]:
+    """The names of the options in `arguments_of` that are not at their declared defaults, without those that a rule settled."""
+    by_rule = {*by_rule, "dataloader_pin_memory"}  # which follows from the device
+    declared = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)}
+    given = {name: value for name, value in arguments_of(args).items() if name not in by_rule}
+    return [name for name, value in given.items() if _filled(value) != _filled(plain(declared[name]))]
+
+
+def _filled(value: Any) -> Any:
+    """A value, None in place of an empty one; 0 and False, which switch off what a rule would settle, are none such."""
+    return None if value in ("", [], {}) else value
 
 
 def arguments_of(args: TrainingArguments) -> dict[str, Any]:
@@ -164,6 +181,7 @@ def _version(package: str) -> str:
 class Purification(Protocol):
     """What the manifest is made of; `PurifyTrainer` is one."""
 
+    manifest_name: str
     method: str
     paper: str | None
     plain: PreTrainedModel
@@ -188,19 +206,22 @@ class Purification(Protocol):
 def facts_of(run: Purification) -> dict[str, Any]:
     """What every manifest holds: the run's method, source, retain set, options, execution, steps, report and versions.
 
-    JSON-able. ``chosen`` only where a rule chose the method, ``resumed`` only where a checkpoint was trained otherwise, see
-    `execution.resumed`.
+    JSON-able, a purification's as ``schemas/purification.schema.json`` describes it. ``chosen`` only where a rule chose the
+    method, ``resumed`` only where a checkpoint was trained otherwise, see `execution.resumed`.
     """
-    facts = {"source_checks": run.source_checks} if run.source_checks else {}
+    facts: dict[str, Any] = {"schema": SCHEMA} if run.manifest_name == MANIFEST else {}
+    facts |= {"source_checks": run.source_checks} if run.source_checks else {}
     facts |= {
         "method": run.method,
         "paper": run.paper,
         "source": source_facts(run.plain),
+        "network": network_facts(run.plain),
         "reference_sha256": run.reference_sha256,
         "retain": _retain_facts(run),
         "preprocessing": {name: getattr(run.preprocessing, name) for name in ("size", "mean", "std")},
         "batch_norm": run.args.batch_norm if run.batch_norms else "none in this model",
         "arguments": arguments_of(run.args),
+        "changed_options": changed_options(run.args, run.schedule.get("options", ())),
         **({"schedule": run.schedule} if run.schedule else {}),
         "execution": run.execution,
         "steps": run.state.global_step,

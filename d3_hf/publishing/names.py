@@ -1,6 +1,9 @@
 """What published files call the places of this machine."""
 
 import os
+import re
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # of a model or a data set, with its namespace
 
 
 def is_local(place: str) -> bool:

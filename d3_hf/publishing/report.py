@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from .pictures.triggered import TriggeredImages
 from .tables import results_table
 
 REJECTED = "rejected"  # folder below output_dir, and the manifest's entry with the reasons
@@ -26,6 +27,10 @@ class Report:
         n_images: How many images were measured on.
         seconds: Of measuring before, of training and of measuring after.
         guard_rails: Options of `GuardArguments`.
+        rails: What became of each that is on, see `evaluation.guard.Rail.as_dict`.
+        classes: ACC of each class before and after, see `evaluation.guard.recall_rows`.
+        floor: What the trigger does to a model without a backdoor: its ``source`` and its ``rates``; None where none is known.
+        shown: A few images with the trigger and both models' answers, for the card; None where there are none to be shown.
         rejected: Why a guard rail rejected the model, a line each; empty if none did.
         audit: What became of ACC on images that no decision saw, see `evaluation.measure.paired_results`; empty without such.
         chosen: How the method and its settings were chosen, where a rule did it.
@@ -40,17 +45,21 @@ class Report:
     n_images: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     guard_rails: dict[str, Any] | None = None
+    rails: tuple[dict[str, Any], ...] = ()
+    classes: tuple[dict[str, Any], ...] = ()
+    floor: dict[str, Any] | None = None
+    shown: TriggeredImages | None = None
     rejected: tuple[str, ...] = ()
     audit: dict[str, Any] = field(default_factory=dict)
     chosen: dict[str, Any] | None = None
 
     def measured(self) -> dict[str, Any]:
-        """The manifest's entry ``measured``: what is set, without results and choice, which have places of their own."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("results", "chosen")}
+        """The manifest's entry ``measured``: what is set, without what has a place of its own."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("results", "chosen", "shown")}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v or self._must_show(name)}
 
     def _must_show(self, name: str) -> bool:
         return self.n_images is not None and name in ("trigger", "warnings", "guard_rails")
 
     def __str__(self) -> str:
-        return results_table(self.results)
+        return results_table(self.results, (self.floor or {}).get("rates"))

@@ -29,26 +29,32 @@ def _row(cells: Sequence[str]) -> str:
     return "|" + "".join(f" {text} |" if text else " |" for text in texts)
 
 
-def results_table(results: dict) -> str:
+def results_table(results: dict, floor: dict | None = None) -> str:
     """Markdown table of ACC, ASR, RA and PACC before and after, with counts and 95 % intervals, ACC drop, trigger drift, DER.
 
     Args:
         results: As `measure.results` makes it: fractions in [0, 1] with ``_ci95`` and ``_n``. What an earlier version did not
             measure has no row.
+        floor: What `measure.rates` makes of a model without a backdoor, for a column of its own.
 
     Returns:
         The table, without a final line break.
     """
-    rows = [
-        [short, *(_percent(results, f"{key}_{when}") for when in ("before", "after")), str(results[f"{key}_after_n"])]
-        for key, short in _ROWS.items()
-        if f"{key}_after" in results
-    ]
+
+    def row(name: str, before: str, after: str, images: str, key: str = "") -> list[str]:
+        beside = [] if floor is None else [_percent(floor, key) if key in floor else ""]
+        return [name, before, after, *beside, images]
+
+    rows = []
+    for key, short in _ROWS.items():
+        if f"{key}_after" in results:
+            before, after = (_percent(results, f"{key}_{when}") for when in ("before", "after"))
+            rows.append(row(short, before, after, str(results[f"{key}_after_n"]), key))
     if "accuracy_drop" in results:
-        rows.insert(1, ["ACC drop", "", _percent(results, "accuracy_drop", "points"), str(results["accuracy_drop_n"])])
+        rows.insert(1, row("ACC drop", "", _percent(results, "accuracy_drop", "points"), str(results["accuracy_drop_n"])))
     if "der" in results:
-        rows.append(["DER", "", f"{results['der']:.4f}", ""])
-    return markdown_table(["", "before", "after", "images"], rows)
+        rows.append(row("DER", "", f"{results['der']:.4f}", ""))
+    return markdown_table(["", "before", "after", *([] if floor is None else ["floor"]), "images"], rows)
 
 
 def audit_line(audit: dict) -> str:

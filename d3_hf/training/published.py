@@ -11,7 +11,7 @@ from ..files import atomic_file
 from ..models.source import source_of
 from ..publishing import hub, manifest
 from ..publishing.details import CardDetails
-from ..publishing.folder import card_of, write_purified
+from ..publishing.folder import card_of, draw_pictures, write_purified
 from ..publishing.readme import source_licence
 from ..publishing.report import Report
 from .checkpoints import check_not_source
@@ -26,6 +26,7 @@ class PublishingTrainer(DurableTrainer):
     Attributes:
         report: What is known of the run besides, see `record`.
         card_details: What is said of the model beyond its manifest.
+        undrawn: Names of the card's pictures that could not be drawn.
     """
 
     last_file = manifest_name = manifest.MANIFEST
@@ -33,6 +34,7 @@ class PublishingTrainer(DurableTrainer):
 
     report: Report = Report()
     card_details: CardDetails = CardDetails()
+    undrawn: frozenset[str] = frozenset()
 
     def record(self, report: Report) -> None:
         """Take in what is known of the run besides: manifest, results and card say it from the next saving on."""
@@ -42,6 +44,7 @@ class PublishingTrainer(DurableTrainer):
         """Write the model and what belongs to it; the card too, except into checkpoints. Override to add files."""
         write_purified(self, folder, state_dict)
         if not self.is_writing_checkpoint:
+            draw_pictures(self, folder)
             self._published_card().save(folder / manifest.CARD)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -53,7 +56,18 @@ class PublishingTrainer(DurableTrainer):
     @functools.cached_property
     def source_licence(self) -> dict[str, Any]:  # asked once, for every card
         """The licence of the model that is purified, see `readme.source_licence`."""
-        return source_licence(source_of(self.plain))
+        return source_licence(source_of(self.plain), self.card_details.finetuned_from)
+
+    def describe(self, **given: Any) -> None:
+        """Let every card written from now on say more, see `CardDetails`, as ``license="mit"``; nothing is written.
+
+        Raises:
+            TypeError: A card has no such detail.
+            ValueError: It contradicts the run, see `CardDetails.check`.
+        """
+        details = self.card_details.updated(given)
+        details.check(manifest.source_facts(self.plain), bool(self.report.results))
+        self.card_details = details
 
     def card(self, model_name: str | None = None) -> ModelCard:
         """The model card, from the manifest and, if `purify` measured, the results."""
@@ -66,10 +80,11 @@ class PublishingTrainer(DurableTrainer):
         """Write ``README.md``; what it is told goes into every card written from now on, see `CardDetails`."""
         given = dict(language=language, license=license, tags=tags, model_name=model_name, finetuned_from=finetuned_from)
         given |= dict(tasks=tasks, dataset_tags=dataset_tags, dataset=dataset, dataset_args=dataset_args)
-        self._take_details(given)
+        self.describe(**given)
         if self.is_world_process_zero():
             file = Path(self.args.output_dir) / manifest.CARD
             file.parent.mkdir(parents=True, exist_ok=True)
+            draw_pictures(self, file.parent)
             with atomic_file(file) as beside:
                 beside.write_text(str(self._published_card()), encoding="utf-8")
 
@@ -104,7 +119,7 @@ class PublishingTrainer(DurableTrainer):
         """
         args = self.args
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        self._take_details(kwargs)
+        self.describe(**kwargs)
         self.init_hf_repo(token, private)
         if self.report.rejected:
             raise ValueError(f"the model was rejected and is not pushed ({'; '.join(self.report.rejected)})")
@@ -125,11 +140,6 @@ class PublishingTrainer(DurableTrainer):
             token=token,
         )
         return upload() if blocking else HfApi().run_as_future(upload)
-
-    def _take_details(self, given: dict[str, Any]) -> None:
-        details = self.card_details.updated(given)
-        details.check(manifest.source_facts(self.plain), bool(self.report.results))
-        self.card_details = details
 
     def _published_card(self) -> ModelCard:
         details = self.card_details.updated({"tags": self.plain.model_tags})  # with `PreTrainedModel.add_model_tags`

@@ -71,6 +71,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     return read_mapping(file, "record of make_victim", "make the victim again in an empty folder", needed)
 
 
+def clean_model_of(folder: Path) -> str | None:
+    """The model without a backdoor that a victim was measured beside; None where there was none, or is none any more."""
+    if not (folder / VICTIM_FILE).is_file():
+        return None
+    place = read_record(folder)["recipe"].get("clean_model")
+    return place if place and Path(place).expanduser().exists() else None
+
+
 def recorded_images(record: dict[str, Any], **given: Any) -> DataArguments:
     """The images that a victim was made with; ``given`` options that are not None go over the recorded ones."""
     recipe = record["recipe"]

@@ -1,9 +1,11 @@
 """The whole path: a fire drill at toy size through `accelerate launch`, and what it leaves behind."""
 
 import json
+import re
 import subprocess
 import sys
 
+import jsonschema
 import pytest
 import torch
 import yaml
@@ -15,6 +17,9 @@ import d3_hf
 from d3_hf.commands.purify import run
 from d3_hf.data.load import load_images
 from d3_hf.publishing.card import render_card
+from d3_hf.publishing.manifest import SCHEMA
+from d3_hf.publishing.pictures.of_card import CLASSES, TRIGGERED
+from d3_hf.publishing.summary import headline
 from d3_hf.publishing.tables import results_table
 
 TOY = {"max_steps": 6, "disable_tqdm": True, "use_cpu": True, "report_to": "none"}
@@ -55,7 +60,7 @@ def test_drill_leaves_these_files(drill):
     folder, _ = drill
     assert {file.name for file in (folder / "purified").iterdir()} == {
         "README.md", "all_results.json", "config.json", "model.safetensors", "preprocessor_config.json", "purification.json",
-        "retain_indices.json",
+        "retain_indices.json", CLASSES, TRIGGERED,
     }  # fmt: skip
 
 
@@ -77,6 +82,9 @@ def test_manifest_repeats_the_run(drill):
     manifest = json.loads((folder / "purified" / "purification.json").read_text())
     indices = json.loads((folder / "purified" / "retain_indices.json").read_text())
     poisoned = json.loads((folder / "victim" / "victim.json").read_text())["planted"]["poisoned_rows"]
+    schema = json.loads((ROOT / "d3_hf/publishing/schemas/purification.schema.json").read_text())
+    jsonschema.validate(manifest, schema)
+    assert manifest["schema"] == schema["$id"] == SCHEMA
     assert manifest["source"]["kind"] == "folder" and "model.safetensors" in manifest["source"]["sha256"]
     assert manifest["retain"] == {"n": len(indices), "source": "digits", "indices_file": "retain_indices.json"}
     assert manifest["arguments"]["lambda_clean"] == 10 and manifest["arguments"]["epsilon"] == 0.02  # the drill's
@@ -92,16 +100,13 @@ def test_card(drill):
     folder, _ = drill
     card = ModelCard.load(folder / "purified" / "README.md")
     assert card.data.pipeline_tag == "image-classification" and "purified" in card.data.tags
-    metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert card.data.eval_results is None and card.data.datasets is None  # the digits are no data set of the Hub
+    assert "Images: digits (test)." in card.content
     results = json.loads((folder / "purified" / "all_results.json").read_text())
-    assert metrics == {
-        "accuracy": results["accuracy_after"],
-        "attack_success_rate": results["asr_after"],
-        "robust_accuracy": results["ra_after"],
-        "poisoned_accuracy": results["pacc_after"],
-    }
-    measured_on = {(result.dataset_type, result.dataset_split) for result in card.data.eval_results}
-    assert measured_on == {("digits", "test")} and "Images: digits (test)." in card.content
+    said = headline(results, {"name": "badnets"})
+    assert f"# purified\n\n{said}\n\nThis image classifier" in card.text and said.startswith("Known trigger (badnets): ASR ")
+    for name in (CLASSES, TRIGGERED):
+        assert f"]({name})" in card.text and (folder / "purified" / name).read_bytes()[:4] == b"\x89PNG"
     for text in ("## Lineage", "`classifier.weight`", "`lambda_clean`", "retain_indices.json", "me/purified", "Limits"):
         assert text in card.content
 
@@ -141,17 +146,24 @@ def test_without_a_trigger_only_accuracy_is_reported(drill, tmp_path):
             "2",
         ]
         + ["--max_test_images", "50", "--disable_tqdm", "true", "--use_cpu", "--max_accuracy_drop", "1"]
+        + ["--license", "mit", "--finetuned_from", "them/vit", "--clean_model", str(folder / "victim")]
     )
     rates = {"accuracy_before", "accuracy_after"}
     assert set(results) == rates | {f"{k}_ci95" for k in rates} | {f"{k}_n" for k in rates} | DROP
     assert results["accuracy_after_n"] == 50
-    assert "ASR, RA and PACC were not measured" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "ASR, RA and PACC were not measured" in card and "\n\nNo trigger was known: accuracy " in card
+    data = ModelCard(card).data
+    assert (data.license, data.base_model, data.base_model_relation) == ("mit", "them/vit", "finetune")
+    before = results["accuracy_before"]  # of the victim, which stands in for a model without backdoor
+    assert TRIGGERED not in card and re.search(rf"\| ACC \| ({100 * before:.1f} % .*?) \| .* \| \1 \| 50 \|", card)
 
 
 def test_a_card_without_measurements_says_so():
     facts = {
         "method": "D3", "paper": None, "source": {"kind": "hub", "name": "me/base", "revision": "a" * 40, "sha256": None},
         "retain": {"n": 3, "source": None}, "preprocessing": {"size": [8, 8], "mean": [0.5], "std": [0.5]},
+        "network": {"class": "ViTForImageClassification", "architecture": "vit", "library": "transformers"},
         "batch_norm": "train", "arguments": {}, "measured": {}, "versions": {"d3_hf": "0"},
     }  # fmt: skip
     card = render_card(facts, None, "purified-base")
@@ -170,6 +182,8 @@ def test_a_card_without_measurements_says_so():
             "--attack is that of the victim",
         ),
         ([*DIGITS, "--attack", "unheard"], "unknown attack 'unheard'"),
+        ([*DIGITS, "--license", "appache-2.0"], "did you mean apache-2.0"),
+        ([*DIGITS, "--finetuned_from", "weights.pth"], "finetuned_from=weights.pth is no Hub id"),
         ([*DIGITS, "--train_split", "learn"], "no split 'learn'; it has train, test"),
         ([*DIGITS, "--retain_count", "5000"], "5000"),
         (DIGITS, "^5 % of 1437 images are 72, fewer than 10 a class: give --retain_count or --retain_fraction"),

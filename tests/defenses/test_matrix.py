@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jsonschema
 import pytest
 import torch
 from every_defence import ALL_AT_ONCE, NETWORKS, OPTIONS, STREAMED, build, required
@@ -13,6 +14,7 @@ from tiny_trained import assert_reloads, differing, trained
 from d3_hf.defenses import DEFENCES, defence
 from d3_hf.training.config import RANGES, declared
 
+SCHEMA = ROOT / "d3_hf" / "publishing" / "schemas" / "purification.schema.json"
 LOOPED = [name for name in DEFENCES if name not in ALL_AT_ONCE]
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 WRONG = {  # a number outside of each range
@@ -74,9 +76,13 @@ def test_manifest_and_card_name_method_source_and_options(whole, tmp_path):
     name, run = whole
     run.save_model(str(tmp_path))
     facts, card = json.loads((tmp_path / "purification.json").read_text()), (tmp_path / "README.md").read_text()
+    jsonschema.validate(facts, json.loads(SCHEMA.read_text()))
     assert facts["method"] == run.method and facts["paper"] in card and run.method in card
     assert facts["reference_sha256"] == run.reference_sha256 and facts["retain"]["n"] == 40
-    assert set(OPTIONS[name]) <= set(facts["arguments"]) and "`learning_rate`" in card
+    assert set(OPTIONS[name]) <= set(facts["arguments"])
+    told = [*facts["changed_options"], *facts.get("schedule", {}).get("options", ())]
+    assert "per_device_train_batch_size" in told
+    assert all(f"`{option}`" in card for option in told)
     assert not {path.name for path in tmp_path.iterdir()} & {"training_args.bin", "optimizer.pt"}
 
 

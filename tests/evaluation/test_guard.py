@@ -15,7 +15,8 @@ from d3_hf.data.preprocessing import Preprocessing
 from d3_hf.defenses.d3.trainer import D3Config
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
 from d3_hf.errors import GuardRailBroken
-from d3_hf.evaluation.guard import broken_rails, class_rates, uncertain_rails
+from d3_hf.evaluation import guard as guarding
+from d3_hf.evaluation.guard import class_rates, rails_of, recall_rows
 from d3_hf.evaluation.guard_arguments import GuardArguments
 from d3_hf.evaluation.measure import Measurement, measure
 from d3_hf.evaluation.metrics import accuracy
@@ -61,6 +62,14 @@ def wrong(count):
     predictions = LABELS.numpy().copy()
     predictions[:count] = (predictions[:count] + 1) % 3
     return predictions
+
+
+def broken_rails(*arguments):
+    return guarding.broken_rails(rails_of(*arguments))
+
+
+def uncertain_rails(*arguments):
+    return guarding.uncertain_rails(rails_of(*arguments, NAMES))
 
 
 @pytest.mark.parametrize(
@@ -124,6 +133,27 @@ def test_a_rail_that_is_off_says_nothing():
     assert uncertain_rails(GuardArguments(max_accuracy_drop=None), measured(wrong(0)), measured(wrong(3)), LABELS) == []
 
 
+def test_what_became_of_each_rail_is_kept_in_numbers():
+    guard = GuardArguments(max_accuracy_drop=0.1, min_class_accuracy=0.5, min_agreement=0.95)
+    found = [rail.as_dict() for rail in rails_of(guard, measured(wrong(0)), measured(wrong(3)), LABELS, NAMES)]
+    assert found == [
+        {"name": "max_accuracy_drop", "limit": 0.1, "found": pytest.approx(0.1), "holds": True, "is_certain": False},
+        {"name": "min_class_accuracy", "limit": 0.5, "found": 0.9, "holds": True, "is_certain": True},
+        {"name": "min_agreement", "limit": 0.95, "found": 0.9, "holds": False, "is_certain": True},
+    ]
+    off = GuardArguments(max_accuracy_drop=1)
+    assert rails_of(off, measured(wrong(0)), measured(wrong(30)), LABELS, NAMES) == []
+
+
+def test_the_accuracy_of_each_class_before_and_after():
+    before, after = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 0])
+    assert recall_rows(before, after, torch.tensor([0, 0, 1, 1]), ["a", "b", "c"]) == [
+        {"class": "a", "images": 2, "before": 1.0, "after": 0.5},
+        {"class": "b", "images": 2, "before": 1.0, "after": 0.5},
+        {"class": "c", "images": 0, "before": None, "after": None},
+    ]
+
+
 def test_a_class_without_images_is_passed_over():
     assert class_rates(np.array([0, 2, 1]), torch.tensor([0, 2, 2])) == {0: 1.0, 2: 0.5}
 
@@ -167,13 +197,16 @@ def test_a_rejected_model_is_kept_apart_and_not_pushed(tmp_path, monkeypatch):
     assert facts["measured"]["rejected"] == broken.value.reasons
     assert facts["measured"]["guard_rails"] == {"max_accuracy_drop": 0.05, "min_class_accuracy": None, "min_agreement": 0.5}
     assert "\n\n**Rejected**" in card and all(f"\n- {reason}\n" in card for reason in broken.value.reasons)
+    assert "| fall of ACC, at most (`max_accuracy_drop`) | 5.0 points | 100.0 points | **broken** |" in card
+    assert card.index("**Rejected**") < card.index("No trigger was known: accuracy 100.0 % to 0.0 %, a fall beyond chance")
     assert broken.value.results == json.loads((rejected / "all_results.json").read_text())
 
 
 def test_without_rails_the_same_run_is_saved(tmp_path):
     assert purify(ruinous(tmp_path), images(LABELS, seed=1)).results["accuracy_after"] == 0
     assert (tmp_path / "model.safetensors").is_file() and not (tmp_path / "rejected").exists()
-    assert "Rejected" not in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "Rejected" not in card and "No guard rails were set." in card
 
 
 def test_a_rejected_model_is_kept_until_it_may_be_overwritten(tmp_path):

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageClassification, ViTForImageClassificat
 
 from d3_hf import D3Config, D3Trainer, RawImages, load_classifier, load_images, purify, retain_split
 from d3_hf.attacks import BadNets
+from d3_hf.publishing.report import Report
 
 TOKEN = "hf_testTESTtestTESTtestTESTtestTEST01"
 MODEL_FILES = {"model.safetensors", "config.json", "preprocessor_config.json", "README.md", "purification.json"}
@@ -38,8 +39,9 @@ def user_session():
     out = trainer.push_to_hub()
 
     args = D3Config(output_dir="purified", push_to_hub=True, hub_model_id="me/model-purified", **FAST)
-    trainer = D3Trainer(load_classifier("them/suspicious"), args, retain)
-    report = purify(trainer, RawImages.from_dataset(images["test"]), BadNets(target_label=0))
+    trainer = D3Trainer(load_classifier("them/suspicious"), args, retain, data_source="them/digits")
+    test, named = RawImages.from_dataset(images["test"]), Report(data="them/digits", split="test")
+    report = purify(trainer, test, BadNets(target_label=0), report=named)
     save_file(logits_of(trainer.model, load_classifier("me/model-purified")), "logits.safetensors")
 
     options = dict(save_strategy="steps", save_steps=1, hub_strategy="end", hub_model_id="samples", hub_private_repo=False)

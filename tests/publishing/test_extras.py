@@ -14,6 +14,7 @@ from d3_hf.defenses.d3.trainer import D3Config, D3Trainer
 from d3_hf.models.load import Source, load_classifier
 from d3_hf.publishing import hub
 from d3_hf.publishing.card import render_card
+from d3_hf.publishing.signature import signed_files
 
 FAST = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True}
 
@@ -108,6 +109,7 @@ def test_a_signed_folder_verifies_until_it_is_changed(purified, tmp_path):
     done = signing("sign", purified, "--private_key", str(tmp_path / "key.pem"))
     assert done.returncode == 0, done.stderr
     assert "model.sig" in [file.name for file in hub.published_files(purified)]
+    assert signed_files(purified / "model.sig") == {file.name for file in purified.iterdir()} - {"model.sig", "README.md"}
     assert signing("verify", purified, "--public_key", str(tmp_path / "key.pub")).returncode == 0
     with (purified / "config.json").open("a") as file:
         file.write(" ")

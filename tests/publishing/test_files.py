@@ -13,7 +13,7 @@ from d3_hf.defenses.d3.trainer import D3Config, D3Trainer
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
 from d3_hf.models import new_model
 from d3_hf.publishing.hub import published_files, push_folder
-from d3_hf.publishing.manifest import MANIFEST, MODEL_FILES, PUBLISHED, VICTIM_FILE
+from d3_hf.publishing.manifest import MANIFEST, MODEL_FILES, PICTURES, PUBLISHED, VICTIM_FILE
 from d3_hf.training.trainer import PurifyTrainer
 from d3_hf.victims import train
 from d3_hf.victims.sets import make_victim
@@ -65,4 +65,4 @@ def test_all_that_a_defence_adds_goes_up(name, tmp_path):
 
 def test_of_a_victim_its_record_and_its_attack_stay_at_home():
     at_home = {train.VICTIM_FILE, attacks.ATTACK_FILE, attacks.LEARNED_FILE, "processor_config.json"}
-    assert set(MODEL_FILES) - set(PUBLISHED) == at_home and train.VICTIM_FILE == VICTIM_FILE
+    assert set(MODEL_FILES) - set(PUBLISHED) - set(PICTURES) == at_home and train.VICTIM_FILE == VICTIM_FILE

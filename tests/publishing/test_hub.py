@@ -1,5 +1,6 @@
 """What goes up and what does not, pushes that fail, repositories that lie: against a Hub on the loopback interface."""
 
+import base64
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from d3_hf import D3Config, D3Trainer, load_classifier
 from d3_hf.commands.push import run as push_command
 from d3_hf.files import sha256
 from d3_hf.publishing import hub as pushing
+from d3_hf.publishing.signature import signed_files
 
 
 def contents(folder):
@@ -29,6 +31,47 @@ def test_only_what_is_listed_goes_up(own_hub, purified):
     files = own_hub.repos["me/model"].commits[-1][1]
     assert set(files) == MODEL_FILES and own_hub.repos["me/model"].private
     assert b'model="me/model"' in files["README.md"]
+
+
+def test_a_card_is_named_after_the_repository_it_goes_to(own_hub, purified):
+    assert "# run\n" in (purified / "README.md").read_text()
+    pushing.push_folder(purified, "me/other-name")
+    readme = own_hub.repos["me/other-name"].commits[-1][1]["README.md"].decode()
+    assert "# other-name\n" in readme and "# run\n" not in readme and "path/to/this/folder" not in readme
+
+
+def signed(folder, *names):
+    """A folder with a signature that covers files of these names, as far as a push reads it."""
+    statement = {"predicate": {"resources": [{"name": name, "algorithm": "sha256", "digest": "0" * 64} for name in names]}}
+    payload = base64.b64encode(json.dumps(statement).encode()).decode()
+    (folder / "model.sig").write_text(json.dumps({"dsseEnvelope": {"payload": payload}}))
+    return folder
+
+
+def test_a_card_that_is_signed_goes_up_as_it_is_or_not_at_all(own_hub, purified, tmp_path):
+    folder = signed(Path(shutil.copytree(purified, tmp_path / "run")), "README.md", "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"covers README.md of .*, which does not name me/model: purify with --hub_model_id me/m"
+    ):
+        pushing.push_folder(folder, "me/model")
+    assert not own_hub.seen
+    card = (folder / "README.md").read_text().replace("path/to/this/folder", "me/model")
+    (folder / "README.md").write_text(card)
+    pushing.push_folder(folder, "me/model")
+    assert own_hub.repos["me/model"].commits[-1][1]["README.md"] == card.encode()
+    own_hub.repos["me/model"].commit({"README.md": b"# Mine"})
+    with pytest.raises(
+        ValueError, match="which would be changed by what me/model holds: push to a new repository, or sign with"
+    ):
+        pushing.push_folder(folder, "me/model")
+    pushing.push_folder(signed(folder, "model.safetensors"), "me/model")
+    assert b"# Mine" in own_hub.repos["me/model"].commits[-1][1]["README.md"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"dsseEnvelope": {"payload": "?"}}', '{"dsseEnvelope": null}'])
+def test_a_signature_of_another_kind_covers_nothing_that_is_known(tmp_path, text):
+    (tmp_path / "model.sig").write_text(text)
+    assert signed_files(tmp_path / "model.sig") == set() == signed_files(tmp_path / "absent.sig")
 
 
 def test_of_pictures_only_those_that_the_card_shows_go_up(own_hub, purified, tmp_path):

@@ -19,6 +19,7 @@ from d3_hf import D3Config, D3Trainer, RawImages, load_images, retain_split
 from d3_hf.data.preprocessing import Preprocessing
 from d3_hf.data.training_images import TrainingImages
 from d3_hf.files import sha256
+from d3_hf.publishing.pictures.of_card import CLASSES, TRIGGERED
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def pushed(hub, repo):
     ("repo", "private", "further"),
     [
         ("me/out", True, {"retain_indices.json"}),
-        ("me/model-purified", True, {"retain_indices.json", "all_results.json"}),
+        ("me/model-purified", True, {"retain_indices.json", "all_results.json", CLASSES, TRIGGERED}),
         ("me/samples", False, set()),
     ],
 )
@@ -92,12 +93,14 @@ def test_card_has_what_was_measured(hub):
     _, files, card = pushed(hub, "me/model-purified")
     results = json.loads(files["all_results.json"])
     assert results == hub.seen_by_user["results"]
-    assert {(r.metric_type, r.dataset_config): r.metric_value for r in card.data.eval_results} == {
-        ("accuracy", "as they are"): results["accuracy_after"],
-        ("attack_success_rate", "triggered by badnets"): results["asr_after"],
-        ("robust_accuracy", "triggered by badnets"): results["ra_after"],
-        ("poisoned_accuracy", "triggered by badnets"): results["pacc_after"],
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
+        "accuracy": results["accuracy_after"],
+        "attack_success_rate": results["asr_after"],
+        "robust_accuracy": results["ra_after"],
+        "poisoned_accuracy": results["pacc_after"],
     }
+    assert card.data.datasets == ["them/digits"]
+    assert {(result.dataset_type, result.dataset_split) for result in card.data.eval_results} == {("them/digits", "test")}
     _, _, unmeasured = pushed(hub, "me/out")
     assert unmeasured.data.eval_results is None and "Nothing was measured" in unmeasured.text
 

@@ -9,7 +9,8 @@ from tiny import FAST, tiny_samples, tiny_vit
 from d3_hf import D3Config, D3Trainer, load_classifier
 from d3_hf.models.source import Source
 from d3_hf.publishing.hub import push_folder
-from d3_hf.publishing.readme import BEGIN, END, merge_card, source_licence
+from d3_hf.publishing.licences import UNKNOWN
+from d3_hf.publishing.readme import BEGIN, END, FOLDER, merge_card, named_for, source_licence
 
 CARD = """---
 base_model: them/vit
@@ -23,10 +24,13 @@ model-index:
   results: []
 ---
 
+<!-- d3_hf: what stands from here on is replaced by the next push -->
+
 # run
 
 This image classifier was **purified**.
-"""
+
+<!-- d3_hf: up to here -->"""
 THEIRS = """---
 license: other
 license_name: their-licence
@@ -91,9 +95,10 @@ def test_the_next_push_replaces_its_own_section_alone():
 
 
 def test_a_card_of_a_version_that_did_not_mark_it_is_replaced():
-    old = CARD.replace("**purified**", "**purified** long ago")
-    text = merge_card(CARD, old, "me/vit")
+    unmarked = CARD.replace(f"{BEGIN}\n\n", "").replace(f"\n\n{END}", "\n")
+    text = merge_card(CARD, unmarked.replace("**purified**", "**purified** long ago"), "me/vit")
     assert "long ago" not in text and "# run\n" in text
+    assert merge_card(unmarked, None, "me/vit").rstrip() == CARD  # of a folder that an earlier version wrote
     assert "# Their own words" in merge_card(CARD, merge_card(CARD, None, "me/vit") + "# Their own words", "me/vit")
 
 
@@ -108,6 +113,41 @@ def test_metadata_that_are_none_cost_the_text_nothing(metadata, caplog):
 def test_a_readme_without_metadata_or_of_another_system(text):
     metadata, merged = parts(merge_card(CARD, text, "me/vit"))
     assert "# Their model" in merged and metadata.get("license") == ("mit" if "mit" in text else None)
+
+
+def test_where_nothing_is_a_card_goes_up_byte_for_byte_and_again():
+    assert merge_card(CARD, None, "me/vit") == CARD == merge_card(CARD, CARD, "me/vit")
+    assert "base_model" not in parts(merge_card(CARD, None, "them/vit"))[0]  # no model is its own base
+
+
+def test_a_card_without_a_repository_is_named_when_it_gets_one():
+    card = CARD.replace("**purified**.", f'**purified**.\n\n    # run\n    pipeline(model="{FOLDER}")')
+    metadata, text = parts(named_for(card, "run", "me/vit-2"))
+    assert "# vit-2\n" in text and 'model="me/vit-2"' in text and metadata["model-index"][0]["name"] == "vit-2"
+    assert "\n    # run\n" in text  # only the title
+    chosen = parts(named_for(card.replace("# run\n", "# My name\n", 1), "run", "me/vit-2"))[1]
+    assert "# My name\n" in chosen and "# vit-2" not in chosen
+    assert named_for(CARD, "run", "me/vit-2") == CARD  # it loads nothing
+    other = named_for(card, "run", "me/first")
+    assert named_for(other, "run", "me/first") == other
+    assert parts(named_for(other, "run", "me/vit-2")) == (metadata, text)  # it was made for another repository
+
+
+def test_data_sets_are_added_to_the_owners():
+    card = CARD.replace("tags:", "datasets:\n- me/trusted\ntags:")
+    assert parts(merge_card(card, THEIRS, "them/vit"))[0]["datasets"] == ["cifar10", "me/trusted"]
+
+
+def test_that_a_licence_is_unknown_is_nothing_to_tell_the_owner_and_gives_way():
+    unknown = CARD.replace("tags:", "license: other\nlicense_name: unknown\ntags:")
+    for theirs in ("# Their model", THEIRS):
+        metadata, _ = parts(merge_card(unknown, theirs, "me/vit"))
+        assert metadata.get("license_name") == (None if theirs == "# Their model" else "their-licence")
+    first = merge_card(unknown, None, "me/vit")
+    for text in (first, merge_card(unknown, first, "me/vit")):
+        assert UNKNOWN.items() <= parts(text)[0].items()
+    licensed = parts(merge_card(CARD.replace("tags:", "license: mit\ntags:"), first, "me/vit"))[0]
+    assert licensed["license"] == "mit" and "license_name" not in licensed
 
 
 # From the Hub and from a folder ----------------------------------------------------------------------------------------------
@@ -164,3 +204,13 @@ def test_so_does_what_comes_from_a_downloaded_folder(theirs, tmp_path):
 def test_a_licence_that_is_not_known_stops_nothing(own_hub, source):
     own_hub.repos["them/other"] = Repository(private=False, commits=[])
     assert source_licence(source) == {}
+
+
+def test_what_was_downloaded_has_the_licence_of_where_it_came_from(own_hub, theirs, tmp_path):
+    link = f"{own_hub.endpoint}/them/vit/blob/main/LICENSE"
+    found = {"license": "other", "license_name": "their-licence", "license_link": link}
+    assert source_licence(Source("file", "weights.pth"), "them/vit") == found
+    (tmp_path / "bare").mkdir()
+    assert source_licence(Source("folder", str(tmp_path / "bare")), "them/vit") == found
+    (tmp_path / "bare" / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert source_licence(Source("folder", str(tmp_path / "bare")), "them/vit") == {"license": "mit"}

@@ -33,6 +33,20 @@ def test_results_before_and_after():
     ]
 
 
+def test_the_floor_is_a_column_of_its_own():
+    results = rates("accuracy", 0.9, "_before") | rates("accuracy", 0.85, "_after") | rates("accuracy_drop", 0.05)
+    results |= rates("asr", 0.99, "_before") | rates("asr", 0.02, "_after") | {"der": 0.9}
+    floor = rates("accuracy", 0.91) | rates("asr", 0.01) | rates("untriggered", 0.5)
+    assert results_table(results, floor).splitlines() == [
+        "| | before | after | floor | images |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| ACC | 90.0 % [89.0, 91.0] | 85.0 % [84.0, 86.0] | 91.0 % [90.0, 92.0] | 360 |",
+        "| ACC drop | | 5.0 points [4.0, 6.0] | | 360 |",
+        "| ASR | 99.0 % [98.0, 100.0] | 2.0 % [1.0, 3.0] | 1.0 % [0.0, 2.0] | 360 |",
+        "| DER | | 0.9000 | | |",
+    ]
+
+
 def test_a_drift_has_no_interval_and_an_earlier_record_no_row():
     now = rates("pacc", 0.8) | {"trigger_drift": 0.25, "trigger_drift_n": 324}
     then = rates("ra", 0.7)

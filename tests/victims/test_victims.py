@@ -13,10 +13,12 @@ from d3_hf.attacks import ATTACKS, LF, BadNets, InTrainingAttack, from_descripti
 from d3_hf.attacks.in_training import TriggerPoisoner
 from d3_hf.data.images import RawImages
 from d3_hf.data.load import load_images
+from d3_hf.options.arguments import AttackArguments
 from d3_hf.training.sam import adaptive_perturbation
 from d3_hf.training.state import read_state
 from d3_hf.victims.plan import VictimPlan
 from d3_hf.victims.random_heads import RandomHeads
+from d3_hf.victims.record import clean_model_of
 from d3_hf.victims.train import VictimConfig, VictimTrainer, _fitted, train_victim
 
 QUIET = {"use_cpu": True, "disable_tqdm": True}
@@ -267,3 +269,15 @@ def test_an_attack_with_networks_of_its_own_refuses(options, digits, tmp_path):
     attack = from_description({"name": "input_aware", "mask_steps": 1})
     with pytest.raises(ValueError, match="trains its own networks with the victim: .* sam_rho or resume_from_checkpoint"):
         train_victim(small_resnet(), *digits, attack, config(tmp_path, 1, **options))
+
+
+def test_the_twin_of_a_victim_is_found_where_it_still_lies(tmp_path):
+    (tmp_path / "twin").mkdir()
+    record = {"recipe": {"clean_model": str(tmp_path / "twin")}, "planted": None, "measured": {"victim": {}}}
+    assert clean_model_of(tmp_path) is None  # no victim
+    (tmp_path / "victim.json").write_text(json.dumps(record))
+    assert clean_model_of(tmp_path) == str(tmp_path / "twin")
+    assert AttackArguments(str(tmp_path)).folder == tmp_path
+    assert AttackArguments("badnets").folder is None is AttackArguments('{"name": "badnets", "size": 2}').folder
+    (tmp_path / "twin").rmdir()
+    assert clean_model_of(tmp_path) is None

@@ -7,7 +7,9 @@ import warnings
 import numpy as np
 from PIL import Image
 
-MOST_BARS, LONGEST = 40, 32  # classes, and characters of a class's name, in a figure
+from ..pictures.drawing import drawn
+
+MOST_BARS = 40  # classes in a figure
 ORDINARY, MARKED = "#8a9bb0", "#c0392b"
 ENLARGED = 160  # pixels that a trigger's smaller side gets at least
 
@@ -40,7 +42,7 @@ def bars(scores: list[float], names: list[str], suspect: str, beside: list[float
         if beside is not None:
             hatched = dict(color="white", edgecolor=colours, hatch="////", linewidth=0.8)
             axes.barh(rows + shift, [beside[k] for k in shown], height, **hatched)
-        axes.set_yticks(rows, [_drawn(names[k]) for k in shown])
+        axes.set_yticks(rows, [drawn(names[k]) for k in shown])
         for label in axes.get_yticklabels():
             label.set_parse_math(False)  # a class may be called anything, `$\frac` too
         axes.invert_yaxis()
@@ -49,12 +51,6 @@ def bars(scores: list[float], names: list[str], suspect: str, beside: list[float
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         pyplot.close(figure)
     return _data_uri("svg+xml", buffer.getvalue())
-
-
-def _drawn(name: str) -> str:
-    """A class's name as it is drawn: short, and without what XML cannot hold."""
-    printable = "".join(letter if letter.isprintable() else "?" for letter in name)
-    return printable if len(printable) <= LONGEST else f"{printable[: LONGEST - 3]}..."
 
 
 def picture(pixels: np.ndarray) -> str:
