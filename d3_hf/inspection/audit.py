@@ -151,7 +151,7 @@ def audit(
     Args:
         purified: A classifier of `load_classifier`; not changed.
         suspicious: The same, as it was before.
-        images: Raw images of their classes that neither was tuned on; 500 to 2,000 of all classes.
+        images: Raw images of their classes that neither was tuned on; 300 to 500 of all classes.
         signals: By name, of `SIGNALS`.
 
     Raises:
