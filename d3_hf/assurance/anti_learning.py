@@ -14,8 +14,9 @@ from published notes. That the images of a class do not count for it (they are w
 of images are this project's.
 
 Cost: at most 16 passes over 50 images, forward and backward; memory for two models. Blind to: backdoors of all classes, weak
-ones, and some strong ones: NAD's published WideResNet leans to the frogs, and its backdoor's class is the dogs. A network without a backdoor leans to a class too: only twins tell what is usual. Unlike the signals on the head,
-the path depends on how hidden units are scaled, since its steps do.
+ones, and some strong ones: NAD's published WideResNet leans to the frogs, and its backdoor's class is the dogs. A network
+without a backdoor leans to a class too: only twins tell what is usual. Unlike the signals on the head, the path depends on how
+hidden units are scaled, since its steps do.
 """
 
 import numpy as np
