@@ -2,10 +2,13 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
 
 from .attacks import Attack
 from .data.images import RawImages
@@ -29,6 +32,7 @@ def purify(
     guard: GuardArguments | None = None,
     report: Report | None = None,
     audit: RawImages | None = None,
+    evidence: Callable[[PreTrainedModel], dict[str, Any]] | None = None,
 ) -> Report:
     """Measure, train, measure again, save; push if ``trainer.args.push_to_hub``.
 
@@ -44,6 +48,8 @@ def purify(
         report: What the images measured on are called, for manifest and card.
         audit: Images that neither the training nor the choice of its settings saw: what becomes of ACC on them is evidence in
             manifest and card, and decides nothing.
+        evidence: Looks at the purified model without a trigger, after it was measured and on the main process: what it returns
+            stands in manifest and card, see `inspection.evidence.evidence_of`, and changes nothing of the model.
 
     Returns:
         The report, with what was found. ``results`` holds what ``all_results.json`` does: ``accuracy_before``,
@@ -96,6 +102,7 @@ def purify(
             guard_rails=asdict(guard) if guard else None,
             rejected=tuple(broken_rails(guard, before, after, test.labels, test.class_names)) if guard else (),
             audit=paired_results(audit_before, audit_after, audit.labels) if audit else {},
+            evidence=evidence(trainer.accelerator.unwrap_model(trainer.plain, keep_fp32_wrapper=False)) if evidence else {},
         )
     (rejected,) = broadcast_object_list([report.rejected])
     trainer.record(replace(report, rejected=rejected))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .inspection.evidence import evidence_section
 from .tables import RESULT_NAMES, audit_line, chosen_table, rates_table, results_table
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -81,6 +82,7 @@ def render_card(
         results_table=results_table(results) if results else None,
         chosen_table=chosen_table(facts["chosen"]) if facts.get("chosen") else None,
         audit_line=audit_line(facts["measured"]["audit"]) if facts["measured"].get("audit") else None,
+        evidence=evidence_section(facts["measured"].get("evidence")),
         place=hub_model_id or FOLDER,
     )
 

@@ -143,6 +143,19 @@ def flip_lines(found: dict[str, Any]) -> list[str]:
     return lines + [f"{quoted(pair['before'])} -> {quoted(pair['after'])}: {pair['images']}" for pair in found["pairs"]]
 
 
+def relearning_lines(found: dict[str, Any]) -> list[str]:
+    """How soon each model learned a canary, see `inspection.relearning.relearning_of`."""
+    steps = ", ".join(map(str, found["steps"]))
+    lines = [
+        f"a canary for {quoted(found['canary'])} on {found['poisoned']} of {found['images']} images, ASR after {steps} steps:"
+    ]
+    for name, one in found["models"].items():
+        rates = ", ".join(f"{100 * rate:.1f} %" for rate in one["asr"])
+        half = "not half of the way" if one["half_life"] is None else f"half of the way after {one['half_life']:.3g} steps"
+        lines.append(f"{name}: {rates}; mean {100 * one['area']:.1f} %, {half}")
+    return lines
+
+
 def recall_line(row: dict[str, Any]) -> str:
     """What became of one class."""
     if not row["images"]:

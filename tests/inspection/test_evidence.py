@@ -1,0 +1,66 @@
+"""Evidence at the end of a purification: what stands in manifest and card, and that nothing of the model changes."""
+
+import json
+
+import pytest
+import torch
+from shortcut import TARGET, classifier, network, pictures
+from test_audit import purified
+
+from d3_hf.files import sha256
+from d3_hf.inspection.evidence import MOST_IMAGES, evidence_of
+from d3_hf.publishing.inspection.evidence import evidence_section
+
+
+def test_what_is_evident_and_what_the_card_says():
+    model, images = purified(), pictures(400)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    found = json.loads(json.dumps(evidence_of(model, lambda: classifier(network(20)), images), allow_nan=False))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert found["images"] == found["accuracy"]["accuracy_before_n"] == MOST_IMAGES
+    assert found["signals"].keys() == {"head_rows", "latent_shift"}
+    assert found["signals"]["head_rows"]["before"]["suspect_class"] == f"class {TARGET}"
+    text = evidence_section(found)
+    assert text.startswith("## Evidence without the trigger\n") and f'head_rows: "class {TARGET}" stood out most' in text
+    assert "**The class that stood out most no longer does by 2 of 2 signals.**" in text and "What this cannot see" in text
+    assert evidence_section(None) == evidence_section({}) == "" and "clean" not in text and "safe" not in text
+
+
+def test_class_names_cannot_bring_tags_into_a_card():
+    found = evidence_of(purified(), lambda: classifier(network(20)), pictures())
+    found["recall"][0]["class"] = "<img src=x>"
+    assert "<img" not in evidence_section(found)
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError, RuntimeError])
+def test_evidence_is_no_condition_of_a_purification(error):
+    def gone():
+        raise error("it is\ngone")
+
+    found = evidence_of(purified(), gone, pictures())
+    assert found == {"not_applicable": "it is"} and "Not available: it is." in evidence_section(found)
+
+
+def test_the_purification_has_the_same_bits(tmp_path, monkeypatch):
+    from command_line import command
+    from tiny import FAST, NEW_VIT
+
+    monkeypatch.chdir(tmp_path)
+    options = {"retain_count": 60, "max_test_images": 60, "dataset_name": "digits", "max_accuracy_drop": 1} | FAST
+    victim = {name: value for name, value in (NEW_VIT | options).items() if name != "max_accuracy_drop"}
+    assert command("victim", *flags(victim | {"attack": "badnets", "output_dir": "victim"})) == 0
+    for evidence in ("true", "false"):
+        argv = flags(options | {"model_name_or_path": "victim", "output_dir": evidence, "evidence": evidence})
+        assert command("purify", *argv) == 0
+    one, other = (sha256(tmp_path / folder / "model.safetensors") for folder in ("true", "false"))
+    assert one == other
+    cards = {folder: (tmp_path / folder / "README.md").read_text() for folder in ("true", "false")}
+    assert "## Evidence without the trigger" in cards["true"] and "## Evidence" not in cards["false"]
+    measured = json.loads((tmp_path / "true" / "purification.json").read_text())["measured"]
+    assert measured["evidence"]["outcome"] and evidence_section(measured["evidence"]).strip() in cards["true"]
+
+
+def flags(options):
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}" for name, value in options.items()]
