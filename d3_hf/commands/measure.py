@@ -45,12 +45,13 @@ def run(argv: list[str]) -> dict[str, Any]:
 
     folder = Path(model_args.model_name_or_path).expanduser()
     record, attack = None, attack_args.load()
-    if (folder / VICTIM_FILE).is_file():
-        record = read_record(folder)
+    if data_args.dataset_name is None or (folder / VICTIM_FILE).is_file():
+        try:
+            record = read_record(folder)
+        except FileNotFoundError as error:
+            raise ValueError(f"{NO_IMAGES}; only a folder that make_victim wrote knows its own") from error
         data_args = recorded_images(record, **_given(data_args))
         attack = attack or (load_attack(folder) if record["planted"] else None)
-    if data_args.dataset_name is None:
-        raise ValueError(f"{NO_IMAGES}; only a folder that make_victim wrote knows its own")
     model = model_args.load()
     test = data_args.load(model.config).test
     check_labels(test.class_names, model.config)

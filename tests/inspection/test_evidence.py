@@ -4,12 +4,19 @@ import json
 
 import pytest
 import torch
+import yaml
+from command_line import command
 from shortcut import TARGET, classifier, network, pictures
-from test_audit import purified
+from tiny import FAST, NEW_VIT
 
 from d3_hf.files import sha256
 from d3_hf.inspection.evidence import MOST_IMAGES, evidence_of
 from d3_hf.publishing.inspection.evidence import evidence_section
+
+
+def purified():
+    """Without the shortcut."""
+    return classifier(network())
 
 
 def test_what_is_evident_and_what_the_card_says():
@@ -44,23 +51,17 @@ def test_evidence_is_no_condition_of_a_purification(error):
 
 
 def test_the_purification_has_the_same_bits(tmp_path, monkeypatch):
-    from command_line import command
-    from tiny import FAST, NEW_VIT
-
     monkeypatch.chdir(tmp_path)
-    options = {"retain_count": 60, "max_test_images": 60, "dataset_name": "digits", "max_accuracy_drop": 1} | FAST
-    victim = {name: value for name, value in (NEW_VIT | options).items() if name != "max_accuracy_drop"}
-    assert command("victim", *flags(victim | {"attack": "badnets", "output_dir": "victim"})) == 0
+    options = {"retain_count": 60, "max_test_images": 60, "dataset_name": "digits"} | FAST
+    victim = NEW_VIT | options | {"attack": "badnets", "output_dir": "victim"}
+    (tmp_path / "victim.yaml").write_text(yaml.safe_dump(victim))
+    (tmp_path / "purify.yaml").write_text(yaml.safe_dump(options | {"model_name_or_path": "victim", "max_accuracy_drop": 1}))
+    assert command("victim", "victim.yaml") == 0
     for evidence in ("true", "false"):
-        argv = flags(options | {"model_name_or_path": "victim", "output_dir": evidence, "evidence": evidence})
-        assert command("purify", *argv) == 0
+        assert command("purify", "purify.yaml", "--output_dir", evidence, "--evidence", evidence) == 0
     one, other = (sha256(tmp_path / folder / "model.safetensors") for folder in ("true", "false"))
     assert one == other
     cards = {folder: (tmp_path / folder / "README.md").read_text() for folder in ("true", "false")}
     assert "## Evidence without the trigger" in cards["true"] and "## Evidence" not in cards["false"]
     measured = json.loads((tmp_path / "true" / "purification.json").read_text())["measured"]
     assert measured["evidence"]["outcome"] and evidence_section(measured["evidence"]).strip() in cards["true"]
-
-
-def flags(options):
-    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}" for name, value in options.items()]

@@ -81,7 +81,7 @@ def cost_line(cost: dict[str, Any]) -> str:
     peak = cost["peak_memory_mib"]
     return (
         f"{cost['defence']}: {cost['seconds_per_update']:.3g} s an update, {cost['updates']} updates on {cost['images']} "
-        f"images, about {cost['minutes']:.2g} minutes, {UNKNOWN if peak is None else f'{peak:.0f} MiB'} of memory at the peak"
+        f"images, about {cost['minutes']:.2g} minutes, {UNKNOWN if peak is None else f'{peak:.0f} MiB'} of memory in use at the peak"
     )
 
 
