@@ -20,10 +20,10 @@ def purified():
 
 
 def test_what_is_evident_and_what_the_card_says():
-    model, images = purified(), pictures(400)
+    model, suspicious, images = purified(), classifier(network(20)), pictures(400)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
-    found = json.loads(json.dumps(evidence_of(model, lambda: classifier(network(20)), images), allow_nan=False))
+    found = json.loads(json.dumps(evidence_of(model, lambda: suspicious, images), allow_nan=False))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     assert found["images"] == found["accuracy"]["accuracy_before_n"] == MOST_IMAGES

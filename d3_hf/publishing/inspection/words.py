@@ -78,10 +78,10 @@ def cost_line(cost: dict[str, Any]) -> str:
     """What one defence would cost, see `inspection.cost.Cost`."""
     if cost["why_not"]:
         return f"{cost['defence']}: not timed, {cost['why_not']}"
-    peak = cost["peak_memory_mib"]
+    peak = UNKNOWN if cost["peak_memory_mib"] is None else f"{cost['peak_memory_mib']:.0f} MiB"
     return (
         f"{cost['defence']}: {cost['seconds_per_update']:.3g} s an update, {cost['updates']} updates on {cost['images']} "
-        f"images, about {cost['minutes']:.2g} minutes, {UNKNOWN if peak is None else f'{peak:.0f} MiB'} of memory in use at the peak"
+        f"images, about {cost['minutes']:.2g} minutes, memory in use at the peak {peak}"
     )
 
 
