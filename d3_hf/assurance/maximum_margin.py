@@ -28,12 +28,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data.fitting import BATCH, run_with_fitting_batch
+from ..data.fitting import run_with_fitting_batch
 from ..data.images import RawImages
 from ..data.preprocessing import Preprocessing
 from ..models.evaluating import evaluating
 from ..models.source import preprocessing_of
 from .finding import Finding, check_comparable
+from .paths import BATCH
 
 STARTS, STEPS = 2, 30
 FIRST_STEP = 0.1  # of the range of pixels, which all 30 together cross one and a half times
