@@ -2,8 +2,10 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate.utils import broadcast_object_list
@@ -37,6 +39,7 @@ def purify(
     audit: RawImages | None = None,
     clean_model: PreTrainedModel | None = None,
     show_images: bool | None = None,
+    evidence: Callable[[PreTrainedModel], dict[str, Any]] | None = None,
 ) -> Report:
     """Measure, train, measure again, save; push if ``trainer.args.push_to_hub``.
 
@@ -56,6 +59,8 @@ def purify(
             the floor, in a column of the table.
         show_images: Whether the card shows a few test images with the trigger. None: where they are of the Hub, as
             ``report.data`` says, or scikit-learn's digits; those of this machine do not leave it unasked.
+        evidence: Looks at the purified model without a trigger, after it was measured and on the main process: what it returns
+            stands in manifest and card, see `inspection.evidence.evidence_of`, and changes nothing of the model.
 
     Returns:
         The report, with what was found. ``results`` holds what ``all_results.json`` does: ``accuracy_before``,
@@ -115,6 +120,7 @@ def purify(
             floor=_floor(clean_model, trainer, test, attack) if clean_model is not None else None,
             shown=_shown(test, attack, before, after) if attack and shows else None,
             audit=paired_results(audit_before, audit_after, audit.labels) if audit else {},
+            evidence=evidence(trainer.accelerator.unwrap_model(trainer.plain, keep_fp32_wrapper=False)) if evidence else {},
         )
     (rejected,) = broadcast_object_list([report.rejected])
     trainer.record(replace(report, rejected=rejected))

@@ -1,49 +1,38 @@
 """S3, anti-learning: which class does a model lean to while it unlearns clean images?
 
-A copy in evaluation mode ascends the cross-entropy of the images by plain SGD, its gradient clipped to norm 1. After each step
-t the mean log-probability of every class over a fixed set of images, l_t,c, is written down, until the accuracy on that set is
-at chance. With T such steps,
+A copy ascends the cross-entropy of at most 50 images, see `paths`, until its accuracy on them is at chance. After each step t
+the mean log-probability of every class c over those that are of another class is written down, l_t,c. With T such steps,
 
-    score_c = 1/T sum_t (l_t,c - median_c' l_t,c')
+    score_c = 1/T sum_t z_t,c,    z_t,c = (l_t,c - median_c' l_t,c') / (1.4826 MAD_c' l_t,c')
 
-the whole path, not its end: on a pretrained ViT the backdoor's class led the first steps and another one those at chance.
-
-The learning rates are tried from the smallest, each from the model as it was, and the first that reaches chance within the
-steps is read; if none does, the last. A small one follows the path closely, but which is small depends on the network.
+the whole path, not its end: on a pretrained ViT the backdoor's class led the first steps and another one those at chance. Steps
+of rising length look at the beginning as closely as at the end, and with z none counts more because log-probabilities are
+far apart there.
 
 Source: the locator of LMR (Yang et al., CVPR 2026; see `d3_hf/defenses/lmr.py`, which votes where this takes means), written
-from published notes; the learning rates start at what those recommend. Clip, steps and sizes are this project's.
+from published notes. That the images of a class do not count for it (they are what is unlearned), z, the steps and the number
+of images are this project's.
 
-Cost: for each learning rate tried at most 60 steps of 128 images forward and backward and 128 forward; memory for two models.
-Blind to: backdoors of all classes, and weak ones; also to some strong ones, since losing the images of the backdoor's class
-raises the loss as winning those of the others does: a small network with a shortcut to one class leaned away from it at one
-learning rate, to it at ten times that. A network without a backdoor leans to a class too: a clean ResNet-20 leaned to the dogs
-of CIFAR-10 farther than NAD's published WideResNet, whose backdoor's class that is. Only twins tell what is usual. Unlike the
-signals on the head, the path depends on how hidden units are scaled, since the steps of SGD do.
+Cost: at most 16 passes over 50 images, forward and backward; memory for two models. Blind to: backdoors of all classes, weak
+ones, and some strong ones: NAD's published WideResNet leans to the frogs, and its backdoor's class is the dogs. A network
+without a backdoor leans to a class too: only twins tell what is usual. Unlike the signals on the head, the path depends on how
+hidden units are scaled, since its steps do.
 """
-
-import copy
-from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.fitting import run_with_fitting_batch
 from ..data.images import RawImages
-from ..data.preprocessing import Preprocessing
 from ..models.computed import refuse_hooked
-from ..models.features import finite_logits
 from ..models.source import preprocessing_of
 from .features import class_weights
-from .finding import Finding, check_comparable
+from .finding import Finding, check_comparable, outlier_scores
+from .paths import BATCH, UP, path_of, resized, some_of_each
 
-LEARNING_RATES = (1e-4, 1e-3, 1e-2, 1e-1)
-STEPS, STEP_IMAGES, WATCHED_IMAGES = 60, 128, 128
-MOST_GRADIENT = 1.0
-BATCH = 32  # images in a pass that keeps its graph
+STEPS, IMAGES = 16, 50
 
 
 def at_chance(accuracy: float, classes: int) -> bool:
@@ -53,140 +42,53 @@ def at_chance(accuracy: float, classes: int) -> bool:
 
 def lean(path: np.ndarray) -> np.ndarray:
     """The score of each class, (C,), from the mean log-probabilities after each step, (T, C)."""
-    return (path - np.median(path, axis=1, keepdims=True)).mean(0)
+    return np.stack([outlier_scores(step) for step in path]).mean(0)
 
 
-def watched_images(images: RawImages) -> RawImages:
-    """The first images of each class: `WATCHED_IMAGES` in all where there are as many, but one of each class at least."""
-    each = max(1, WATCHED_IMAGES // len(images.class_names))
-    rows = [(images.labels == k).nonzero()[:each, 0] for k in range(len(images.class_names))]
-    return images.select(torch.cat(rows))
+def share_of_others(labels: Tensor, classes: int) -> np.ndarray:
+    """What each image counts for each class, float64 (C, N): nothing for its own, for the others as `class_weights` has it."""
+    counted = class_weights(labels) * (labels.numpy() != np.arange(classes)[:, None])
+    return counted / counted.sum(1, keepdims=True)
 
 
-class Ascent:
-    """A copy of a model that ascends the cross-entropy of images.
-
-    Args:
-        model: What is copied, and stays as it is.
-        images: What it ascends on, in an order that is always the same.
-        watched: What it is watched on.
-        preprocessing: The model's.
-        learning_rate: Of SGD.
-        batch_size: Images in a pass.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        images: RawImages,
-        watched: RawImages,
-        preprocessing: Preprocessing,
-        learning_rate: float,
-        batch_size: int,
-    ):
-        self.model = copy.deepcopy(model).eval().requires_grad_(True)
-        self.images, self.watched, self.preprocessing, self.batch_size = images, watched, preprocessing, batch_size
-        self.device = next(self.model.parameters()).device
-        self.optimizer = torch.optim.SGD(self.model.parameters(), learning_rate)
-        self.generator, self.rows = torch.Generator().manual_seed(0), torch.empty(0, dtype=torch.int64)
-
-    def next_rows(self) -> Tensor:
-        """The images of the next step: each comes once before any comes again; a rest that fills no step is left out."""
-        size = min(STEP_IMAGES, len(self.images))
-        if len(self.rows) < size:
-            self.rows = torch.randperm(len(self.images), generator=self.generator)
-        rows, self.rows = self.rows[:size], self.rows[size:]
-        return rows
-
-    @torch.enable_grad()
-    def step(self) -> None:
-        """One step of SGD up the mean cross-entropy, the gradient of all its passes clipped together."""
-        self.optimizer.zero_grad()
-        images = self.images.select(self.next_rows())
-        for _, raw, labels in images.batches(self.batch_size):
-            logits = self.model(pixel_values=self.preprocessing(raw.to(self.device))).logits.float()
-            loss = F.cross_entropy(logits, labels.to(self.device), reduction="sum") / len(images)
-            (-loss).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), MOST_GRADIENT)
-        self.optimizer.step()
-
-    @torch.no_grad()
-    def look(self) -> tuple[np.ndarray, float]:
-        """Mean log-probability of each class, float64 (C,), and accuracy over the watched images, whose classes count alike.
-
-        Raises:
-            ValueError: A logit is not finite.
-        """
-        share, found, right = class_weights(self.watched.labels), 0.0, 0.0
-        for rows, raw, labels in self.watched.batches(self.batch_size):
-            logits = finite_logits(self.model, raw.to(self.device), self.preprocessing, "clean images").double().cpu()
-            found += share[rows] @ logits.log_softmax(1).numpy()
-            right += share[rows] @ (logits.argmax(1) == labels).double().numpy()
-        return found, right
-
-
-def ascent_path(ascent: Ascent, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ascend until the accuracy on the watched images is at chance, 1 / C, but at most so many steps.
-
-    Returns:
-        After each step `Ascent.look`: mean log-probabilities (T, C) and accuracies (T,).
-
-    Raises:
-        ValueError: A logit of the model as it was is not finite.
-        FloatingPointError: A step led to one that is not.
-    """
-    ascent.look()
-    path, accuracies = [], []
-    for _ in range(steps):
-        ascent.step()
-        try:
-            found, right = ascent.look()
-        except ValueError as error:
-            rate = ascent.optimizer.param_groups[0]["lr"]
-            raise FloatingPointError(f"unlearning diverged at learning rate {rate:g}: give smaller learning_rates") from error
-        path.append(found)
-        accuracies.append(right)
-        if at_chance(right, len(found)):
-            break
-    return np.stack(path), np.array(accuracies)
-
-
-def anti_learning(
-    model: PreTrainedModel,
-    images: RawImages,
-    steps: int = STEPS,
-    learning_rates: Sequence[float] = LEARNING_RATES,
-    batch_size: int = BATCH,
-) -> Finding:
+def anti_learning(model: PreTrainedModel, images: RawImages, steps: int = STEPS, batch_size: int = BATCH) -> Finding:
     """Look for a class that a model leans to while it unlearns.
 
     Args:
         model: A classifier of `load_classifier`; not changed, a copy is.
-        images: Of every class, without triggers as far as is known.
-        steps: At most so many for each learning rate, at least 1.
-        learning_rates: In the order in which they are tried, each above 0.
+        images: Of every class, without triggers as far as is known; the first of each class are taken, 50 in all.
+        steps: At most so many, at least 1.
         batch_size: Images in a pass, at least 1; halved while they do not fit into memory.
 
     Returns:
-        Scores are in nats. ``details`` has ``path``, the mean log-probability of each class after each step, (T, C); the
-        ``accuracy`` then, (T,); and the ``learning_rate`` of this path.
+        Scores are robust z. ``details`` has ``path``, the mean log-probability of each class after each step, (T, C), and the
+        ``accuracy`` then, (T,), in which classes count alike.
 
     Raises:
-        ValueError: ``steps`` or ``learning_rates`` are out of range; see `check_comparable` and `preprocessing_of`; a logit is
-            not finite; a weight is computed by a hook, so that the model cannot be copied.
+        ValueError: ``steps`` is out of range; see `check_comparable` and `preprocessing_of`; a logit is not finite; a weight is
+            computed by a hook, so that the model cannot be copied.
         FloatingPointError: Unlearning diverged.
         RuntimeError: A single image does not fit into the device's memory.
     """
-    if steps < 1 or not learning_rates or min(learning_rates) <= 0:
-        raise ValueError(f"steps and learning_rates must be above 0; got {steps} and {learning_rates}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
     check_comparable(model, images)
     refuse_hooked(model)
-    preprocessing, watched = preprocessing_of(model), watched_images(images)
-    for rate in learning_rates:
-        path, accuracies = run_with_fitting_batch(
-            lambda size, rate=rate: ascent_path(Ascent(model, images, watched, preprocessing, rate, size), steps), batch_size
-        )
-        if at_chance(accuracies[-1], path.shape[1]):
-            break
-    details = {"path": path, "accuracy": accuracies, "learning_rate": np.array(rate)}
+    preprocessing, taken = preprocessing_of(model), some_of_each(images, IMAGES)
+    pixel_values, labels = preprocessing.normalize(resized(taken, preprocessing)), taken.labels
+    weights, classes = class_weights(labels), len(images.class_names)
+
+    def accuracy(logits: Tensor) -> float:
+        return float(weights @ (logits.argmax(1) == labels).double().numpy())
+
+    found = run_with_fitting_batch(
+        lambda size: path_of(
+            model, pixel_values, labels, UP, steps, size, is_over=lambda logits: at_chance(accuracy(logits), classes)
+        ),
+        batch_size,
+    )[1:]
+    share = share_of_others(labels, classes)
+    chances = torch.stack(found).log_softmax(2).numpy()  # (T, N, C)
+    path = np.einsum("cn,tnc->tc", share, chances)
+    details = {"path": path, "accuracy": np.array([accuracy(logits) for logits in found])}
     return Finding.of("anti_learning", lean(path), images.class_names, **details)

@@ -17,6 +17,15 @@ P(p <= a) <= a, whatever the signals are and however they depend on each other (
 in a Random World, 2005). Conformal p of statistics of whole models, with trusted models for a null: CBD (Xiang et al., NeurIPS
 2023). The one p for several signals is this project's.
 
+A second null is in the suspect itself: its other classes, which hardly are all targets. Of one signal's scores s of K classes,
+k that of the highest, with mean m and standard deviation d (of K - 2 degrees of freedom) of the K - 1 others,
+
+    t = (s_k - m) / (d sqrt(1 + 1 / (K - 1))),    p_own = min(1, K P(T > t)),    T of Student's t with K - 2 degrees
+
+Grubbs' test for one outlier (Annals of Mathematical Statistics 21, 1950), by the bound for the highest of K. It takes no twins,
+but takes scores to be normal, which those of networks are not: a clean ResNet-20 has p_own = 0.01 by its head's rows. It is
+said beside p and raises no alarm. Of five classes or fewer the others say nothing: there are twins only.
+
 No p is below 1 / (1 + N): how many twins there are says how small it can get, and with too few no alarm is possible.
 
 Where it fails: twins are exchangeable with the suspect only as far as they were made as it was. Of fewer images, another
@@ -28,10 +37,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import stats
 
 from .finding import LEAST_SPREAD
 
 ALARM_AT = 0.05  # the field's usual level
+FEWEST_OWN_CLASSES = 6  # this project's
 
 
 def conformal_p(suspect: float, twins: ArrayLike) -> float:
@@ -52,6 +63,17 @@ def combined_p(suspect: ArrayLike, twins: ArrayLike) -> float:
     highest, farthest = _ranks(values).max(1), _robust_z(values).max(1)
     as_far = (highest > highest[0]) | ((highest == highest[0]) & (farthest >= farthest[0]))
     return float(as_far.sum() / len(values))
+
+
+def own_classes_p(scores: ArrayLike) -> float | None:
+    """``p_own`` of one signal, in [0, 1], from its scores of a model's classes, (K,); None of fewer than six."""
+    values = np.sort(np.asarray(scores, np.float64))
+    if len(values) < FEWEST_OWN_CLASSES:
+        return None
+    others, highest = values[:-1], values[-1]
+    spread = max(others.std(ddof=1), LEAST_SPREAD * np.abs(values).max(), np.finfo(np.float64).tiny)
+    t = (highest - others.mean()) / (spread * math.sqrt(1 + 1 / len(others)))
+    return min(1.0, float(len(values) * stats.t.sf(t, len(values) - 2)))
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -92,7 +114,7 @@ class Verdict:
 
 WITHOUT_TWINS = (
     "no p and no alarm without twins: nothing can be concluded from these statistics, because networks without backdoors score "
-    "as high (measured: a ResNet-20 without one leans to one class as far as a backdoored WideResNet)"
+    "as high (measured: by the rows of its head a ResNet-20 without one stands out farther than NAD's backdoored WideResNet)"
 )
 
 

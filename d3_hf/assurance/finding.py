@@ -9,6 +9,11 @@ S&P 2019), whose threshold of 2 is not taken over: the maximum of many classes e
 network. Compare with twins, models of the same kind that are trusted. Blind spots: a backdoor from each class to the next
 (all-to-all) raises all scores alike, and one with targets in half of the classes moves the median; of three classes the
 middle score is the median and one of the others sets the scale, which says little without twins.
+
+Of two classes neither stands out of others. There the statistic is by how much one leads, in the unit of the scores, and says
+nothing at all without twins:
+
+    z_k = s_k - s_l,    l the other class
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +25,7 @@ from ..data.images import RawImages
 from ..errors import join_names
 from ..labels import check_labels
 
-FEWEST_CLASSES = 3
+FEWEST_CLASSES = 2
 FEWEST_IMAGES = 20  # of fewer, 95 % are all
 # A MAD below this share of what scores are measured in is not told from none: float32 features round to a hundredth of it.
 LEAST_SPREAD = 1e-4
@@ -33,7 +38,7 @@ class Finding:
     Args:
         signal: Its name.
         scores: For each class, higher where it is more suspicious, float64 (C,), in a unit of the signal's own.
-        statistic: How far the most suspicious class stands out, see `outlier_scores`; >= 0.
+        statistic: How far the most suspicious class stands out, see `outlier_scores`, where the signal has no other; >= 0.
         suspect_class: That class, the first of several.
         class_names: In the order of the scores.
         details: What the scores were made of, by name; see the signal.
@@ -59,41 +64,40 @@ class Finding:
 
 
 def outlier_scores(scores: np.ndarray, unit: float = 0.0) -> np.ndarray:
-    """``z_k`` of each score, float64 (C,): 0 for all where they are equal, and never infinite.
+    """``z_k`` of each score, float64 (C,): 0 for all where they are equal, and never infinite; of two the lead.
 
     Args:
         scores: float64 (C,).
         unit: What differences are small or large beside; the largest score is, if it is larger.
 
     Raises:
-        ValueError: There are fewer than three scores, or one is not finite.
+        ValueError: There are fewer than two scores, or one is not finite.
     """
     check_classes(len(scores))
     if not np.isfinite(scores).all():
         raise ValueError(f"scores must be finite; got {scores}")
+    if len(scores) == 2:
+        return scores - scores[::-1]
     deviations = scores - np.median(scores)
     floor = max(LEAST_SPREAD * max(unit, np.abs(scores).max()), np.finfo(np.float64).tiny)
     return deviations / max(1.4826 * np.median(np.abs(deviations)), floor)
 
 
 def check_classes(count: int) -> None:
-    """Refuse a model in which no class can stand out of the others.
+    """Refuse a model that has no classes to compare.
 
     Raises:
-        ValueError: It has fewer than three classes.
+        ValueError: It has fewer than two.
     """
     if count < FEWEST_CLASSES:
-        raise ValueError(
-            f"no class can stand out where there are {count}, fewer than {FEWEST_CLASSES}: only a comparison with twins, "
-            "trusted models of the same kind, can help"
-        )
+        raise ValueError(f"no class can stand out where there are {count}, fewer than {FEWEST_CLASSES}")
 
 
 def check_comparable(model: PreTrainedModel, images: RawImages) -> None:
     """Refuse a model and images of which no signal can be read.
 
     Raises:
-        ValueError: The model has fewer than three classes; there are fewer than twenty images; the classes of the images are
+        ValueError: The model has fewer than two classes; there are fewer than twenty images; the classes of the images are
             not the model's; a class has no image, and could neither stand out nor be compared with.
     """
     check_classes(model.config.num_labels)

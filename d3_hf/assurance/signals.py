@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from ..data.images import RawImages
 from ..files import first_line
 from .anti_learning import anti_learning
+from .canary import canary
 from .finding import Finding
 from .head_rows import head_rows
 from .latent_shift import latent_shift
@@ -20,9 +21,10 @@ SIGNALS: dict[str, Signal] = {
     "latent_shift": latent_shift,
     "anti_learning": anti_learning,
     "maximum_margin": maximum_margin,
+    "canary": canary,
 }
 # Classes beyond which a signal takes hours.
-MOST_CLASSES = {"latent_shift": 200}
+MOST_CLASSES = {"latent_shift": 200, "maximum_margin": 200, "canary": 500}
 
 # What stands in every report beside the findings.
 LIMITS = (

@@ -81,9 +81,9 @@ COMMANDS = {
         ),
         Command(
             name="measure",
-            arguments="FOLDER",
-            summary="measure a victim again, from its folder alone",
-            example="d3-hf measure outputs/victim",
+            arguments="MODEL --option value ...",
+            summary="measure a model: a victim from its folder alone, any other with --dataset_name and a trigger (--attack)",
+            example="d3-hf measure outputs/purified --dataset_name path/to/images --attack badnets",
         ),
         Command(
             name="victim",

@@ -21,10 +21,21 @@ class AuditArguments:
     Args:
         source: The suspicious model: Hub id, of which ``revision`` is then said, folder or file.
         report: Where to write the report as one HTML file.
+        relearn: Also tune copies of the models with a small backdoor of our own, and see how soon it takes.
+        twin: A trusted model of the same kind that is tuned with it too: Hub id, folder or file.
+
+    Raises:
+        ValueError: There is a twin and no relearning test.
     """
 
     source: str | None = field(default=None, metadata={"help": "The suspicious model that it was purified from."})
     report: str | None = field(default=None, metadata={"help": "Write the report to this HTML file."})
+    relearn: bool = field(default=False, metadata={"help": "See how soon each model learns a small backdoor of our own."})
+    twin: str | None = field(default=None, metadata={"help": "A trusted model of the same kind, for --relearn."})
+
+    def __post_init__(self):
+        if self.twin and not self.relearn:
+            raise ValueError("--twin is for the relearning test: add --relearn true")
 
 
 def run(argv: list[str]) -> dict[str, Any]:
@@ -51,7 +62,8 @@ def run(argv: list[str]) -> dict[str, Any]:
     purified = on_device(options.of(options.model_name_or_path).load())
     suspicious = on_device(options.of(own.source, options.revision).load())
     images = limited(data_args).load(suspicious.config)
-    found = audit(purified, suspicious, images.test)
+    twin = on_device(options.of(own.twin).load()) if own.twin else None
+    found = audit(purified, suspicious, images.test, relearn=own.relearn, twin=twin)
     named = {"data": public_name(images.source), "configuration": images.configuration, "split": images.split}
     found = replace(found, images=named)
     print(found)

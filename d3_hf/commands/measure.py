@@ -1,30 +1,23 @@
-"""``d3-hf measure``: measure a victim again, from its folder alone."""
+"""``d3-hf measure``: a victim, a purified model or any other, with a trigger that may have become known later."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..options.arguments import NO_IMAGES, AttackArguments, DataArguments, ModelArguments
 from ..options.parser import Parser
 from . import with_option
 
-
-@dataclass
-class MeasureArguments:
-    """What to measure.
-
-    Args:
-        folder: Folder that `make_victim` wrote.
-        dataset_name: Where the images lie, if no longer where the victim's own record says.
-        max_test_images: Measure on so many test images only, see `DataArguments`.
-    """
-
-    folder: str = field(metadata={"help": "Folder of a victim."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Images in place of the recorded ones."})
-    max_test_images: int | None = field(default=None, metadata={"help": "Measure on so many test images, drawn at random."})
+if TYPE_CHECKING:  # these take seconds, which help and mistakes need not
+    from ..attacks import Attack
 
 
 def run(argv: list[str]) -> dict[str, Any]:
-    """Run ``FOLDER --option value ...``: measure a victim with the attack that its folder holds, print it beside the record.
+    """Run ``MODEL --option value ...``: measure a model, print it beside what its folder has recorded of the same trigger.
+
+    A victim's folder knows its images and its trigger; options given go over them. Of any other model, purified ones too, the
+    images have to be named, and with ``--attack`` the trigger, which may have become known after all was done.
 
     Args:
         argv: Arguments without the program's name.
@@ -34,25 +27,58 @@ def run(argv: list[str]) -> dict[str, Any]:
         attack ``accuracy`` only.
 
     Raises:
-        FileNotFoundError: The folder is none that `make_victim` wrote.
-        ValueError: The folder's record is damaged, or see `load_classifier`, `load_images` and `measure`.
+        ValueError: No model or no images are named, a record in the folder is damaged, or see `load_classifier`, `load_images`,
+            `AttackArguments.load` and `measure`.
     """
-    (options,) = Parser([MeasureArguments]).read(with_option("folder", argv))
-    from ..attacks import load_attack  # these take seconds, which help and mistakes need not
+    model_args, data_args, attack_args = Parser([ModelArguments, DataArguments, AttackArguments]).read(
+        with_option("model_name_or_path", argv)
+    )
+    if model_args.model_name_or_path is None:
+        raise ValueError("no model: name a Hub id, a folder or a file")
+    from ..attacks import load_attack
     from ..data.preprocessing import Preprocessing
     from ..evaluation.measure import measure, rates
     from ..labels import check_labels
-    from ..models import load_classifier
+    from ..publishing.manifest import VICTIM_FILE
     from ..publishing.tables import rates_table
     from ..victims.record import read_record, recorded_images
 
-    folder = Path(options.folder)
-    record = read_record(folder)
-    images = recorded_images(record, dataset_name=options.dataset_name, max_test_images=options.max_test_images)
-    model = load_classifier(str(folder))
-    test = images.load(model.config).test
+    folder = Path(model_args.model_name_or_path).expanduser()
+    record, attack = None, attack_args.load()
+    if data_args.dataset_name is None or (folder / VICTIM_FILE).is_file():
+        try:
+            record = read_record(folder)
+        except FileNotFoundError as error:
+            raise ValueError(f"{NO_IMAGES}; only a folder that make_victim wrote knows its own") from error
+        data_args = recorded_images(record, **_given(data_args))
+        attack = attack or (load_attack(folder) if record["planted"] else None)
+    model = model_args.load()
+    test = data_args.load(model.config).test
     check_labels(test.class_names, model.config)
-    attack = load_attack(folder) if record["planted"] else None
     found = rates(measure(model, test, Preprocessing.from_processor(model.image_processor), attack))
-    print(rates_table({"measured now": found, "recorded": record["measured"]["victim"]}))
+    recorded = _of_victim(record, attack) if record else _of_purified(folder, attack)
+    print(rates_table({"measured now": found} | ({"recorded": recorded} if recorded else {})))
     return found
+
+
+def _given(options: DataArguments) -> dict[str, Any]:
+    """The options that are not at their defaults."""
+    return {f.name: value for f in fields(options) if (value := getattr(options, f.name)) != f.default}
+
+
+def _of_victim(record: dict[str, Any], attack: "Attack | None") -> dict[str, Any] | None:
+    """What a victim's record has of this trigger."""
+    planted = (record["planted"] or {}).get("attack")
+    return record["measured"]["victim"] if planted == (attack and attack.describe()) else None
+
+
+def _of_purified(folder: Path, attack: "Attack | None") -> dict[str, Any] | None:
+    """What a purified model's folder has recorded of it with this trigger, or without one."""
+    from ..publishing.manifest import MANIFEST, RESULTS, read_manifest
+
+    if not (folder / MANIFEST).is_file() or not (folder / RESULTS).is_file():
+        return None
+    if read_manifest(folder / MANIFEST)["measured"].get("trigger") != (attack and attack.describe()):
+        return None
+    results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    return {key.replace("_after", "", 1): value for key, value in results.items() if "_after" in key}

@@ -38,8 +38,20 @@ class DrillArguments:
     victim_config: str | None = field(default=None, metadata={"help": "Make this victim first (a fire drill)."})
 
 
+@dataclass
+class EvidenceArguments:
+    """What is looked at besides.
+
+    Args:
+        evidence: Look at the model before and after without the trigger, for the card: six passes over at most 300 of the
+            images that are measured on.
+    """
+
+    evidence: bool = field(default=True, metadata={"help": "Look for evidence without the trigger too, for the card."})
+
+
 # What a run reads its options into, beside the defence's own Config.
-OPTIONS = [ModelArguments, DataArguments, AttackArguments, DrillArguments, GuardArguments, CardArguments]
+OPTIONS = [ModelArguments, DataArguments, AttackArguments, DrillArguments, GuardArguments, CardArguments, EvidenceArguments]
 
 
 def run(argv: list[str]) -> dict[str, Any]:
@@ -72,7 +84,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     return _run(chosen.defence, *options)
 
 
-def _check(model_args, data_args, attack_args, drill, guard, card_args, args) -> None:
+def _check(model_args, data_args, attack_args, drill, guard, card_args, extra, args) -> None:
     """Refuse what can be refused before anything is loaded."""
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16 is for a GPU and this run has none: use bf16, or leave it out")
@@ -86,10 +98,11 @@ def _check(model_args, data_args, attack_args, drill, guard, card_args, args) ->
         raise ValueError("--dry_run writes nothing, a victim neither: make it first and give --model_name_or_path")
 
 
-def _run(method, model_args, data_args, attack_args, drill, guard, card_args, args) -> dict[str, Any]:
+def _run(method, model_args, data_args, attack_args, drill, guard, card_args, extra, args) -> dict[str, Any]:
     from ..auto.dry_run import dry_run
     from ..auto.plan import make_plan
     from ..auto.run import choose_recipe
+    from ..inspection.evidence import evidence_of
     from ..labels import check_labels
     from ..publishing.details import CardDetails
     from ..publishing.manifest import public_name, source_facts
@@ -129,8 +142,9 @@ def _run(method, model_args, data_args, attack_args, drill, guard, card_args, ar
         _, trainer_class = defence(method)
         trainer = trainer_class(model=model, args=args, train_dataset=images.retain, data_source=images.source)
     trainer.describe(**card_args.details())
+    evidence = (lambda purified: evidence_of(purified, model_args.load, audit or test)) if extra.evidence else None
     try:
-        report = purify(trainer, test, attack, guard, report, audit, clean_model, card_args.show_images)
+        report = purify(trainer, test, attack, guard, report, audit, clean_model, card_args.show_images, evidence)
     except GuardRailBroken as broken:
         if broken.results:
             print_summary(trainer, broken.folder)

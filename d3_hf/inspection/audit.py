@@ -24,6 +24,7 @@ from ..training.reference import fingerprint_of, fingerprints
 from .check import NAMED
 from .describe import describe
 from .fit import fitting_answers
+from .relearning import relearning_of
 from .suspicion import finding_facts
 
 SCHEMA = "urn:d3_hf:audit:1"  # of publishing/schemas/audit.schema.json
@@ -33,7 +34,7 @@ AUDIT_LIMITS = (
     LIMITS[0],
     "Some class stands out most in every model. What is compared is whether it is the same one, and how far.",
     "head_rows and latent_shift read the head: one that was drawn anew looks unlike the old one, whatever the features hold.",
-    "Nothing here says whether a backdoor would come back when the model is trained further.",
+    "Nothing here says whether a backdoor would come back when the model is trained further: a canary is not that backdoor.",
 )
 
 
@@ -49,6 +50,7 @@ class Audit:
         labels: Of the images, int64 (N,).
         warnings: What was not as it should be, a line each.
         images: As `Check.images`.
+        relearning: See `relearning_of`; None where it was not asked for.
     """
 
     suspicious: dict[str, Any]
@@ -61,6 +63,7 @@ class Audit:
     labels: Tensor
     warnings: list[str] = field(default_factory=list)
     images: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(NAMED))
+    relearning: dict[str, Any] | None = None
 
     def __str__(self) -> str:
         return audit_text(self.as_dict())
@@ -95,6 +98,7 @@ class Audit:
             "accuracy": self._accuracy(),
             "recall": recall_rows(self.said_before.predicted, self.said_after.predicted, self.labels, self.class_names),
             "flips": self._flips(),
+            "relearning": self.relearning,
             "outcome": self.outcome,
             "warnings": self.warnings,
             "limits": list(AUDIT_LIMITS),
@@ -137,24 +141,32 @@ def audit(
     images: RawImages,
     *,
     signals: Mapping[str, Signal] = SIGNALS,
+    relearn: bool = False,
+    twin: PreTrainedModel | None = None,
 ) -> Audit:
     """Compare a purified model with what it was purified from, on images without a trigger.
 
     Args:
         purified: A classifier of `load_classifier`; not changed.
         suspicious: The same, as it was before.
-        images: Raw images of their classes that neither was tuned on; 500 to 2,000 of all classes.
+        images: Raw images of their classes that neither was tuned on; 300 to 500 of all classes.
         signals: By name, of `SIGNALS`.
+        relearn: Also tune copies of both with a canary, and see how soon it takes; see `relearning_of`.
+        twin: A trusted model of the same kind, tuned with it too.
 
     Raises:
-        ValueError: The two are the same model; the classes of the images are not both models'; a logit is not finite.
+        ValueError: The two are the same model; a twin is given without ``relearn``; the classes of the images are not both
+            models'; a logit is not finite; or see `relearning_of`.
         RuntimeError: A single image does not fit into the device's memory.
     """
+    if twin is not None and not relearn:
+        raise ValueError("a twin is for the relearning test: ask for that too, or leave the twin out")
     own = handed_over(suspicious)
     if handed_over(purified) == own:
         raise ValueError("purified and suspicious model are the same: name what it was purified from as the source")
     said_before, said_after = fitting_answers(suspicious, images), fitting_answers(purified, images)
     before, after = read_signals(suspicious, images, signals), read_signals(purified, images, signals)
+    models = {"suspicious": suspicious, "purified": purified} | ({} if twin is None else {"twin": twin})
     return Audit(
         describe(suspicious),
         describe(purified),
@@ -165,6 +177,7 @@ def audit(
         list(images.class_names),
         images.labels,
         source_warnings(purified, own),
+        relearning=relearning_of(models, images) if relearn else None,
     )
 
 

@@ -89,7 +89,7 @@ def check(
 
     Args:
         model: A classifier of `load_classifier`; it is not changed.
-        images: Raw images of its classes, without triggers as far as is known; 500 to 2,000 of all classes.
+        images: Raw images of its classes, without triggers as far as is known; 300 to 500 of all classes.
         retain: What would be purified with, to time it; default ``images``.
         twins: Trusted models, loaded; a generator need not hold them all.
         null: Statistics of further twins, see `read_null`.

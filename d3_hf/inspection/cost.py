@@ -10,6 +10,7 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel
 
 from ..auto.dry_run import timed
+from ..benchmark.meters import peak_memory, reset_peak_memory
 from ..data.images import RawImages
 from ..defenses import defence
 from ..files import first_line
@@ -28,6 +29,8 @@ class Cost:
         seconds_per_update: None where it was not timed.
         updates: Of the whole purification, by the network's schedule.
         why_not: Why it was not timed; None where it was.
+        peak_memory_mib: The most that was in use meanwhile, in MiB, see `peak_memory`: of this whole process where it is not a
+            GPU's; None where it is unknown or nothing was timed.
     """
 
     defence: str
@@ -35,6 +38,7 @@ class Cost:
     seconds_per_update: float | None = None
     updates: int | None = None
     why_not: str | None = None
+    peak_memory_mib: float | None = None
 
     @property
     def minutes(self) -> float | None:
@@ -51,11 +55,13 @@ def cost_of(name: str, model: PreTrainedModel, retain: RawImages) -> Cost:
         retain: The retain set.
     """
     config_class, trainer_class = defence(name)
+    reset_peak_memory()
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             args = config_class(f"{folder}/timed", disable_tqdm=True)
             trainer = trainer_class(copy.deepcopy(model), args, retain)
             pace = timed(trainer)
+            peak = peak_memory()
     except (ValueError, RuntimeError, FloatingPointError) as reason:
         return Cost(name, len(retain), why_not=first_line(reason))
     finally:
@@ -63,4 +69,4 @@ def cost_of(name: str, model: PreTrainedModel, retain: RawImages) -> Cost:
     updates = updates_of(trainer.args, len(retain))
     if pace is None or not pace.update:
         return Cost(name, len(retain), updates=updates, why_not="its schedule has too few updates to time")
-    return Cost(name, len(retain), pace.update, updates)
+    return Cost(name, len(retain), pace.update, updates, peak_memory_mib=peak)

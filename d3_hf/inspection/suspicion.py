@@ -14,6 +14,7 @@ from ..assurance.calibration import (
     combined_p,
     conformal_p,
     least_p,
+    own_classes_p,
     verdict,
 )
 from ..assurance.finding import Finding
@@ -91,7 +92,8 @@ class Suspicion:
             return facts
         suspect = facts["suspect_class"]
         alike = sum(twin.suspect_classes.get(name) == suspect for twin in self.null.twins)
-        return facts | {"p": p, "twins_alike": alike if self.null.twins else None}
+        own = own_classes_p(finding.scores)
+        return facts | {"p": p, "twins_alike": alike if self.null.twins else None, "p_own_classes": own}
 
 
 def finding_facts(finding: Finding | str) -> dict[str, Any]:

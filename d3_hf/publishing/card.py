@@ -4,6 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .inspection.evidence import evidence_section
 from .licences import UNKNOWN
 from .metadata import purified_metadata
 from .readme import BEGIN, END, FOLDER
@@ -82,6 +83,7 @@ def render_card(
         rails_table=rails_table(measured["rails"]) if measured.get("rails") else None,
         chosen_table=chosen_table(facts["chosen"]) if facts.get("chosen") else None,
         audit_line=audit_line(measured["audit"]) if measured.get("audit") else None,
+        evidence=evidence_section(measured.get("evidence")),
         place=hub_model_id or FOLDER,
     )
 

@@ -33,6 +33,7 @@ class Report:
         shown: A few images with the trigger and both models' answers, for the card; None where there are none to be shown.
         rejected: Why a guard rail rejected the model, a line each; empty if none did.
         audit: What became of ACC on images that no decision saw, see `evaluation.measure.paired_results`; empty without such.
+        evidence: What was found without the trigger, see `inspection.evidence.evidence_of`; empty where nobody looked.
         chosen: How the method and its settings were chosen, where a rule did it.
     """
 
@@ -51,6 +52,7 @@ class Report:
     shown: TriggeredImages | None = None
     rejected: tuple[str, ...] = ()
     audit: dict[str, Any] = field(default_factory=dict)
+    evidence: dict[str, Any] = field(default_factory=dict)
     chosen: dict[str, Any] | None = None
 
     def measured(self) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """Conformal p against loops, how often they are small where models are exchangeable, and what is said of them."""
 
+import math
+
 import numpy as np
 import pytest
+from scipy.integrate import quad
 
-from d3_hf.assurance.calibration import combined_p, conformal_p, least_p, twins_needed, verdict
+from d3_hf.assurance.calibration import combined_p, conformal_p, least_p, own_classes_p, twins_needed, verdict
 
 
 def slow_combined(suspect, twins):
@@ -34,6 +37,34 @@ def test_p_of_several_signals_against_loops(shape):
         suspect, twins = random.normal(1, 1, shape[1]), random.normal(size=shape)
         assert combined_p(suspect, twins) == slow_combined(suspect, twins)
     assert combined_p(suspect[:1], twins[:, :1]) == conformal_p(suspect[0], twins[:, 0])
+
+
+def slow_own(scores):
+    highest, others = max(scores), sorted(scores)[:-1]
+    n, k = len(others), len(scores) - 2
+    mean = sum(others) / n
+    spread = math.sqrt(sum((value - mean) ** 2 for value in others) / (n - 1))
+    t = (highest - mean) / spread / math.sqrt(1 + 1 / n)
+    density = math.gamma((k + 1) / 2) / math.sqrt(k * math.pi) / math.gamma(k / 2)
+    return min(1.0, len(scores) * quad(lambda x: density * (1 + x * x / k) ** (-(k + 1) / 2), t, math.inf)[0])
+
+
+def test_p_against_the_own_other_classes():
+    random = np.random.default_rng(0)
+    for count in (6, 10, 43):
+        for lead in (0, 3, 8):
+            scores = random.normal(size=count)
+            scores[2] += lead
+            assert own_classes_p(scores) == pytest.approx(slow_own(scores.tolist()), rel=1e-5)
+    assert own_classes_p(np.arange(5.0)) is None and own_classes_p(np.zeros(2)) is None
+    assert own_classes_p(np.full(8, -3.0)) == 1 and own_classes_p(np.eye(8)[3]) < 1e-6
+
+
+def test_p_against_the_own_other_classes_is_small_as_often_as_it_says():
+    random = np.random.default_rng(1)
+    found = np.array([own_classes_p(random.normal(size=10)) for _ in range(4000)])
+    for level in (0.05, 0.2):
+        assert abs((found <= level).mean() - level) < 5 * math.sqrt(level / 4000)
 
 
 MODELS = {

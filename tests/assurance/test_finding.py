@@ -41,10 +41,15 @@ def test_one_that_differs_from_equal_ones_is_finite():
     assert found.suspect_class == 2 and 100 < found.statistic < np.inf
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_too_few_classes_are_refused(count):
-    with pytest.raises(ValueError, match=f"no class can stand out where there are {count}, .* a comparison with twins"):
-        outlier_scores(np.arange(count, dtype=float))
+def test_of_two_classes_one_leads():
+    assert outlier_scores(np.array([3.0, 7.5])).tolist() == [-4.5, 4.5]
+    found = Finding.of("test", np.array([3.0, 7.5]), list("ab"))
+    assert (found.statistic, found.suspect_class) == (4.5, 1)
+
+
+def test_one_class_is_refused():
+    with pytest.raises(ValueError, match="no class can stand out where there are 1, fewer than 2"):
+        outlier_scores(np.zeros(1))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -18,7 +18,7 @@ def test_the_margin_against_loops():
 
 def test_the_maximum_is_that_of_a_linear_programme():
     net = LinearNet()
-    found = maximum_margin(classifier(net), pictures(), starts=2)
+    found = maximum_margin(classifier(net), pictures(), starts=2, steps=100)
     weight, bias = net.head.weight.detach().numpy(), net.head.bias.detach().numpy()
     for k in range(CLASSES):
         # max m with m <= (w_k - w_j) x + b_k - b_j for all j and x in [-1, 1]: pixels of the toy are normalised to that
@@ -32,7 +32,7 @@ def test_the_maximum_is_that_of_a_linear_programme():
 
 
 def test_the_class_of_a_patch_stands_out_and_no_other():
-    plain, planted = (maximum_margin(classifier(network(patch=patch)), pictures()) for patch in (0, 5))
+    plain, planted = (maximum_margin(classifier(network(patch=patch)), pictures(), 8, 100) for patch in (0, 5))
     assert planted.suspect_class == TARGET and planted.statistic > 3 * plain.statistic
     others = np.arange(CLASSES) != TARGET
     np.testing.assert_allclose(planted.scores[others], plain.scores[others], rtol=0.15)

@@ -42,11 +42,10 @@ def save(folder, seed, factor=1.0, classes=CLASSES):
 
 @pytest.fixture(scope="module", autouse=True)
 def here(tmp_path_factory):
-    """Inside a folder with images, a model whose head has a long row, and trusted ones; without the slow signal."""
+    """Inside a folder with images, a model whose head has a long row, and trusted ones."""
     folder = tmp_path_factory.mktemp("check")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.delitem(SIGNALS, "anti_learning")
         Path("data").mkdir()
         images(60, 0).to_parquet("data/train.parquet")
         images(36, 1).to_parquet("data/test.parquet")
@@ -78,7 +77,7 @@ def test_an_alarm_ends_with_4_and_is_whole(here, capsys):
     assert found["fit"]["images"] == 36 and {cost["images"] for cost in found["cost"]} == {30}
     assert [(cost["defence"], cost["why_not"]) for cost in found["cost"]] == [("d3", None), ("ft_sam", None)]
     page, null = Path("out/report.html").read_text(), Path("null.json").read_text()
-    assert "alarm at p = 0.25" in page and page.count("data:image/") == 3
+    assert "alarm at p = 0.25" in page and page.count("data:image/") == len(SIGNALS)
     assert str(here) not in page + null + json.dumps(found)
 
     code, again = found_by(capsys, "suspect", *COMMON, "--null", "null.json", "--alarm_at", "0.25")
@@ -133,7 +132,7 @@ def test_an_audit_of_two_folders(here, capsys):
     assert found["accuracy"]["accuracy_drop_n"] == 30 and found["images"]["data"] == "data"
     assert (found["suspicious"]["source"]["name"], found["purified"]["source"]["name"]) == ("suspect", "twin1")
     page = Path("audit.html").read_text()
-    assert found["outcome"] in page and page.count("data:image/") == 3 and str(here) not in page + json.dumps(found)
+    assert found["outcome"] in page and page.count("data:image/") == len(SIGNALS) and str(here) not in page + json.dumps(found)
 
 
 @pytest.mark.parametrize(

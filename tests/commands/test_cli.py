@@ -122,6 +122,30 @@ def test_measure_shows_what_was_recorded(folder, capsys):
     assert "| measured now | recorded |" in capsys.readouterr().out
 
 
+def test_any_folder_is_measured_with_a_trigger_that_becomes_known_later(folder, tmp_path, capsys):
+    argv = ["--dataset_name", "digits", "--max_test_images", "40", "--retain_count", "60"]
+    shutil.copytree("purified", tmp_path / "bare")
+    for name in ("purification.json", "all_results.json", "README.md"):
+        (tmp_path / "bare" / name).unlink()
+    found = {}
+    for place in ("purified", tmp_path / "bare"):
+        assert command("measure", place, *argv, "--attack", VICTIM, "--json") == 0
+        found[place] = json.loads(capsys.readouterr().out)
+    recorded = json.loads(Path("purified/all_results.json").read_text())
+    assert found["purified"] == found[tmp_path / "bare"] and found["purified"]["asr_n"] == recorded["asr_after_n"]
+    assert {key: found["purified"][key] for key in ("accuracy", "asr", "ra")} == {
+        key: recorded[f"{key}_after"] for key in ("accuracy", "asr", "ra")
+    }
+    assert command("measure", "purified", *argv, "--attack", "badnets") == 0
+    assert "| measured now | recorded |" in capsys.readouterr().out
+    assert command("measure", "purified", *argv, "--attack", "blended") == 0  # nothing was recorded of it
+    assert "recorded" not in capsys.readouterr().out
+    assert command("measure", VICTIM, "--attack", "blended", "--max_test_images", "30", "--json") == 0
+    assert "asr" in json.loads(capsys.readouterr().out)
+    assert command("measure", tmp_path / "bare", *argv, "--json") == 0
+    assert json.loads(capsys.readouterr().out).keys() == {"accuracy", "accuracy_ci95", "accuracy_n"}
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
@@ -140,8 +164,9 @@ def test_measure_shows_what_was_recorded(folder, capsys):
         (["purify", "--model_name_or_path", VICTIM, "--dataset_name", "digits"], 2, "5 % of 1437 images are 72, fewer than 10"),
         (["purify", "purify.yaml", "--max_accuracy_drop", "5"], 2, "0.05 for five points; got 5"),
         (["purify", "purify.yaml", "--model_name_or_path", "nobody/unheard"], 1, "nobody/unheard is no local path"),
-        (["measure"], 2, "required: --folder"),
-        (["measure", "purified"], 2, "no folder that make_victim wrote"),
+        (["measure"], 2, "^d3-hf measure: no model: name a Hub id, a folder or a file"),
+        (["measure", "purified"], 2, "no images: give --dataset_name .*; only a folder that make_victim wrote knows its own"),
+        (["measure", VICTIM, "--attack", "unheard"], 2, "unheard"),
         (["victim", "--set", "absent.yaml"], 2, "no set of victims absent.yaml; by name there are victims, victims_paper, "),
         (["victim", "--set=absent.yaml"], 2, "no set of victims absent.yaml"),
         (["benchmark"], 2, "required: --grid"),

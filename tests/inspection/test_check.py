@@ -161,6 +161,7 @@ def test_costs(make):
         cost = cost_of(name, model, coloured())
         assert cost.why_not is None and cost.seconds_per_update > 0 and cost.updates >= 200
         assert cost.minutes == cost.seconds_per_update * cost.updates / 60
+        assert cost.peak_memory_mib > 10  # torch alone is more
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -171,10 +172,6 @@ def test_a_defence_that_refuses_says_why():
 
 def test_costs_that_are_wanted(found):
     assert [(cost.defence, cost.images, cost.why_not) for cost in found.costs] == [("d3", 12, None), ("ft_sam", 12, None)]
-
-
-def two_classes():
-    return classifier(network(classes=2)), pictures(classes=2)
 
 
 def ten_images():
@@ -189,7 +186,6 @@ def no_images_of_a_class():
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        (two_classes, "no class can stand out where there are 2, fewer than 3"),
         (ten_images, "at least 20 images"),
         (no_images_of_a_class, "images of every class; there are none of class 2"),
     ],
@@ -200,6 +196,14 @@ def test_what_signals_cannot_read_is_said_and_the_rest_is_there(case, message):
     assert message in signal["not_applicable"] and "\n" not in signal["not_applicable"]
     assert facts["fit"]["accuracy"] > 0.5 and "nothing can be concluded" in facts["suspicion"]["outcome"]
     assert facts["fit"]["per_class"]["none"] == (["class 2"] if case is no_images_of_a_class else [])
+
+
+def test_of_two_classes_only_twins_say_something():
+    names, twins = ["class 0", "class 1"], (classifier(network(classes=2, seed=seed)) for seed in (2, 3))
+    found = check(classifier(network(classes=2)), pictures(classes=2), twins=twins, **BARE)
+    (signal,) = found.as_dict()["suspicion"]["signals"].values()
+    assert signal["p_own_classes"] is None and signal["p"] in (1 / 3, 2 / 3, 1) and signal["suspect_class"] in names
+    assert "2 classes are too few to compare with each other, only with twins" in str(found)
 
 
 def not_finite():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from shortcut import TARGET, classifier, network, pictures
 
-from d3_hf.assurance.calibration import combined_p
+from d3_hf.assurance.calibration import combined_p, own_classes_p
 from d3_hf.assurance.finding import Finding
 from d3_hf.assurance.head_rows import head_rows
 from d3_hf.assurance.latent_shift import latent_shift
@@ -16,6 +16,7 @@ from d3_hf.assurance.signals import MOST_CLASSES, SIGNALS, read_signal
 from d3_hf.inspection.null import SCHEMA, Kind, Null, Twin, read_null
 from d3_hf.inspection.suspicion import suspicion_of
 from d3_hf.inspection.triggers import triggers_in
+from d3_hf.publishing.inspection.words import signal_line
 
 QUICK = {"head_rows": head_rows, "latent_shift": latent_shift}
 IMAGES = pictures()
@@ -58,6 +59,17 @@ def test_p_is_that_of_the_statistics(found):
     twins = [[head_rows(twin(s), IMAGES).statistic, latent_shift(twin(s), IMAGES).statistic] for s in range(2, 6)]
     assert [list(one.statistics.values()) for one in found.null.twins] == twins
     assert found.p == combined_p([found.findings[name].statistic for name in QUICK], twins)
+
+
+def test_the_models_own_other_classes_are_a_null_too(found):
+    facts = found.as_dict()["signals"]
+    for name in QUICK:
+        assert facts[name]["p_own_classes"] == own_classes_p(found.findings[name].scores) < 0.01
+        assert f"against its own other classes p = {facts[name]['p_own_classes']:.2g}, as if" in signal_line(
+            name, facts[name], 4
+        )
+    few = suspicion_of(classifier(network(20)), IMAGES, signals=QUICK).as_dict()["signals"]["head_rows"]
+    assert few["p"] is None and few["p_own_classes"] == facts["head_rows"]["p_own_classes"]  # which needs no twins
 
 
 def test_without_twins_there_is_no_p():

@@ -12,6 +12,7 @@ from .words import (
     highest,
     quoted,
     recall_line,
+    relearning_lines,
     signal_line,
 )
 
@@ -52,6 +53,7 @@ def audit_text(found: dict[str, Any]) -> str:
             *section("ACC, on the same images", accuracy_lines(found["accuracy"])),
             *section("recall of the classes, most changed first", [recall_line(row) for row in recall]),
             *section("confident flips", flip_lines(found["flips"])),
+            *(section("relearning", relearning_lines(found["relearning"])) if found["relearning"] else []),
             *(section("warnings", found["warnings"]) if found["warnings"] else []),
             *section("limits", found["limits"]),
             "",

@@ -78,9 +78,10 @@ def cost_line(cost: dict[str, Any]) -> str:
     """What one defence would cost, see `inspection.cost.Cost`."""
     if cost["why_not"]:
         return f"{cost['defence']}: not timed, {cost['why_not']}"
+    peak = UNKNOWN if cost["peak_memory_mib"] is None else f"{cost['peak_memory_mib']:.0f} MiB"
     return (
         f"{cost['defence']}: {cost['seconds_per_update']:.3g} s an update, {cost['updates']} updates on {cost['images']} "
-        f"images, about {cost['minutes']:.2g} minutes"
+        f"images, about {cost['minutes']:.2g} minutes, memory in use at the peak {peak}"
     )
 
 
@@ -89,10 +90,17 @@ def signal_line(name: str, found: dict[str, Any], twins: int) -> str:
     if "not_applicable" in found:
         return f"{name}: not applicable: {found['not_applicable']}"
     line = f"{name}: {quoted(found['suspect_class'])} stands out most, statistic {found['statistic']:.3g}"
-    if not twins:
-        return line
-    p = "" if found["p"] is None else f", p = {found['p']:.3g} by itself"
-    return f"{line}{p}; so it does on {found['twins_alike']} of {twins} twins"
+    if twins:
+        p = "" if found["p"] is None else f", p = {found['p']:.3g} by itself"
+        line = f"{line}{p}; so it does on {found['twins_alike']} of {twins} twins"
+    return f"{line}; {own_classes_words(found)}"
+
+
+def own_classes_words(found: dict[str, Any]) -> str:
+    """What one signal says of the suspicious class against the model's others, see `assurance.calibration.own_classes_p`."""
+    if found["p_own_classes"] is None:
+        return f"{len(found['scores'])} classes are too few to compare with each other, only with twins"
+    return f"against its own other classes p = {found['p_own_classes']:.2g}, as if their scores were normal: no alarm follows"
 
 
 def highest(found: dict[str, Any], names: list[str], most: int = 3) -> str:
@@ -133,6 +141,19 @@ def flip_lines(found: dict[str, Any]) -> list[str]:
         f"{found['right_after']}"
     ]
     return lines + [f"{quoted(pair['before'])} -> {quoted(pair['after'])}: {pair['images']}" for pair in found["pairs"]]
+
+
+def relearning_lines(found: dict[str, Any]) -> list[str]:
+    """How soon each model learned a canary, see `inspection.relearning.relearning_of`."""
+    steps = ", ".join(map(str, found["steps"]))
+    lines = [
+        f"a canary for {quoted(found['canary'])} on {found['poisoned']} of {found['images']} images, ASR after {steps} steps:"
+    ]
+    for name, one in found["models"].items():
+        rates = ", ".join(f"{100 * rate:.1f} %" for rate in one["asr"])
+        half = "not half of the way" if one["half_life"] is None else f"half of the way after {one['half_life']:.3g} steps"
+        lines.append(f"{name}: {rates}; mean {100 * one['area']:.1f} %, {half}")
+    return lines
 
 
 def recall_line(row: dict[str, Any]) -> str:
