@@ -17,6 +17,7 @@ from .evaluation.measure import measure_trainer, paired_results, results
 from .evaluation.retain_check import retain_warnings
 from .labels import check_labels
 from .publishing.report import REJECTED, Report
+from .training.phases import PURIFICATION, Phases
 from .training.trainer import PurifyTrainer
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ def purify(
     guard: GuardArguments | None = None,
     report: Report | None = None,
     audit: RawImages | None = None,
+    phases: Phases | None = None,
 ) -> Report:
     """Measure, train, measure again, save; push if ``trainer.args.push_to_hub``.
 
@@ -44,6 +46,7 @@ def purify(
         report: What the images measured on are called, for manifest and card.
         audit: Images that neither the training nor the choice of its settings saw: what becomes of ACC on them is evidence in
             manifest and card, and decides nothing.
+        phases: Those of the run that this is the end of; None: it is the whole run.
 
     Returns:
         The report, with what was found. ``results`` holds what ``all_results.json`` does: ``accuracy_before``,
@@ -57,8 +60,9 @@ def purify(
             `order_contradiction`.
         KeyboardInterrupt: It was interrupted; the message says how to go on.
     """
-    report = report or Report()
+    report, phases = report or Report(), phases or Phases(PURIFICATION)
     check_labels(test.class_names, trainer.plain.config)
+    phases.begin(f"measuring the suspicious model on {len(test):,} images")
     before = measure_trainer(trainer, test, attack)
     contradiction = before and order_contradiction(before.predictions, test.labels, test.class_names, trainer.plain.config)
     (contradiction,) = broadcast_object_list([contradiction])
@@ -77,9 +81,11 @@ def purify(
         report = replace(report, warnings=tuple(found))
         for warning in report.warnings:
             logger.warning(warning)
+    phases.begin(f"purifying by {trainer.method}")
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     training = time.perf_counter() - started
+    phases.begin(f"measuring the purified model on {len(test):,} images")
     after = measure_trainer(trainer, test, attack)
     audit_after = measure_trainer(trainer, audit) if audit else None
     if trainer.is_world_process_zero():
@@ -98,6 +104,7 @@ def purify(
             audit=paired_results(audit_before, audit_after, audit.labels) if audit else {},
         )
     (rejected,) = broadcast_object_list([report.rejected])
+    phases.begin("saving the model with its card and evidence")
     trainer.record(replace(report, rejected=rejected))
     if rejected:
         folder = Path(trainer.args.output_dir) / REJECTED

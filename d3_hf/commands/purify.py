@@ -88,12 +88,15 @@ def _run(method, model_args, data_args, attack_args, drill, guard, args) -> dict
     from ..labels import check_labels
     from ..publishing.manifest import public_name
     from ..publishing.report import Report
+    from ..training.phases import PURIFICATION, VICTIM, Phases
     from ..victims.sets import make_victim
     from ..workflow import purify
 
-    attack = attack_args.load()
-    if model_args.model_name_or_path is None:
-        victim = make_victim([drill.victim_config])
+    attack, is_drill = attack_args.load(), model_args.model_name_or_path is None
+    tried = 1 + args.auto_budget if isinstance(args, AutoConfig) else 0
+    phases = Phases(VICTIM * is_drill + tried + PURIFICATION)
+    if is_drill:
+        victim = make_victim([drill.victim_config], phases=phases)
         model_args.model_name_or_path, attack = victim.folder, victim.attack
     model = model_args.load()
     images = data_args.load(model.config, needs_test=not isinstance(args, AutoConfig))
@@ -106,7 +109,7 @@ def _run(method, model_args, data_args, attack_args, drill, guard, args) -> dict
         plan = make_plan(model, images.retain, args, guard.max_accuracy_drop, images.source)
         if args.dry_run:
             return dry_run(plan)
-        choice = choose_recipe(plan)
+        choice = choose_recipe(plan, phases)
         trainer, report, audit = plan.trainer(choice.rung), replace(report, chosen=choice.facts), plan.audit
         if test is None:
             logger.warning("no test images: measuring on %s", AUDIT_SPLIT)
@@ -116,7 +119,7 @@ def _run(method, model_args, data_args, attack_args, drill, guard, args) -> dict
         _, trainer_class = defence(method)
         trainer = trainer_class(model=model, args=args, train_dataset=images.retain, data_source=images.source)
     try:
-        report = purify(trainer, test, attack, guard, report, audit)
+        report = purify(trainer, test, attack, guard, report, audit, phases)
     except GuardRailBroken as broken:
         if broken.results:
             print_summary(trainer, broken.folder)
