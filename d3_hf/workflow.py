@@ -25,6 +25,7 @@ from .publishing.manifest import source_facts
 from .publishing.metadata import is_public
 from .publishing.pictures.triggered import MOST, TriggeredImages
 from .publishing.report import REJECTED, Report
+from .training.phases import PURIFICATION, Phases
 from .training.trainer import PurifyTrainer
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def purify(
     clean_model: PreTrainedModel | None = None,
     show_images: bool | None = None,
     evidence: Callable[[PreTrainedModel], dict[str, Any]] | None = None,
+    phases: Phases | None = None,
 ) -> Report:
     """Measure, train, measure again, save; push if ``trainer.args.push_to_hub``.
 
@@ -61,6 +63,7 @@ def purify(
             ``report.data`` says, or scikit-learn's digits; those of this machine do not leave it unasked.
         evidence: Looks at the purified model without a trigger, after it was measured and on the main process: what it returns
             stands in manifest and card, see `inspection.evidence.evidence_of`, and changes nothing of the model.
+        phases: Those of the run that this is the end of; None: it is the whole run.
 
     Returns:
         The report, with what was found. ``results`` holds what ``all_results.json`` does: ``accuracy_before``,
@@ -74,10 +77,11 @@ def purify(
             `order_contradiction`.
         KeyboardInterrupt: It was interrupted; the message says how to go on.
     """
-    report = report or Report()
+    report, phases = report or Report(), phases or Phases(PURIFICATION)
     check_labels(test.class_names, trainer.plain.config)
     if clean_model is not None:
         check_labels(test.class_names, clean_model.config)
+    phases.begin(f"measuring the suspicious model on {len(test):,} images")
     before = measure_trainer(trainer, test, attack)
     contradiction = before and order_contradiction(before.predictions, test.labels, test.class_names, trainer.plain.config)
     (contradiction,) = broadcast_object_list([contradiction])
@@ -96,9 +100,11 @@ def purify(
         report = replace(report, warnings=tuple(found))
         for warning in report.warnings:
             logger.warning(warning)
+    phases.begin(f"purifying by {trainer.method}")
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     training = time.perf_counter() - started
+    phases.begin(f"measuring the purified model on {len(test):,} images")
     after = measure_trainer(trainer, test, attack)
     audit_after = measure_trainer(trainer, audit) if audit else None
     if trainer.is_world_process_zero():
@@ -123,6 +129,7 @@ def purify(
             evidence=evidence(trainer.accelerator.unwrap_model(trainer.plain, keep_fp32_wrapper=False)) if evidence else {},
         )
     (rejected,) = broadcast_object_list([report.rejected])
+    phases.begin("saving the model with its card and evidence")
     trainer.record(replace(report, rejected=rejected))
     if rejected:
         folder = Path(trainer.args.output_dir) / REJECTED

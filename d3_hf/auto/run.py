@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from ..evaluation.metrics import accuracy
 from ..publishing.names import public_name
+from ..training.phases import PURIFICATION, Phases
 from .choose import Tried, choose
 from .floor import STANDARD_ERRORS
 from .plan import Plan, Rung, as_text
@@ -33,45 +34,52 @@ class Choice:
     facts: dict[str, Any]
 
 
-def choose_recipe(plan: Plan) -> Choice:
+def choose_recipe(plan: Plan, phases: Phases | None = None) -> Choice:
     """Walk the ladder within the budget and choose; called by all processes.
 
     What was tried is in `record.RECORD` in ``output_dir`` as soon as it is known, and not tried again by the same run.
+
+    Args:
+        plan: The plan.
+        phases: Those of the run that this is a part of; None: it begins with this and ends with a purification.
 
     Raises:
         KeyboardInterrupt: It was interrupted; the message says how to go on.
         RuntimeError: No recipe ran through.
         ValueError: See `Record` and `predictions_before`.
     """
-    walk, budget = _Walk(plan), plan.args.auto_budget
+    budget = plan.args.auto_budget
+    walk = _Walk(plan, phases or Phases(1 + budget + PURIFICATION))
     while len(walk.tried) < budget and (rung := walk.next_rung()) is not None:
-        walk.say_phase(len(walk.tried) + 2, f"trying {rung.recipe.name}", rung, budget - len(walk.tried))
+        left = walk.left(rung, budget - len(walk.tried))
+        walk.phases.begin(f"trying {rung.recipe.name}{left}", walk.first + 1 + len(walk.tried))
         walk.try_it(rung)
     tried, is_above = choose(list(walk.tried.values()), plan.max_accuracy_drop, RULE)
     rung = plan.available[tried.place]
     kept = "the most thorough above the floor" if is_above else "the gentlest, since none kept the floor"
-    walk.say_phase(budget + 2, f"purifying by {tried.name}, {kept}, on {len(plan.split.retained)} images", rung, 0)
+    walk.say(f"chosen: {tried.name}, {kept}; it purifies on {len(plan.split.retained)} images{walk.left(rung, 0)}")
+    walk.phases.number = walk.first + budget  # trials that were not needed are passed over
     return Choice(rung, _facts(plan, walk, tried, is_above))
 
 
 class _Walk:
-    def __init__(self, plan: Plan):
-        self.plan, self.tried = plan, dict[int, Tried]()
+    def __init__(self, plan: Plan, phases: Phases):
+        self.plan, self.tried, self.phases = plan, dict[int, Tried](), phases
         self.is_main = plan.args.process_index == 0
         self.record = Record(plan) if self.is_main else None
         self.say(as_text(plan))
-        self.say_phase(1, f"looking at the suspicious model on {len(plan.split.retained)} images")
+        phases.begin(f"looking at the suspicious model on {len(plan.split.retained)} images")
+        self.first = phases.number
         self.before = predictions_before(plan, progress=self.is_main)
 
     def say(self, text: str) -> None:
         if self.is_main:
             print(text, flush=True)
 
-    def say_phase(self, number: int, what: str, rung: Rung | None = None, trials: int = 0) -> None:
-        """``2/5 trying FT (about 3 minutes left)``; see `seconds_left` for the trials of a rung that are still to come."""
-        seconds = seconds_left(self.tried.values(), rung, trials) if rung else None
-        left = "" if seconds is None else f" ({minutes_said(seconds)} left)"
-        self.say(f"{number}/{self.plan.args.auto_budget + 2} {what}{left}")
+    def left(self, rung: Rung, trials: int) -> str:
+        """`` (about 3 minutes left)``; see `seconds_left` for the trials of a rung that are still to come."""
+        seconds = seconds_left(self.tried.values(), rung, trials)
+        return "" if seconds is None else f" ({minutes_said(seconds)} left)"
 
     def next_rung(self) -> Rung | None:
         return self.plan.next_rung({place: tried.holds(self.plan.max_accuracy_drop) for place, tried in self.tried.items()})

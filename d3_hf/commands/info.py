@@ -12,6 +12,8 @@ from ..publishing.manifest import MANIFEST, REJECTED, RESULTS, VICTIM_FILE, read
 from . import with_option
 
 RATES = ("accuracy", "asr", "ra", "pacc", "trigger_drift")
+# What is shown with one digit, and its unit.
+SHARES = dict.fromkeys((*RATES, "poison_ratio"), "%") | {"accuracy_drop": "points"}
 
 
 def run(argv: list[str]) -> dict[str, Any]:
@@ -60,13 +62,13 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
 
 
 def as_text(found: dict[str, Any], margin: str = "") -> str:
-    """One line an entry, JSON values so that nothing a checkpoint says can steer a terminal; mappings are indented, rates are
-    percent."""
+    """One line an entry, JSON values so that nothing a checkpoint says can steer a terminal; mappings are indented, shares are
+    percent with one digit."""
     lines = []
     for name, value in found.items():
         nested = isinstance(value, dict) and bool(value)
-        is_rate = isinstance(value, float) and name.removesuffix("_before").removesuffix("_after") in RATES
-        text = f"{100 * value:.1f} %" if is_rate else json.dumps(value)
+        unit = SHARES.get(name.removesuffix("_before").removesuffix("_after")) if isinstance(value, float) else None
+        text = f"{100 * value:.1f} {unit}" if unit else json.dumps(value)
         lines.append(f"{margin}{name}:" if nested else f"{margin}{name}: {text}")
         lines += [as_text(value, margin + "  ")] if nested else []
     return "\n".join(lines)

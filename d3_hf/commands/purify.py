@@ -107,14 +107,17 @@ def _run(method, model_args, data_args, attack_args, drill, guard, card_args, ex
     from ..publishing.details import CardDetails
     from ..publishing.manifest import public_name, source_facts
     from ..publishing.report import Report
+    from ..training.phases import PURIFICATION, VICTIM, Phases
     from ..victims.record import clean_model_of
     from ..victims.sets import make_victim
     from ..workflow import purify
 
-    attack = attack_args.load()
+    attack, is_drill = attack_args.load(), model_args.model_name_or_path is None
     made_in = attack_args.folder
-    if model_args.model_name_or_path is None:
-        victim = make_victim([drill.victim_config])
+    tried = 1 + args.auto_budget if isinstance(args, AutoConfig) else 0
+    phases = Phases(VICTIM * is_drill + tried + PURIFICATION)
+    if is_drill:
+        victim = make_victim([drill.victim_config], phases=phases)
         model_args.model_name_or_path, attack, made_in = victim.folder, victim.attack, Path(victim.folder)
     model = model_args.load()
     CardDetails(**card_args.details()).check(source_facts(model), has_results=False)
@@ -133,7 +136,7 @@ def _run(method, model_args, data_args, attack_args, drill, guard, card_args, ex
         plan = make_plan(model, images.retain, args, guard.max_accuracy_drop, images.source)
         if args.dry_run:
             return dry_run(plan)
-        choice = choose_recipe(plan)
+        choice = choose_recipe(plan, phases)
         trainer, report, audit = plan.trainer(choice.rung), replace(report, chosen=choice.facts), plan.audit
         if test is None:
             logger.warning("no test images: measuring on %s", AUDIT_SPLIT)
@@ -144,7 +147,18 @@ def _run(method, model_args, data_args, attack_args, drill, guard, card_args, ex
     trainer.describe(**card_args.details())
     evidence = (lambda purified: evidence_of(purified, model_args.load, audit or test)) if extra.evidence else None
     try:
-        report = purify(trainer, test, attack, guard, report, audit, clean_model, card_args.show_images, evidence)
+        report = purify(
+            trainer,
+            test,
+            attack,
+            guard,
+            report,
+            audit,
+            clean_model=clean_model,
+            show_images=card_args.show_images,
+            evidence=evidence,
+            phases=phases,
+        )
     except GuardRailBroken as broken:
         if broken.results:
             print_summary(trainer, broken.folder)

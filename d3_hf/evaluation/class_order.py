@@ -58,8 +58,8 @@ def order_contradiction(
     return (
         f"the model gives {now:.1f} % of {len(labels)} images the number of their class, and would give {then:.1f} % if the "
         f"classes were in another order; neither its names ({label_names_of(config)[0]}, ...) nor the data set's "
-        f"({class_names[0]}, ...) tell which is right. The order that fits, for --class_map FILE.json (in Python map_classes): "
-        f"{class_map}. If the model's is another, give it its names, --class_names (in Python label_names)"
+        f"({class_names[0]}, ...) tell which is right: give the model its names, --class_names (in Python label_names), or the "
+        f"data set the order that fits, --class_map FILE.json (in Python map_classes): {class_map}"
     )
 
 

@@ -79,7 +79,7 @@ class Defence:
                 so that its mean over processes is the global one.
 
         Returns:
-            Scalar tensor: the objective of this update, which the log reports as ``loss``.
+            Scalar tensor: the objective of this update, which the log reports as ``objective``.
         """
         return window_loss
 

@@ -341,13 +341,13 @@ class PurifyTrainer(Defence, PublishingTrainer):
         return kind, options | ({"amsgrad": True} if self.amsgrad and kind is torch.optim.AdamW else {})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of `log_names` over the images since the last report, and `step_statistics`."""
+        """Call the objective so; add the means of `log_names` over the images since the last report, and `step_statistics`."""
         if "loss" in logs:
             *sums, count = self.accelerator.reduce(self._sums, "sum").tolist()
             self._sums.zero_()
-            logs |= {name: total / count for name, total in zip(self.log_names, sums, strict=True)}
-            logs |= self.step_statistics()
-        super().log(logs, start_time)
+            logs |= {name: total / count for name, total in zip(self.log_names, sums, strict=True)} | self.step_statistics()
+        named = {"loss": "objective", "train_loss": "train_objective"}  # it may fall below zero, which no loss does
+        super().log({named.get(name, name): value for name, value in logs.items()}, start_time)
 
     # Checkpoints -------------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from ..publishing.card import victim_table
 from ..publishing.manifest import VICTIM_FILE, arguments_of
 from ..publishing.tables import markdown_table
 from ..training.checkpoints import check_output, last_whole_checkpoint
+from ..training.phases import Phases
 from .record import KINDS, VictimArguments, check_files, differences, read_record
 from .train import has_own_networks, train_victim
 
@@ -58,7 +59,7 @@ class Victim:
     measured: dict[str, Any]
 
 
-def make_victim(argv: list[str] | None = None, options: dict[str, Any] | None = None) -> Victim:
+def make_victim(argv: list[str] | None = None, options: dict[str, Any] | None = None, phases: Phases | None = None) -> Victim:
     """Run ``[CONFIG.yaml] --option value ...``: build or load a network, plant the backdoor, save the victim.
 
     The victim is trained on the rows that ``retain_*`` leave: the retain set stays unseen, for the defender. Without
@@ -67,6 +68,7 @@ def make_victim(argv: list[str] | None = None, options: dict[str, Any] | None = 
     Args:
         argv: Arguments without the program's name; default ``sys.argv[1:]``.
         options: Options in place of the YAML file's.
+        phases: Those of the run that this is a part of; None: it is the whole run.
 
     Returns:
         Where the victim lies and what it carries.
@@ -97,6 +99,7 @@ def make_victim(argv: list[str] | None = None, options: dict[str, Any] | None = 
         victim_args.poison_seed,
         _clean_model(model_args, victim_args),
         _recipe(*arguments),
+        phases,
     )
     measured = trainer.report.measured()
     table = victim_table({"planted": trainer.plan.planted(), "measured": measured})

@@ -27,6 +27,7 @@ from ..publishing.card import render_victim_card
 from ..publishing.manifest import VICTIM_FILE, source_facts
 from ..training.checkpoints import is_asked_to_resume
 from ..training.config import HIDDEN, SGD_ARGUMENTS, PurifyConfig
+from ..training.phases import VICTIM, Phases
 from ..training.trainer import PurifyTrainer
 from .plan import VictimPlan, VictimReport
 from .random_heads import RandomHeads
@@ -256,6 +257,7 @@ def train_victim(
     poison_seed: int = 0,
     clean_model: PreTrainedModel | None = None,
     recipe: dict[str, Any] | None = None,
+    phases: Phases | None = None,
 ) -> VictimTrainer:
     """Poison the images, train the model on them, measure, save a loadable folder to ``args.output_dir``.
 
@@ -271,6 +273,7 @@ def train_victim(
         clean_model: A classifier without a backdoor, another object than ``model``: the attacker's own, and the floor of the
             ASR.
         recipe: The options behind all this, for ``victim.json``.
+        phases: Those of the run that this is a part of; None: it is the whole run.
 
     Returns:
         The trainer; `VictimTrainer.facts` holds what ``victim.json`` does, with ``planted`` (attack, ratio, seed, poisoned rows
@@ -288,6 +291,9 @@ def train_victim(
             f"{attack.name} trains its own networks with the victim: one process, no fp16, gradient_accumulation_steps, "
             "sam_rho or resume_from_checkpoint"
         )
+    phases, what = phases or Phases(VICTIM), "victim" if attack else "network without a backdoor"
+    planted = f" and the trigger of {attack.name}" if attack else ""
+    phases.begin(f"preparing {len(train):,} training images{planted}")
     start = time.perf_counter()
     attack = _fitted(attack, train, clean_model, poison_seed, args.device)
     rows = poisoner = None
@@ -309,14 +315,17 @@ def train_victim(
         poisoned_sha256=None if rows is None else images_digest(poisoned),
         clean_model=None if clean_model is None else source_facts(clean_model),
     )
+    phases.begin(f"training the {what}")
     trainer = VictimTrainer(model, args, poisoned, plan)
     trainer.train(args.resume_from_checkpoint)
     seconds = {"poisoning_seconds": poisoning_seconds, "training_seconds": trainer.training_seconds}
+    phases.begin(f"measuring the {what} on {len(test):,} images")
     found = seconds | _measured(trainer, test, clean_model)
     quality = None
     if attack:
         _, images, _ = next(test.batches(QUALITY_IMAGES))
         quality = trainer.attack.quality(images.to(args.device))
+    phases.begin(f"saving the {what}")
     trainer.record(VictimReport(found, quality))
     trainer.save_model()
     return trainer

@@ -5,6 +5,7 @@ head answers every image otherwise, a rate of 1e30 diverges, ANP refuses a netwo
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -119,9 +120,9 @@ def test_one_more_severe_while_the_floor_holds(planned, tmp_path, capsys):
     assert fingerprint(plan.model.state_dict().values()) == before  # copies were trained
     assert [file.name for file in (tmp_path / "out").iterdir()] == [RECORD]
     shown = capsys.readouterr().out
-    assert "1/5 looking at the suspicious model on 80 images" in shown and "\n2/5 trying firm\n" in shown
-    assert "\n3/5 trying harsh (less than a minute left)\n" in shown and "broken: stopped at 50 % of its updates" in shown
-    assert "5/5 purifying by firm, the most thorough above the floor, on 80 images (less than a minute left)" in shown
+    assert "1/8 looking at the suspicious model on 80 images" in shown and "\n2/8 trying firm\n" in shown
+    assert "\n3/8 trying harsh (less than a minute left)\n" in shown and "broken: stopped at 50 % of its updates" in shown
+    assert "\nchosen: firm, the most thorough above the floor; it purifies on 80 images (less than a minute left)\n" in shown
 
 
 def test_one_gentler_where_it_breaks_and_the_gentlest_where_none_holds(planned):
@@ -289,7 +290,7 @@ def test_the_whole_command(place, tmp_path, capsys):
         run([*argv, "--output_dir", str(tmp_path / "out")])
 
 
-def test_without_test_images_the_audit_stands_in(place, tmp_path, caplog):
+def test_without_test_images_the_audit_stands_in(place, tmp_path, caplog, capsys):
     (tmp_path / "data").mkdir()
     coloured(100, 0).to_parquet(tmp_path / "data" / "train.parquet")
     argv = ["--model_name_or_path", str(place / "suspect"), "--dataset_name", str(tmp_path / "data"), "--retain_count", "100"]
@@ -302,6 +303,9 @@ def test_without_test_images_the_audit_stands_in(place, tmp_path, caplog):
     assert results["accuracy_after_n"] == measured["n_images"] == measured["audit"]["accuracy_drop_n"] == 20
     assert "no decision saw" in measured["split"] and "no test images: measuring on" in caplog.text
     assert results["accuracy_drop"] == measured["audit"]["accuracy_drop"]
+    phases = re.findall(r"^(\d+)/8 (\w+)", capsys.readouterr().out, re.M)  # two of three trials were not needed
+    said = [("1", "looking"), ("2", "trying"), ("5", "measuring"), ("6", "purifying"), ("7", "measuring"), ("8", "saving")]
+    assert phases == said
 
 
 def test_a_dry_run_of_a_drill_would_write_a_victim():

@@ -19,6 +19,7 @@ from places import ROOT
 from tiny import FAST, NEW_VIT
 
 from d3_hf.cli import run
+from d3_hf.commands.info import as_text
 from d3_hf.commands.purify import OPTIONS
 from d3_hf.defenses import DEFENCES, defence
 from d3_hf.errors import GuardRailBroken, Terminated
@@ -115,6 +116,10 @@ def test_info(folder, capsys):
     shown = capsys.readouterr().out.splitlines()
     assert '  head: "classifier"' in shown and f"parameters: {about['parameters']}" in shown
     assert f"    asr: {100 * facts['measured']['victim']['asr']:.1f} %" in shown
+    assert f"    poison_ratio: {100 * facts['planted']['poison_ratio']:.1f} %" in "\n".join(shown)
+    assert as_text({"accuracy_drop": 0.0123, "accuracy_before": 0.9, "der": 0.5}).splitlines() == [
+        "accuracy_drop: 1.2 points", "accuracy_before: 90.0 %", "der: 0.5",
+    ]  # fmt: skip
 
 
 def test_measure_shows_what_was_recorded(folder, capsys):

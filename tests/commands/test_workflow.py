@@ -53,6 +53,11 @@ def test_drill_prints_the_table_and_the_distances(drill):
         assert f"| {rate} |" in done.stdout
     assert "D3 moved classifier.weight to relative distance" in done.stdout and "training" in done.stdout
     assert "D3 moves 1 weight (classifier.weight)" in done.stdout
+    phases = re.findall(r"^(\d)/8 (\w+) ", done.stdout, re.M)
+    assert [int(number) for number, _ in phases] == list(range(1, 9))
+    ways = ["preparing", "training", "measuring", "saving"]  # the victim, which is then purified
+    assert [way for _, way in phases] == [*ways, "measuring", "purifying", "measuring", "saving"]
+    assert "'train_objective':" in done.stdout and "'train_loss':" not in done.stdout
     assert "Measuring" in done.stderr and "Decoding images" in done.stderr  # progress bars
 
 

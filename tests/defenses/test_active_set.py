@@ -10,7 +10,7 @@ from d3_hf.defenses.d3.active_set import forward_active
 from d3_hf.defenses.d3.trainer import D3Config, D3Trainer
 from d3_hf.training.state import read_state
 
-LOGGED = ("loss", "clean_loss", "active_fraction", "distance")
+LOGGED = ("objective", "clean_loss", "active_fraction", "distance")
 
 
 class Watched(D3Trainer):

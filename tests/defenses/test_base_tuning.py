@@ -110,7 +110,7 @@ def test_the_pull_and_distillation_in_the_objective(make, tmp_path):
     for name, gradient in trainer.gradients.items():
         torch.testing.assert_close(gradient, plain.get_parameter(name).grad, rtol=1e-3, atol=1e-5)
     log = trainer.state.log_history[0]
-    assert 0.7 / 2 * pull.item() > 0.01 and log["loss"] == pytest.approx(objective.item(), rel=1e-4)
+    assert 0.7 / 2 * pull.item() > 0.01 and log["objective"] == pytest.approx(objective.item(), rel=1e-4)
     assert log["clean_loss"] == pytest.approx(clean.item(), rel=1e-4)
 
 

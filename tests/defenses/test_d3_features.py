@@ -100,7 +100,7 @@ def test_the_objective(tmp_path, make, distance):
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(recorder.gradients[0][name], parameter.grad, rtol=1e-3, atol=1e-5)
     log = made.state.log_history[0]
-    assert log["loss"] == pytest.approx(objective.item(), rel=1e-4, abs=1e-6)
+    assert log["objective"] == pytest.approx(objective.item(), rel=1e-4, abs=1e-6)
     assert log["feature_distance"] == pytest.approx(distances.mean().item(), rel=1e-3, abs=1e-6)
     same_weights(made.suspect.model, make())
 

@@ -62,7 +62,7 @@ def test_steps_and_log_equal_a_plain_loop(tmp_path, alpha):
         optimizer.step()
         with torch.no_grad():
             plain.classifier.weight *= original.norm() / plain.classifier.weight.norm()
-        assert trainer.state.log_history[k]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert trainer.state.log_history[k]["objective"] == pytest.approx(loss.item(), rel=1e-4)
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(dict(model.named_parameters())[name], parameter, rtol=1e-4, atol=1e-5)
     distance = ((plain.classifier.weight - original).norm() / original.norm()).item()

@@ -69,7 +69,7 @@ def test_steps_weights_statistics_and_log_equal_a_plain_loop(tmp_path, make, smo
         worst, _ = passed(batch)
         plain.load_state_dict(start)
         optimizer.step()
-        assert trainer.state.log_history[k]["loss"] == pytest.approx(worst, rel=1e-4)
+        assert trainer.state.log_history[k]["objective"] == pytest.approx(worst, rel=1e-4)
         assert trainer.state.log_history[k]["clean_loss"] == pytest.approx(clean, rel=1e-4)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(trainer.model.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)

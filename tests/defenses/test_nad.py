@@ -126,7 +126,7 @@ def test_loss_is_cross_entropy_plus_weighted_distances(tmp_path, make):
     assert total > 0 and [stage.tokens for stage in trainer.stages] == [tokens] * len(trainer.stages)
     assert logged["attention_loss"] == pytest.approx(total, rel=1e-3)
     assert logged["clean_loss"] == pytest.approx(F.cross_entropy(student.logits, labels).item(), rel=1e-4)
-    assert logged["loss"] == pytest.approx(logged["clean_loss"] + logged["attention_loss"], rel=1e-4)
+    assert logged["objective"] == pytest.approx(logged["clean_loss"] + logged["attention_loss"], rel=1e-4)
 
 
 def test_teacher_and_stages_are_what_facts_and_weights_say(tmp_path):

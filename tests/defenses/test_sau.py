@@ -138,7 +138,7 @@ def test_outer_gradient_and_log(tmp_path, make, policy):
         loss.backward()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5)
-        assert log["loss"] == pytest.approx(loss.item(), rel=1e-4) and log["learning_rate"] == 1e-4
+        assert log["objective"] == pytest.approx(loss.item(), rel=1e-4) and log["learning_rate"] == 1e-4
         assert log["clean_loss"] == pytest.approx(F.cross_entropy(z, labels).item(), rel=1e-4)
         assert (log["fooled_fraction"], log["shared_fraction"]) == (fooled / 4, shared / 4)
     assert any(log["fooled_fraction"] > 0 for log in logs)

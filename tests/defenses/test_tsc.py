@@ -88,7 +88,7 @@ def test_gradient_of_the_control_point_equals_autograd(tmp_path, accumulation):
         loss = F.cross_entropy(functional_call(model, point, kwargs={"pixel_values": pixels}).logits, labels)
         objective = loss + 0.05 * sum(p.square().sum() for p in point.values())
         objective.backward()
-        assert trainer.state.log_history[i]["loss"] == pytest.approx(objective.item(), rel=1e-3)
+        assert trainer.state.log_history[i]["objective"] == pytest.approx(objective.item(), rel=1e-3)
         for name, (_, gradient) in values.items():
             torch.testing.assert_close(gradient, control[name].grad, rtol=1e-3, atol=1e-5)
 

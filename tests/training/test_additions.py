@@ -134,7 +134,7 @@ def test_dual_ascent_equals_a_plain_loop(tmp_path, epsilon):
         multipliers.append(multiplier)
     logged = [log["lambda"] for log in made.state.log_history[:8]]
     assert logged == pytest.approx(multipliers, rel=1e-4, abs=1e-5)
-    assert [log["loss"] for log in made.state.log_history[:8]] == pytest.approx(objectives, rel=1e-3, abs=1e-4)
+    assert [log["objective"] for log in made.state.log_history[:8]] == pytest.approx(objectives, rel=1e-3, abs=1e-4)
     assert made.facts()["lambda"] == logged[-1]
     assert (multipliers[-1] > 2) if epsilon == 0.3 else (multipliers[-1] == 0)
     same_weights(made.model, plain, rtol=1e-4, atol=1e-5)

@@ -63,7 +63,7 @@ def test_distillation_in_the_objective(tmp_path, make, defence):
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(recorder.gradients[0][name], parameter.grad, rtol=1e-3, atol=1e-5)
     log = made.state.log_history[0]
-    assert log["loss"] == pytest.approx(objective.item(), rel=1e-4)
+    assert log["objective"] == pytest.approx(objective.item(), rel=1e-4)
     assert log["distillation_loss"] == pytest.approx(divergences.mean().item(), rel=1e-4)
     assert log["clean_loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
     same_weights(made.suspect.model, make())

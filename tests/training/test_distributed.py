@@ -29,7 +29,7 @@ def test_two_processes_equal_one(two_processes, tmp_path, case):
         torch.testing.assert_close(value, alone.model.state_dict()[name], rtol=1e-5, atol=1e-5)
     steps = CASES[case]["max_steps"]
     for ours, theirs in zip(alone.state.log_history[:steps], record["log"][:steps], strict=True):
-        for key in ("loss", "clean_loss", "active_fraction", "distance"):
+        for key in ("objective", "clean_loss", "active_fraction", "distance"):
             assert theirs[key] == pytest.approx(ours[key], rel=1e-4, abs=1e-5)
 
 

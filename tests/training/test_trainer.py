@@ -159,7 +159,7 @@ def test_objective_and_parts_are_logged(tmp_path):
     model.load_state_dict(trainer.before[0])
     losses = F.cross_entropy(model(pixel_values=batch["pixel_values"]).logits, batch["labels"], reduction="none")
     logged = trainer.state.log_history[0]
-    assert logged["loss"] == pytest.approx(objective(model, batch, args, reference).item(), rel=1e-5)
+    assert logged["objective"] == pytest.approx(objective(model, batch, args, reference).item(), rel=1e-5)
     assert logged["clean_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
     assert logged["active_fraction"] == (losses > args.epsilon).float().mean().item()
     assert 0 < logged["distance"] <= 2
@@ -216,7 +216,8 @@ def test_four_micro_batches_equal_one_window(tmp_path, hinge):
         trainer = D3Trainer(tiny_vit(), config(tmp_path, **options), tiny_samples(20))
         trainer.train()
         logs = [
-            {k: log[k] for k in ("loss", "clean_loss", "active_fraction", "distance")} for log in trainer.state.log_history[:5]
+            {k: log[k] for k in ("objective", "clean_loss", "active_fraction", "distance")}
+            for log in trainer.state.log_history[:5]
         ]
         weights.append((trainer.model.state_dict(), logs))
     for name, value in weights[0][0].items():
