@@ -213,7 +213,7 @@ class Runner:
         found = measure(model, test, preprocessing, attack, device=PartialState().device)
         if said := order_contradiction(found.predictions, test.labels, test.class_names, model.config):
             raise ValueError(said)
-        _write(file, {"spec": spec}, asdict(replace(found, predictions=found.predictions.tolist())))
+        _write(file, {"spec": spec}, asdict(replace(found, predictions=found.predictions.tolist(), triggered_predictions=None)))
         return found
 
     def rows(self) -> Iterator[dict[str, Any]]:

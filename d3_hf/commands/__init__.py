@@ -82,7 +82,7 @@ COMMANDS = {
         Command(
             name="measure",
             arguments="MODEL --option value ...",
-            summary="measure a model: a victim from its folder alone, any other with --dataset_name and a trigger (--attack)",
+            summary="measure a model, with a trigger by --attack; a victim needs no option",
             example="d3-hf measure outputs/purified --dataset_name path/to/images --attack badnets",
         ),
         Command(

@@ -16,7 +16,7 @@ from ..files import atomic_file, read_mapping
 from ..models.library import architecture_of
 from .describe import parameters_of
 
-SCHEMA = "urn:d3_hf:null:1"
+SCHEMA = "urn:d3_hf:null:2"
 ADVICE = "write one with d3-hf check ... --twins ... --save_null FILE.json"
 
 

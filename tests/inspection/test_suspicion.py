@@ -121,9 +121,9 @@ def test_a_null_of_other_images_is_warned_of(found):
         ("[]", r"null.json is no null of twins \(it is no mapping\)"),
         ('{"schema": 1, "kind": {}, "twins": []}', "no kind.architecture"),
         ('{"schema": "urn:d3_hf:null:9", "kind": KIND, "twins": []}', "no null of twins of this version"),
-        ('{"schema": "urn:d3_hf:null:1", "kind": KIND, "twins": [{"name": 1}]}', "--save_null FILE.json"),
-        ('{"schema": "urn:d3_hf:null:1", "kind": KIND, "twins": [TWIN, TWIN]}', "a and a are the same model"),
-        ('{"schema": "urn:d3_hf:null:1", "kind": KIND, "twins": [NAN]}', "a statistic is not finite"),
+        ('{"schema": "urn:d3_hf:null:2", "kind": KIND, "twins": [{"name": 1}]}', "--save_null FILE.json"),
+        ('{"schema": "urn:d3_hf:null:2", "kind": KIND, "twins": [TWIN, TWIN]}', "a and a are the same model"),
+        ('{"schema": "urn:d3_hf:null:2", "kind": KIND, "twins": [NAN]}', "a statistic is not finite"),
     ],
 )
 def test_a_damaged_null_is_one_line(tmp_path, content, message):

@@ -323,6 +323,7 @@ def test_saved_folder_holds_no_pickle(tmp_path):
     trainer.save_model()
     assert {p.name for p in Path(tmp_path).iterdir()} == {
         "README.md", "config.json", "model.safetensors", "preprocessor_config.json", "purification.json",
+        "purification_training.png",
     }  # fmt: skip
 
 
