@@ -136,8 +136,11 @@ def test_folder_with_only_a_pickle(vit_folder, tmp_path):
 
 
 def test_folder_that_timm_wrote(tmp_path):
-    network = timm.create_model("vit_tiny_patch16_224", num_classes=10, **TIMM_VIT).eval()
-    save_for_hf(network, tmp_path, safe_serialization=True)
+    # A new timm writes the network's size and arguments unasked, an old one does not.
+    network = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=10, pretrained_cfg_overlay={"input_size": (3, 32, 32)}, **TIMM_VIT
+    ).eval()
+    save_for_hf(network, tmp_path, model_args=TIMM_VIT | {"num_classes": 10}, safe_serialization=True)
     assert "num_classes" in json.loads((tmp_path / "config.json").read_text())["model_args"]  # what trips TimmWrapper
     model = load_classifier(tmp_path)
     assert torch.equal(logits(model), network(IMAGES))

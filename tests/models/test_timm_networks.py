@@ -49,7 +49,7 @@ REFUSED = {"gemma4_vit_167m_enc": r"returns \(1, 256, 64\) instead of logits \(1
 
 
 def module_of(name):
-    return _registry._model_to_module[name]
+    return _registry._model_to_module.get(name, name)  # an older timm lacks some, and must not fail while tests are collected
 
 
 def test_every_module_is_here():

@@ -17,7 +17,7 @@ from d3_hf.publishing.card import TEMPLATES
 
 def test_a_run_from_a_checkout_that_is_not_installed_is_saved(tmp_path, monkeypatch):
     def version(name):
-        if name in manifest.PACKAGES:
+        if name == "d3_hf":  # accelerate before 1.13 asks for torch's
             raise importlib.metadata.PackageNotFoundError(name)
         return installed(name)
 
