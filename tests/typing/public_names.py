@@ -3,11 +3,10 @@
 `assert_type` fails where a name is `Any`, and an ignore that is not needed is an error too.
 """
 
-from typing import Any
+from typing import Any, assert_type
 
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel
-from typing_extensions import assert_type
 
 import d3_hf
 from d3_hf import (
