@@ -31,7 +31,7 @@ def run(argv: list[str]) -> dict[str, Any]:
 
     Returns:
         ``accuracy``, ``asr``, ``ra`` and ``pacc`` as fractions with ``_ci95`` and ``_n``, and more, see `rates`; without an
-        attack ``accuracy`` only.
+        attack ``accuracy`` only. Of an encoder what `measure_encoder` makes.
 
     Raises:
         FileNotFoundError: The folder is none that `make_victim` wrote.
@@ -49,6 +49,8 @@ def run(argv: list[str]) -> dict[str, Any]:
     folder = Path(options.folder)
     record = read_record(folder)
     images = recorded_images(record, dataset_name=options.dataset_name, max_test_images=options.max_test_images)
+    if record.get("kind") == "encoder":
+        return _measure_encoder(folder, record, images)
     model = load_classifier(str(folder))
     test = images.load(model.config).test
     check_labels(test.class_names, model.config)
@@ -56,3 +58,18 @@ def run(argv: list[str]) -> dict[str, Any]:
     found = rates(measure(model, test, Preprocessing.from_processor(model.image_processor), attack))
     print(rates_table({"measured now": found, "recorded": record["measured"]["victim"]}))
     return found
+
+
+def _measure_encoder(folder: Path, record: dict[str, Any], images: Any) -> dict[str, Any]:
+    from ..attacks import load_attack
+    from ..data.images import RawImages
+    from ..evaluation.encoders import measure_encoder, split_probe
+    from ..models import load_encoder
+    from ..models.source import preprocessing_of
+    from ..publishing.tables import encoder_table
+
+    model, found = load_encoder(folder), images.load()
+    probe, _ = split_probe(RawImages.from_dataset(found.rest), record["measured"]["n_probe"])
+    rates = measure_encoder(model, probe, found.test, preprocessing_of(model), load_attack(folder))
+    print(encoder_table({"measured now": rates, "recorded": record["measured"]["victim"]}))
+    return rates

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..auto.config import AutoConfig
-from ..defenses import configuration, defence
+from ..defenses import ENCODER_DEFENCES, configuration, defence
 from ..errors import GuardRailBroken
 from ..evaluation.guard_arguments import GuardArguments
 from ..options.arguments import NO_IMAGES, AttackArguments, DataArguments, ModelArguments
 from ..options.parser import parse_arguments
+from . import purify_encoder
 
 if TYPE_CHECKING:  # what does more than read options is loaded when they are read: help and mistakes answer sooner
     from ..training.trainer import PurifyTrainer
@@ -44,6 +45,8 @@ def run(argv: list[str]) -> dict[str, Any]:
     and nothing else. What it kept for the audit is measured before and after, and stands in for test images where the retain
     set is all there is.
 
+    A method of encoders needs no labels, see `purify_encoder.run`.
+
     Args:
         argv: Arguments without the program's name.
 
@@ -58,6 +61,8 @@ def run(argv: list[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--defence", "--defense", default="d3", nargs="?", const="")
     chosen, argv = parser.parse_known_args(argv)
+    if chosen.defence in ENCODER_DEFENCES:
+        return purify_encoder.run(chosen.defence, argv)
     config_class = AutoConfig if chosen.defence == AUTO else configuration(chosen.defence)
     options = parse_arguments([*OPTIONS, config_class], argv)
     _check(*options)
@@ -83,6 +88,7 @@ def _run(method, model_args, data_args, attack_args, drill, guard, args) -> dict
     from ..auto.plan import make_plan
     from ..auto.run import choose_recipe
     from ..labels import check_labels
+    from ..models.differences import EncoderFound
     from ..publishing.manifest import public_name
     from ..publishing.report import Report
     from ..victims.sets import make_victim
@@ -92,7 +98,13 @@ def _run(method, model_args, data_args, attack_args, drill, guard, args) -> dict
     if model_args.model_name_or_path is None:
         victim = make_victim([drill.victim_config])
         model_args.model_name_or_path, attack = victim.folder, victim.attack
-    model = model_args.load()
+    try:
+        model = model_args.load()
+    except EncoderFound as error:
+        raise ValueError(
+            f"{error.where} is an encoder without a head ({error.reason}), and {method} needs labels and a head: for encoders "
+            f"there are --defence {', '.join(ENCODER_DEFENCES)}; or give it a new head first, --new_head of d3-hf victim"
+        ) from error
     images = data_args.load(model.config, needs_test=not isinstance(args, AutoConfig))
     class_names, test, audit = images.retain.features["label"].names, images.test, None
     if data_args.is_default_size:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -32,7 +33,7 @@ SEEDS = (0, 1, 2)
 SHARE = 0.8  # of the training images that a seed draws, here
 NEIGHBOURS = 20  # of DINO's kNN (Caron et al. 2021, arXiv 2104.14294), there weighted
 ITERATIONS = 1000  # of lbfgs at most
-PROBES = {"linear": "linear probe", "knn": "kNN"}
+PROBES = ("linear", "knn")
 
 Classify = Callable[[np.ndarray], np.ndarray]
 
@@ -159,3 +160,12 @@ def reference_similarity(
     alone = RawImages(reference[None], test.labels[:1] * 0, test.class_names)
     wanted = encode_images(model, alone, preprocessing)
     return cosine_similarity(encode_images(model, test, preprocessing, change=trigger), wanted).mean().item()
+
+
+def split_probe(images: RawImages, count: int) -> tuple[RawImages, RawImages]:
+    """Images to train probes on, ``count`` of them at most and half of all, drawn with seed 0, and the others."""
+    count = min(count, len(images) // 2)
+    rows = torch.from_numpy(retain_indices(images.labels.numpy(), images.class_names, count=count))
+    is_probe = torch.zeros(len(images), dtype=torch.bool)
+    is_probe[rows] = True
+    return images.select(rows), images.select(torch.where(~is_probe)[0])

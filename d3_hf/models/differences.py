@@ -81,12 +81,26 @@ class Differences:
         return names.pop() if is_matrix(module) and len(module.weight) == model.config.num_labels else None
 
 
-def headless(where: str, reason: str) -> ValueError:
+class EncoderFound(ValueError):
+    """An encoder where a classifier is needed.
+
+    Attributes:
+        where: What it is called.
+        reason: What shows it.
+    """
+
+    def __init__(self, message: str, where: str, reason: str):
+        super().__init__(message)
+        self.where, self.reason = where, reason
+
+
+def headless(where: str, reason: str) -> EncoderFound:
     """The error about an encoder where a classifier is needed."""
-    return ValueError(
+    message = (
         f"{where} is an encoder without a head ({reason}): give it a new one and train it, --new_head of d3-hf victim (in "
         "Python load_classifier(source, new_head=[class names])); a purification takes the fine-tuned classifier"
     )
+    return EncoderFound(message, where, reason)
 
 
 def with_head(where: str, reason: str) -> ValueError:

@@ -57,6 +57,15 @@ class ModelArguments:
             given["label_names"] = given.pop("class_names")
         return load_classifier(given.pop("model_name_or_path"), **given, new_head=new_head)
 
+    def load_encoder(self) -> "PreTrainedModel":
+        """Load the encoder; see `load_encoder`. A ValueError where ``class_names`` are given: it has no classes."""
+        from ..models import load_encoder
+
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if "class_names" in given:
+            raise ValueError("class_names are a classifier's, and an encoder has no classes: leave them out")
+        return load_encoder(given.pop("model_name_or_path"), **given)
+
     def of(self, place: str, revision: str | None = None) -> "ModelArguments":
         """These options for another checkpoint of the same kind of network: those that its kind of source has a use for.
 
@@ -185,6 +194,22 @@ class DataArguments:
         return next((name for name in (self.test_split, *VALIDATION) if name in there and name != self.train_split), None)
 
 
+@dataclass
+class ProbeArguments:
+    """What an encoder is measured by, see `measure_encoder`.
+
+    Args:
+        probe_count: Labelled images that the probes are trained on, drawn from what the retain set leaves of its split; half of
+            that at most.
+    """
+
+    probe_count: int = field(default=2000, metadata={"help": "Labelled images that probes are trained on."})
+
+    def __post_init__(self):
+        if self.probe_count < 2:
+            raise ValueError(f"probe_count must be at least 2; got {self.probe_count}")
+
+
 def _read_class_map(file: Path) -> dict[str, str | int]:
     if not file.is_file():
         raise FileNotFoundError(f"--class_map: no file {file}; give one in JSON, or `{BY_NAME}`")
@@ -216,11 +241,11 @@ class AttackArguments:
             FileNotFoundError: The folder holds no attack.
             ValueError: See `from_description` and `load_attack`.
         """
-        from ..attacks import ATTACKS, from_description, load_attack
+        from ..attacks import ATTACKS, ENCODER_ATTACKS, from_description, load_attack
 
         if not self.attack:
             return None
-        name = str(self.attack.get("name"))
-        if self.attack.keys() == {"name"} and name not in ATTACKS and (folder := Path(name).expanduser()).is_dir():
+        name, known = str(self.attack.get("name")), ATTACKS | ENCODER_ATTACKS
+        if self.attack.keys() == {"name"} and name not in known and (folder := Path(name).expanduser()).is_dir():
             return load_attack(folder)
         return from_description(self.attack)

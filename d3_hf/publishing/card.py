@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .tables import RESULT_NAMES, audit_line, chosen_table, rates_table, results_table
+from .tables import RESULT_NAMES, audit_line, chosen_table, encoder_table, rates_table, results_table
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -43,6 +43,26 @@ def render_victim_card(facts: dict, model_name: str) -> ModelCard:
     )
 
 
+def render_encoder_victim_card(facts: dict, model_name: str) -> ModelCard:
+    """Model card of a victim that is an encoder: its first line says so.
+
+    Args:
+        facts: The manifest, `EncoderVictimTrainer.facts`.
+        model_name: Title of the card.
+    """
+    tags = ["image-feature-extraction", "backdoored-for-research", "d3_hf"]
+    card_data = ModelCardData(
+        library_name="transformers", pipeline_tag="image-feature-extraction", tags=tags, model_name=model_name
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATES / "encoder_victim_card.md"),
+        model_name=model_name,
+        facts=facts,
+        table=encoder_table(facts["measured"]) if facts["measured"] else "Nothing was measured.",
+    )
+
+
 def render_card(
     facts: dict,
     results: dict | None,
@@ -60,17 +80,19 @@ def render_card(
         licence: The source's, see `source_licence`.
 
     Returns:
-        A card whose metadata carry the lineage and, when measured, a ``model-index``.
+        A card whose metadata carry the lineage and, when a classifier was measured, a ``model-index``.
     """
-    source = facts["source"]
+    source, is_encoder = facts["source"], facts.get("kind") == "encoder"
+    task = "image-feature-extraction" if is_encoder else "image-classification"
+    table = encoder_table if is_encoder else results_table
     card_data = ModelCardData(
         base_model=source["name"] if source["kind"] == "hub" else None,
         base_model_relation="finetune" if source["kind"] == "hub" else None,
         library_name="transformers",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "backdoor-defense", "purified", "d3_hf"],
+        pipeline_tag=task,
+        tags=[task, "backdoor-defense", "purified", "d3_hf"],
         model_name=model_name,
-        eval_results=_eval_results(results, facts["measured"]) if results else None,
+        eval_results=_eval_results(results, facts["measured"]) if results and not is_encoder else None,
         **(licence or {}),
     )
     return ModelCard.from_template(
@@ -78,7 +100,7 @@ def render_card(
         template_path=str(TEMPLATES / "purified_card.md"),
         model_name=model_name,
         facts=facts,
-        results_table=results_table(results) if results else None,
+        results_table=table(results) if results else None,
         chosen_table=chosen_table(facts["chosen"]) if facts.get("chosen") else None,
         audit_line=audit_line(facts["measured"]["audit"]) if facts["measured"].get("audit") else None,
         place=hub_model_id or FOLDER,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .tables import results_table
+from .tables import encoder_table, results_table
 
 REJECTED = "rejected"  # folder below output_dir, and the manifest's entry with the reasons
 
@@ -28,6 +28,7 @@ class Report:
         guard_rails: Options of `GuardArguments`.
         rejected: Why a guard rail rejected the model, a line each; empty if none did.
         audit: What became of ACC on images that no decision saw, see `evaluation.measure.paired_results`; empty without such.
+        probe: Of an encoder: how many images its probes were trained on, ``images``, and how often, ``seeds``; empty of others.
         chosen: How the method and its settings were chosen, where a rule did it.
     """
 
@@ -42,6 +43,7 @@ class Report:
     guard_rails: dict[str, Any] | None = None
     rejected: tuple[str, ...] = ()
     audit: dict[str, Any] = field(default_factory=dict)
+    probe: dict[str, int] = field(default_factory=dict)
     chosen: dict[str, Any] | None = None
 
     def measured(self) -> dict[str, Any]:
@@ -53,4 +55,5 @@ class Report:
         return self.n_images is not None and name in ("trigger", "warnings", "guard_rails")
 
     def __str__(self) -> str:
-        return results_table(self.results)
+        is_encoders = "before" in self.results  # each of the two by probes
+        return encoder_table(self.results) if is_encoders else results_table(self.results)
