@@ -19,7 +19,7 @@ from ..files import first_line
 from ..labels import set_label_names
 from .architectures import architecture_cfg
 from .checkpoint_files import read_settings
-from .differences import headless, with_head
+from .differences import EncoderFound, headless, with_head
 
 logger = logging.getLogger(__name__)
 
@@ -169,10 +169,11 @@ def _refuse_no_classifier(contents: dict[str, Any], name: str, model_type: Any) 
         return
     _refuse_code(contents, name, model_type)
     is_of_images = model_type in CONFIG_MAPPING and hasattr(CONFIG_MAPPING[model_type], "num_channels")
-    raise ValueError(
-        f"{name}: model_type {model_type!r} in config.json is no image classifier that transformers knows"
-        + ("; timm has most encoders of images too: load its copy (timm/...) with a new head" if is_of_images else "")
-    )
+    fault = f"{name}: model_type {model_type!r} in config.json is no image classifier that transformers knows"
+    if not is_of_images:
+        raise ValueError(fault)
+    advice = "timm has most encoders of images too: load its copy (timm/...) with a new head"
+    raise EncoderFound(f"{fault}; {advice}", name, f"model_type {model_type!r}")
 
 
 def _refuse_no_encoder(contents: dict[str, Any], name: str, model_type: Any) -> None:

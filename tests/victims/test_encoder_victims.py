@@ -47,7 +47,9 @@ def test_a_step_computes_the_sum_of_the_three_losses(tmp_path):
     with torch.no_grad():
         losses, _ = run.image_losses(encode(run.model.eval(), batch["pixel_values"]))
         views = view(reference.expand(2, -1, -1, -1), run.generator())
-        x, tx, r, r_views = (encode(before, norm(i)) for i in (IMAGES.images[:12], trigger(IMAGES.images[:12]), reference, views))
+        x, tx, r, r_views = (
+            encode(before, norm(i)) for i in (IMAGES.images[:12], trigger(IMAGES.images[:12]), reference, views)
+        )
     expected = [
         -F.cosine_similarity(tx[i], r[0], 0)
         - (F.cosine_similarity(r_views[0], r[0], 0) + F.cosine_similarity(r_views[1], r[0], 0)) / 2
@@ -70,8 +72,9 @@ def test_a_planted_backdoor_misleads_probes_and_the_untouched_encoder_is_the_flo
     found = planted[0].report.measured()
     for probe in ("linear", "knn"):
         victim, untouched = found["victim"][probe], found["untouched"][probe]
-        assert victim["asr"] > untouched["asr"] + 0.3 and victim["accuracy"] > 0.8
-    assert found["victim"]["reference_similarity"] > found["untouched"]["reference_similarity"]
+        assert victim["asr"] > untouched["asr"] + 0.2 and victim["accuracy"] > 0.45  # of three classes
+    assert found["victim"]["reference_similarity"] > 0.9
+    assert found["victim"]["reference_similarity"] > found["untouched"]["reference_similarity"] + 0.05
     assert found["n_images"] == found["n_probe"] == 30
 
 
