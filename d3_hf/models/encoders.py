@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TimmWrapperConfig, TimmWrapperModel
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TimmWrapperModel
 
 from ..data.images import RawImages
 from ..data.preprocessing import Preprocessing
@@ -188,16 +188,12 @@ def _from_file(
         load_module(module, unwrapped(weights, name, module.state_dict().keys()), name)
         model, processor, _ = _from_module(module, image_mean, image_std, image_size)
     else:
-        config = _headless(architectures.timm_config(architecture, 0, None, image_mean, image_std, image_size, model_args))
+        config = architectures.timm_config(architecture, 0, None, image_mean, image_std, image_size, model_args)
+        settle_output(config)
         weights = unwrapped(weights, name)
         weights = weights if image_size is None else architectures.resampled(config, weights, name)
         model, processor = _built(TimmWrapperModel, config, weights, name), architectures.processor_of(config)
     return model, processor, Source("file", name, sha256={file.name: sha256(file) for file in read_files(path)})
-
-
-def _headless(config: TimmWrapperConfig) -> TimmWrapperConfig:
-    settle_output(config)
-    return config
 
 
 def _from_module(

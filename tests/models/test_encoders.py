@@ -118,6 +118,12 @@ def test_another_size_of_images(tmp_path):
         load_encoder(folder, image_size=20)
 
 
+def test_the_pretrained_vit_loads_at_the_size_of_its_recipe(shared):
+    model = load_encoder(shared / "checkpoints" / "vit_small_patch14", image_size=70)
+    with torch.no_grad():
+        assert encode(model, torch.zeros(1, 3, 70, 70)).shape == (1, 384)
+
+
 def test_all_images_are_encoded_in_their_order():
     model, images = tiny_resnet().train(), colours(7)
     preprocessing = preprocessing_of(model)

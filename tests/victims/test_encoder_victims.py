@@ -14,8 +14,9 @@ from d3_hf.attacks import BadEncoder, load_attack
 from d3_hf.data.views import view
 from d3_hf.models import load_encoder
 from d3_hf.models.kinds import encode
+from d3_hf.options.parser import parse_arguments
 from d3_hf.training.trainer import PurifyTrainer
-from d3_hf.victims.encoders import EncoderVictimConfig, EncoderVictimTrainer, train_encoder_victim
+from d3_hf.victims.encoders import ENCODER_KINDS, EncoderVictimConfig, EncoderVictimTrainer, train_encoder_victim
 from d3_hf.victims.train import VictimConfig, train_victim
 
 IMAGES, PROBE, TEST = colours(24), colours(30, seed=1), colours(30, seed=2)
@@ -104,6 +105,12 @@ def test_a_resumed_planting_ends_as_the_uninterrupted_one(tmp_path):
     other.attack = BadEncoder(target_label=0, size=6, image_size=16)
     with pytest.raises(ValueError, match="checkpoint-2 was trained on other images or with another attack"):
         other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+
+
+def test_the_recipe_of_the_pretrained_vit_is_understood():
+    model, images, attack, probes, args = parse_arguments(ENCODER_KINDS, ["vit_small_badencoder"])
+    assert attack.load() == BadEncoder() and model.image_size == 70 and images.retain_count == 7500
+    assert args.max_steps > 0 and args.batch_norm == "frozen" and probes.probe_count == 2000
 
 
 def test_kinds_are_not_mixed_up(tmp_path):
