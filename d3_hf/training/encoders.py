@@ -50,6 +50,8 @@ class EncoderConfig(PurifyConfig):
 class EncoderTrainer(PurifyTrainer):
     """Trains an encoder on two views of each image; a defence overrides `image_losses`.
 
+    Losses that compare images do so within a micro-batch of one process: accumulation and further processes add no negatives.
+
     Args:
         model: An encoder; `load_encoder` makes one of any source.
         args: The method's configuration.
