@@ -35,8 +35,9 @@ def test_a_victim_is_planted_and_measured_again_from_its_folder(victim, capsys):
     found, folder = victim
     assert found["attack"]["name"] == "badencoder" and set(found["measured"]) >= {"victim", "untouched"}
     again = COMMANDS["measure"].run([folder])
+    shown = capsys.readouterr().out
     assert again["linear"] == found["measured"]["victim"]["linear"] and again["knn"] == found["measured"]["victim"]["knn"]
-    assert "measured now, linear probe" in capsys.readouterr().out
+    assert "measured now, linear probe" in shown and "recorded, kNN" in shown
 
 
 @pytest.mark.parametrize("name", ["par", "encoder_d3", "mimic"])
@@ -44,9 +45,22 @@ def test_purify_takes_the_defences_of_encoders(name, victim, tmp_path, capsys):
     options = ["--model_name_or_path", victim[1], "--attack", victim[1], "--output_dir", str(tmp_path / "out")]
     found = COMMANDS["purify"].run(["--defence", name, *options, *DIGITS, *QUICK])
     assert set(found) == {"before", "after"} and "asr" in found["after"]["linear"]
-    assert "before, linear probe" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "before, linear probe" in shown and "4/4 saving the encoder" in shown
     assert load_encoder(tmp_path / "out").config.model_type == "resnet"
     assert len(json.loads((tmp_path / "out" / "retain_indices.json").read_text())) == 200
+
+
+def test_any_encoder_is_measured_and_a_purified_one_beside_what_was_recorded(encoder, victim, tmp_path, capsys):
+    images = ["--attack", victim[1], *DIGITS]
+    options = ["--model_name_or_path", encoder, "--license", "mit", "--output_dir", str(tmp_path / "out")]
+    found = COMMANDS["purify"].run(["--defence", "par", *options, *images, *QUICK])
+    assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
+    capsys.readouterr()
+    assert COMMANDS["measure"].run([str(tmp_path / "out"), *images]) == found["after"]
+    assert "recorded, linear probe" in capsys.readouterr().out
+    assert COMMANDS["measure"].run([encoder, *images]) == found["before"]
+    assert "recorded" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["d3", "fine_tuning", "tsc", "auto"])

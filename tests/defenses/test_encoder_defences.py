@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import jsonschema
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageColumn
 from PIL import Image
+from places import ROOT
 from tiny_encoders import NAMES, colours, tiny_clip, tiny_dinov2, tiny_module, tiny_resnet, tiny_timm, tiny_vit
 from transformers import AutoModel
 
@@ -21,6 +23,7 @@ from d3_hf.training.config import declared
 from d3_hf.training.encoders import EncoderTrainer
 from d3_hf.workflow import purify_encoder
 
+SCHEMA = ROOT / "d3_hf" / "publishing" / "schemas" / "purification.schema.json"
 IMAGES = colours(20)
 QUICK = {"per_device_train_batch_size": 8, "disable_tqdm": True, "use_cpu": True, "learning_rate": 1e-3, "optim": "adamw_torch"}
 SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -153,7 +156,9 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one_and_what_is_saved_reloads(n
     resumed.save_model()
     assert same(AutoModel.from_pretrained(tmp_path / "run"), whole.model)
     facts, card = json.loads((tmp_path / "run" / "purification.json").read_text()), (tmp_path / "run" / "README.md").read_text()
+    jsonschema.validate(facts, json.loads(SCHEMA.read_text()))
     assert facts["kind"] == "encoder" and facts["method"] in card and facts["retain"]["n"] == 20
+    assert "pipeline_tag: image-feature-extraction" in card and "RA and PACC" not in card and "guard rail" not in card
     assert "image encoder was **purified**" in card and "AutoModel.from_pretrained" in card and "classify" not in card
 
 
@@ -170,12 +175,17 @@ def test_accumulated_micro_batches_are_counted_by_their_images(name, weight, tmp
 def test_before_and_after_are_measured_by_probes_and_stand_in_the_card(tmp_path):
     run = build("par", tmp_path / "out", tiny_resnet)
     attack = BadEncoder(size=4, image_size=16)
+    run.describe(license="mit", tasks="image-feature-extraction")
+    with pytest.raises(ValueError, match="tasks=image-classification: the model is for image-feature-extraction"):
+        run.describe(tasks="image-classification")
     report = purify_encoder(run, colours(30, seed=1), colours(30, seed=2), attack)
     assert set(report.results) == {"before", "after"} and set(report.results["after"]) == {"linear", "knn"}
     assert json.loads((tmp_path / "out" / "all_results.json").read_text()) == report.results
     card = (tmp_path / "out" / "README.md").read_text()
     assert "before, linear probe" in card and "after, kNN" in card and "on 30 labelled images" in card
+    assert "Known trigger (badencoder): by linear probe ASR" in card and "model-index" not in card and "![" not in card
     facts = json.loads((tmp_path / "out" / "purification.json").read_text())
+    jsonschema.validate(facts, json.loads(SCHEMA.read_text()))
     assert facts["measured"]["trigger"]["name"] == "badencoder" and facts["measured"]["probe"] == {"images": 30, "seeds": 3}
 
 
