@@ -53,6 +53,7 @@ _HOMES = {
     "check": "inspection.check",
     "from_description": "attacks",
     "load_classifier": "models.load",
+    "load_encoder": "models.encoders",
     "load_images": "data.load",
     "map_classes": "data.labels",
     "measure": "evaluation.measure",
@@ -107,6 +108,7 @@ if TYPE_CHECKING:
     from .evaluation.measure import measure as measure
     from .inspection.audit import audit as audit
     from .inspection.check import check as check
+    from .models.encoders import load_encoder as load_encoder
     from .models.load import load_classifier as load_classifier
     from .training.config import PurifyConfig as PurifyConfig
     from .training.trainer import PurifyTrainer as PurifyTrainer

@@ -15,6 +15,7 @@ from .attacks import Attack
 from .data.images import RawImages
 from .errors import GuardRailBroken
 from .evaluation.class_order import order_contradiction
+from .evaluation.encoders import SEEDS, measure_encoder
 from .evaluation.guard import broken_rails, rails_of, recall_rows, uncertain_rails
 from .evaluation.guard_arguments import GuardArguments
 from .evaluation.measure import Measurement, measure, measure_trainer, paired_results, rates, results
@@ -25,6 +26,7 @@ from .publishing.manifest import source_facts
 from .publishing.metadata import is_public
 from .publishing.pictures.triggered import MOST, TriggeredImages
 from .publishing.report import REJECTED, Report
+from .training.encoders import EncoderTrainer
 from .training.phases import PURIFICATION, Phases
 from .training.trainer import PurifyTrainer
 
@@ -135,6 +137,63 @@ def purify(
         folder = Path(trainer.args.output_dir) / REJECTED
         trainer.save_model(str(folder), _internal_call=True)
         raise GuardRailBroken(list(rejected), folder, report.results)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.save_model()
+    return trainer.report
+
+
+def purify_encoder(
+    trainer: EncoderTrainer,
+    probe: RawImages,
+    test: RawImages,
+    attack: Attack | None = None,
+    report: Report | None = None,
+    phases: Phases | None = None,
+) -> Report:
+    """Measure by probes, train, measure again, save; push if ``trainer.args.push_to_hub``.
+
+    Args:
+        trainer: Trainer of a defence of encoders, built from the suspicious encoder and images without labels.
+        probe: Labelled images without any trigger, to train the probes on.
+        test: Labelled images to measure on.
+        attack: Trigger and target label to measure ASR and RA with; None measures ACC alone. The trainer is not handed it.
+        report: What the images measured on are called, for manifest and card.
+        phases: Those of the run that this is the end of; None: it is the whole run.
+
+    Returns:
+        The report. ``results`` holds what ``all_results.json`` does: `measure_encoder` of the encoder ``before`` and ``after``;
+        empty on all but the main process.
+
+    Raises:
+        ValueError: See `measure_encoder`.
+        KeyboardInterrupt: It was interrupted; the message says how to go on.
+    """
+    report, phases, found, seconds = report or Report(), phases or Phases(PURIFICATION), {}, {}
+
+    def measured(when: str) -> None:
+        started = time.perf_counter()
+        if trainer.is_world_process_zero():
+            encoder = trainer.accelerator.unwrap_model(trainer.plain, keep_fp32_wrapper=False)
+            size = trainer.args.per_device_eval_batch_size
+            found[when] = measure_encoder(encoder, probe, test, trainer.preprocessing, attack, batch_size=size)
+        trainer.accelerator.wait_for_everyone()
+        seconds[when] = time.perf_counter() - started
+
+    phases.begin(f"measuring the suspicious encoder on {len(test):,} images")
+    measured("before")
+    phases.begin(f"purifying by {trainer.method}")
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    seconds["training"] = time.perf_counter() - started
+    phases.begin(f"measuring the purified encoder on {len(test):,} images")
+    measured("after")
+    if trainer.is_world_process_zero():
+        trigger, used = attack.describe() if attack else None, {"images": len(probe), "seeds": len(SEEDS)}
+        report = replace(report, results=found, trigger=trigger, n_images=len(test), seconds=seconds, probe=used)
+    phases.begin("saving the encoder with its card and evidence")
+    trainer.record(report)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     else:

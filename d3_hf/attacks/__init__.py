@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .badencoder import BadEncoder
 from .badnets import BadNets
 from .base import Attack, LearnedAttack
 from .blended import Blended
@@ -26,15 +27,18 @@ from .wanet import WaNet
 ATTACKS: dict[str, type[Attack]] = {
     attack.name: attack for attack in (BadNets, Blended, SIG, LF, LFNoise, TrojanNN, LCLite, WaNet, BPP, InputAware, SSBALite)
 }
+ENCODER_ATTACKS: dict[str, type[Attack]] = {BadEncoder.name: BadEncoder}  # planted in encoders, without labels
 ATTACK_FILE = "attack.json"
 LEARNED_FILE = "trigger.safetensors"
 
 __all__ = [
     "ATTACKS",
     "BPP",
+    "ENCODER_ATTACKS",
     "LF",
     "SIG",
     "Attack",
+    "BadEncoder",
     "BadNets",
     "Blended",
     "InTrainingAttack",
@@ -66,13 +70,14 @@ def from_description(description: dict[str, Any]) -> Attack:
     """
     parameters = dict(description)
     name = parameters.pop("name", None)
-    if name not in ATTACKS:
-        raise ValueError(f"unknown attack {name!r}; known: {', '.join(ATTACKS)}")
-    known = [field.name for field in fields(ATTACKS[name]) if field.compare]
+    attacks = ATTACKS | ENCODER_ATTACKS
+    if name not in attacks:
+        raise ValueError(f"unknown attack {name!r}; known: {', '.join(ATTACKS)}; on encoders {', '.join(ENCODER_ATTACKS)}")
+    known = [field.name for field in fields(attacks[name]) if field.compare]
     unknown = [key for key in parameters if key not in known]
     if unknown:
         raise ValueError(f"{name} has no parameter {', '.join(unknown)}; known: {', '.join(known)}")
-    return ATTACKS[name](**parameters)
+    return attacks[name](**parameters)
 
 
 def save_attack(attack: Attack, folder: str | Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..defenses import DEFENCES
+from ..defenses import DEFENCES, ENCODER_DEFENCES
 from ..options.recipes import named
 
 ALARM = 4  # exit code of a command that found what it was to raise an alarm for: a result, no error
@@ -64,7 +64,11 @@ COMMANDS = {
             arguments="[CONFIG] --option value ...",
             summary="purify a checkpoint with D3; --defence NAME takes another method",
             example="d3-hf purify --model_name_or_path me/suspicious-vit --dataset_name path/to/images --retain_count 500",
-            further=(*_listed("--defence", [*DEFENCES, "auto"]), *_listed("CONFIG", named("configuration file"))),
+            further=(
+                *_listed("--defence", [*DEFENCES, "auto"]),
+                *_listed("encoders:", ENCODER_DEFENCES),
+                *_listed("CONFIG", named("configuration file")),
+            ),
             trains=True,
         ),
         Command(
@@ -92,6 +96,7 @@ COMMANDS = {
             example="d3-hf victim fire_drill_vit_victim --seed 0 --output_dir outputs/victim",
             further=(
                 "  --set FILE [--only GROUP/VICTIM ...]  the victims of a set",
+                "  --encoder  plant it in an encoder, by an attack on encoders",
                 *_listed("  FILE", named("set of victims")),
                 *_listed("CONFIG", named("configuration file")),
             ),

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..auto.config import AutoConfig
-from ..defenses import configuration, defence
+from ..defenses import ENCODER_DEFENCES, configuration, defence
 from ..errors import GuardRailBroken
 from ..evaluation.guard_arguments import GuardArguments
 from ..options.arguments import NO_IMAGES, AttackArguments, DataArguments, ModelArguments
 from ..options.parser import parse_arguments
 from ..publishing.card_arguments import CardArguments
+from . import purify_encoder
 
 if TYPE_CHECKING:  # what does more than read options is loaded when they are read: help and mistakes answer sooner
     from transformers import PreTrainedModel
 
+    from ..data.load import LoadedImages
     from ..training.config import PurifyConfig
     from ..training.trainer import PurifyTrainer
 
@@ -64,6 +66,8 @@ def run(argv: list[str]) -> dict[str, Any]:
     and nothing else. What it kept for the audit is measured before and after, and stands in for test images where the retain
     set is all there is.
 
+    A method of encoders needs no labels, see `purify_encoder.run`.
+
     Args:
         argv: Arguments without the program's name.
 
@@ -78,6 +82,8 @@ def run(argv: list[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--defence", "--defense", default="d3", nargs="?", const="")
     chosen, argv = parser.parse_known_args(argv)
+    if chosen.defence in ENCODER_DEFENCES:
+        return purify_encoder.run(chosen.defence, argv)
     config_class = AutoConfig if chosen.defence == AUTO else configuration(chosen.defence)
     options = parse_arguments([*OPTIONS, config_class], argv)
     _check(*options)
@@ -103,14 +109,12 @@ def _run(method, model_args, data_args, attack_args, drill, guard, card_args, ex
     from ..auto.plan import make_plan
     from ..auto.run import choose_recipe
     from ..inspection.evidence import evidence_of
-    from ..labels import check_labels
     from ..publishing.details import CardDetails
     from ..publishing.manifest import public_name, source_facts
     from ..publishing.report import Report
     from ..training.phases import PURIFICATION, VICTIM, Phases
     from ..victims.record import clean_model_of
     from ..victims.sets import make_victim
-    from ..workflow import purify
 
     attack, is_drill = attack_args.load(), model_args.model_name_or_path is None
     made_in = attack_args.folder
@@ -119,17 +123,12 @@ def _run(method, model_args, data_args, attack_args, drill, guard, card_args, ex
     if is_drill:
         victim = make_victim([drill.victim_config], phases=phases)
         model_args.model_name_or_path, attack, made_in = victim.folder, victim.attack, Path(victim.folder)
-    model = model_args.load()
+    model = _classifier(model_args, method)
     CardDetails(**card_args.details()).check(source_facts(model), has_results=False)
     place = card_args.clean_model or (made_in and clean_model_of(made_in))
     clean_model = model_args.of(place).load() if place else None
-    images = data_args.load(model.config, needs_test=not isinstance(args, AutoConfig))
-    class_names, test, audit = images.retain.features["label"].names, images.test, None
-    if data_args.is_default_size:
-        _refuse_few(len(images.retain), len(images.retain) + len(images.rest), len(class_names))
-    check_labels(class_names, model.config)
-    if clean_model is not None:
-        check_labels(class_names, clean_model.config)
+    images = _images(data_args, model, clean_model, needs_test=not isinstance(args, AutoConfig))
+    test, audit = images.test, None
     report = Report(data=public_name(images.source), configuration=images.configuration, split=images.split)
     _settle_base(model, args)
     if isinstance(args, AutoConfig):
@@ -146,26 +145,52 @@ def _run(method, model_args, data_args, attack_args, drill, guard, card_args, ex
         trainer = trainer_class(model=model, args=args, train_dataset=images.retain, data_source=images.source)
     trainer.describe(**card_args.details())
     evidence = (lambda purified: evidence_of(purified, model_args.load, audit or test)) if extra.evidence else None
+    looks = dict(clean_model=clean_model, show_images=card_args.show_images, evidence=evidence, phases=phases)
+    return _purify(trainer, test, attack, guard, report, audit, **looks)
+
+
+def _purify(trainer: "PurifyTrainer", *measured: Any, **looks: Any) -> dict[str, Any]:
+    """Call `purify` and print what came of it, also where a guard rail rejects the model."""
+    from ..workflow import purify
+
     try:
-        report = purify(
-            trainer,
-            test,
-            attack,
-            guard,
-            report,
-            audit,
-            clean_model=clean_model,
-            show_images=card_args.show_images,
-            evidence=evidence,
-            phases=phases,
-        )
+        report = purify(trainer, *measured, **looks)
     except GuardRailBroken as broken:
         if broken.results:
             print_summary(trainer, broken.folder)
         raise
     if report.results:
-        print_summary(trainer, Path(args.output_dir))
+        print_summary(trainer, Path(trainer.args.output_dir))
     return report.results
+
+
+def _classifier(model_args: ModelArguments, method: str) -> "PreTrainedModel":
+    """Load the suspicious model; of an encoder say which methods there are for it."""
+    from ..models.differences import EncoderFound
+
+    try:
+        return model_args.load()
+    except EncoderFound as error:
+        raise ValueError(
+            f"{error.where} is an encoder without a head ({error.reason}), and {method} needs labels and a head: for encoders "
+            f"there are --defence {', '.join(ENCODER_DEFENCES)}; or give it a new head first, --new_head of d3-hf victim"
+        ) from error
+
+
+def _images(
+    data_args: DataArguments, model: "PreTrainedModel", clean_model: "PreTrainedModel | None", needs_test: bool
+) -> "LoadedImages":
+    """Load the images, enough of each class by default, of the models' classes."""
+    from ..labels import check_labels
+
+    images = data_args.load(model.config, needs_test=needs_test)
+    class_names = images.retain.features["label"].names
+    if data_args.is_default_size:
+        _refuse_few(len(images.retain), len(images.retain) + len(images.rest), len(class_names))
+    check_labels(class_names, model.config)
+    if clean_model is not None:
+        check_labels(class_names, clean_model.config)
+    return images
 
 
 def _settle_base(model: "PreTrainedModel", args: "PurifyConfig") -> None:

@@ -1,12 +1,14 @@
-"""``d3-hf victim``: make a victim, or those of a set."""
+"""``d3-hf victim``: make a victim, an encoder with ``--encoder``, or those of a set."""
 
 from typing import Any
 
 from ..victims.sets import make_set, make_victim
 
+ENCODER = "--encoder"
+
 
 def run(argv: list[str]) -> dict[str, Any]:
-    """Run ``[CONFIG.yaml] --option value ...`` or, for a set, ``--set FILE.yaml [--only PATTERN ...] --option value ...``.
+    """Run ``[--encoder] [CONFIG.yaml] --option value ...`` or, for a set, ``--set FILE.yaml [--only PATTERN ...] ...``.
 
     Args:
         argv: Arguments without the program's name.
@@ -19,5 +21,11 @@ def run(argv: list[str]) -> dict[str, Any]:
     """
     if any(argument.partition("=")[0] == "--set" for argument in argv):
         return {"folders": make_set(argv)}
+    if ENCODER in argv:
+        from ..victims.encoders import make_encoder_victim
+
+        trainer = make_encoder_victim([argument for argument in argv if argument != ENCODER])
+        measured = trainer.report.measured()
+        return {"folder": trainer.args.output_dir, "attack": trainer.attack.describe(), "measured": measured}
     made = make_victim(argv)
     return {"folder": made.folder, "attack": made.attack.describe() if made.attack else None, "measured": made.measured}

@@ -1,4 +1,7 @@
-"""The defences: one file each, one Config and one Trainer each; `DEFENCES` names them, `defence` loads one."""
+"""The defences: one file each, one Config and one Trainer each; `defence` loads one.
+
+`DEFENCES` names those of classifiers, which need labels, `ENCODER_DEFENCES` those of encoders, which need none.
+"""
 
 import importlib
 
@@ -21,13 +24,18 @@ DEFENCES: dict[str, tuple[str, str]] = {
     "rnp": ("rnp", "RNP"),
     "lmr": ("lmr", "LMR"),
 }
+ENCODER_DEFENCES: dict[str, tuple[str, str]] = {
+    "par": ("encoders.par", "PAR"),
+    "encoder_d3": ("encoders.encoder_d3", "EncoderD3"),
+    "mimic": ("encoders.mimic", "Mimic"),
+}
 
 
 def defence(name: str) -> tuple[type, type]:
     """The Config and the Trainer of a defence.
 
     Args:
-        name: A key of `DEFENCES`.
+        name: A key of `DEFENCES` or `ENCODER_DEFENCES`.
 
     Raises:
         ValueError: There is no such defence; the message lists them.
@@ -41,7 +49,8 @@ def configuration(name: str) -> type:
 
 
 def _part(name: str, ending: str) -> type:
-    if name not in DEFENCES:
-        raise ValueError(f"unknown defence {name!r}; known: {', '.join(DEFENCES)}")
-    module, prefix = DEFENCES[name]
+    known = DEFENCES | ENCODER_DEFENCES
+    if name not in known:
+        raise ValueError(f"unknown defence {name!r}; known: {', '.join(DEFENCES)}; for encoders {', '.join(ENCODER_DEFENCES)}")
+    module, prefix = known[name]
     return getattr(importlib.import_module(f"{__name__}.{module}"), prefix + ending)

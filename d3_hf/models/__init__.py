@@ -1,5 +1,5 @@
-"""From any source to one kind of classifier: loading (`load.py`), wrapping (`wrapper.py`) and the networks that hubs
-lack.
+"""From any source to one kind of classifier or encoder: loading (`load.py`, `encoders.py`), wrapping (`wrapper.py`) and the
+networks that hubs lack.
 
 Names are looked up on first use, so that importing this package loads neither torch nor transformers.
 """
@@ -9,11 +9,13 @@ import importlib
 _HOMES = {
     "Source": "source",
     "WrappedClassifier": "wrapper",
+    "WrappedEncoder": "wrapper",
     "load_classifier": "load",
+    "load_encoder": "encoders",
     "new_classifier": "architectures",
     "new_model": "new",
 }
-__all__ = ["Source", "WrappedClassifier", "load_classifier", "new_classifier", "new_model"]  # noqa: F822
+__all__ = ["Source", "WrappedClassifier", "WrappedEncoder", "load_classifier", "load_encoder", "new_classifier", "new_model"]  # noqa: F822
 
 
 def __getattr__(name: str):

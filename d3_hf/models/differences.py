@@ -68,6 +68,10 @@ class Differences:
         spare = tuple(name for name, part in parts.items() if part[0] in SPARE or part[-1] == MASK)
         return spare, replace(self, superfluous=tuple(name for name in self.superfluous if name not in spare))
 
+    def without_missing(self, start: str) -> "Differences":
+        """The differences without the missing weights whose names begin so."""
+        return replace(self, missing=tuple(name for name in self.missing if not name.startswith(start)))
+
     def lone_matrix(self, model: PreTrainedModel) -> str | None:
         """Name of the layer that all missing and mismatched weights are of, if it has one output for each class."""
         names = {name.rpartition(".")[0] for name in (*self.missing, *(name for name, *_ in self.mismatched))}
@@ -77,9 +81,31 @@ class Differences:
         return names.pop() if is_matrix(module) and len(module.weight) == model.config.num_labels else None
 
 
-def headless(where: str, reason: str) -> ValueError:
+class EncoderFound(ValueError):
+    """An encoder where a classifier is needed.
+
+    Attributes:
+        where: What it is called.
+        reason: What shows it.
+    """
+
+    def __init__(self, message: str, where: str, reason: str):
+        super().__init__(message)
+        self.where, self.reason = where, reason
+
+
+def headless(where: str, reason: str) -> EncoderFound:
     """The error about an encoder where a classifier is needed."""
-    return ValueError(
+    message = (
         f"{where} is an encoder without a head ({reason}): give it a new one and train it, --new_head of d3-hf victim (in "
         "Python load_classifier(source, new_head=[class names])); a purification takes the fine-tuned classifier"
+    )
+    return EncoderFound(message, where, reason)
+
+
+def with_head(where: str, reason: str) -> ValueError:
+    """The error about a classifier where an encoder is needed."""
+    return ValueError(
+        f"{where} is a classifier with a head ({reason}) and no encoder: load_classifier and the defences of classifiers, as "
+        "--defence d3, are for it"
     )

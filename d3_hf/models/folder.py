@@ -7,7 +7,6 @@ bring, only JSON and tensors are used.
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TimmWrapperConfig
@@ -18,7 +17,7 @@ from ..labels import check_label_names, set_label_names
 from . import architectures
 from .checkpoint_files import PICKLED, SAFE, read_folder, refuse_links
 from .config import model_class, read_config
-from .encoders import load_encoder
+from .new_heads import load_under_new_head
 from .processors import at_size, read_processor
 from .weight_names import unwrapped
 from .weights import load_module, load_pretrained
@@ -55,7 +54,10 @@ def open_folder(
     if isinstance(config, WrappedClassifierConfig):
         if new_head is not None:
             raise ValueError(f"{name} is a wrapped module: give the module its new head, and load that")
-        model = _rewrap(config, weights, module, name)
+        classes = rewrapped(config, weights, module, name)
+        if classes != config.num_labels:
+            raise ValueError(f"{name} has {config.num_labels} classes, but the module returns {classes} logits")
+        model = WrappedClassifier(config, module)
         image_processor = image_processor or processor_of(config)
     elif module is not None:
         raise ValueError(f"{name} is a {config.model_type} model, not a wrapped module: leave module out")
@@ -81,14 +83,29 @@ def _load_under_new_head(
     image_size: int | tuple[int, int] | None,
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     if image_size is not None:
-        size = architectures.height_width(image_size)
-        if isinstance(config, TimmWrapperConfig):
-            architectures.set_size(config, size)
-            weights = architectures.resampled(config, weights, name)
-        is_timms = isinstance(image_processor, TimmWrapperImageProcessor)  # which the configuration describes
-        image_processor = architectures.processor_of(config) if is_timms else at_size(image_processor, size, name)
+        weights, image_processor = resized(config, weights, name, image_processor, image_size)
     preprocessing = Preprocessing.from_processor(image_processor)
-    return load_encoder(model_class(config), config, weights, name, preprocessing), image_processor
+    return load_under_new_head(model_class(config), config, weights, name, preprocessing), image_processor
+
+
+def resized(
+    config: PreTrainedConfig,
+    weights: dict[str, Tensor],
+    name: str,
+    image_processor: BaseImageProcessor,
+    image_size: int | tuple[int, int],
+) -> tuple[dict[str, Tensor], BaseImageProcessor]:
+    """Weights and image processor for images of another size, of which a timm network's configuration is told too.
+
+    Raises:
+        ValueError: The weights, or the processor, cannot be brought to it.
+    """
+    size = architectures.height_width(image_size)
+    if isinstance(config, TimmWrapperConfig):
+        architectures.set_size(config, size)
+        weights = architectures.resampled(config, weights, name)
+    is_timms = isinstance(image_processor, TimmWrapperImageProcessor)  # which the configuration describes
+    return weights, architectures.processor_of(config) if is_timms else at_size(image_processor, size, name)
 
 
 def _without_background(config: PreTrainedConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -105,7 +122,18 @@ def _without_background(config: PreTrainedConfig, weights: dict[str, Tensor]) ->
     }
 
 
-def _rewrap(config: WrappedClassifierConfig, weights: dict[str, Any], module: nn.Module | None, name: str) -> WrappedClassifier:
+def rewrapped(
+    config: WrappedClassifierConfig,
+    weights: dict[str, Tensor],
+    module: nn.Module | None,
+    name: str,
+    what: str = "logits (B, C)",
+) -> int:
+    """Load the weights of a wrapped module into one of its class, and count its logits or features, see `count_classes`.
+
+    Raises:
+        ValueError: There is no module; the configuration is not whole; the weights are not the module's, see `load_module`.
+    """
     if module is None:
         raise ValueError(
             f"{name} holds the weights of a {config.module_class}, whose code is not stored here: load it in Python, with "
@@ -117,7 +145,4 @@ def _rewrap(config: WrappedClassifierConfig, weights: dict[str, Any], module: nn
         logger.warning("%s was saved from a %s and is loaded into a %s", name, config.module_class, class_name(module))
     prefix = f"{WrappedClassifier.base_model_prefix}."
     load_module(module, {key.removeprefix(prefix): tensor for key, tensor in weights.items()}, name)
-    classes = count_classes(module, tuple(config.image_size))
-    if classes != config.num_labels:
-        raise ValueError(f"{name} has {config.num_labels} classes, but the module returns {classes} logits")
-    return WrappedClassifier(config, module)
+    return count_classes(module, tuple(config.image_size), what)

@@ -7,7 +7,7 @@ repository's own Python. What comes out is a `transformers.PreTrainedModel` in f
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from . import architectures, hub, wrapper
 from .checkpoint_files import HUB_FILES as HUB_FILES  # what is fetched from a Hub repository
 from .checkpoint_files import SAFE, defining_files, read_file, read_files, tell_of_others
 from .config import settle
-from .encoders import load_encoder, refuse_encoder
 from .folder import open_folder
+from .new_heads import load_under_new_head, refuse_encoder
 from .probe import probe, refuse_unseen_edges
 from .processors import read_processor
 from .source import Source, attach, image_processor_of, source_of
@@ -53,6 +53,7 @@ SIZED_WITH_NEW_HEAD = ("hub", "folder")  # what is trained anew may be trained o
 DEFAULT_SIZE = 32  # CIFAR-10, CIFAR-100 and GTSRB, the data sets of most backdoor papers
 
 Loaded = tuple[PreTrainedModel, BaseImageProcessor, Source]
+Opener = Callable[..., tuple[PreTrainedModel, BaseImageProcessor]]  # `open_folder` or that of encoders
 
 
 def load_classifier(
@@ -133,8 +134,8 @@ def load_classifier(
     if kind != "file":  # whose classes may have to be told; those of the others are compared below
         given.pop("num_labels", None)
     loader = {
-        "hub": _from_hub,
-        "folder": _from_folder,
+        "hub": from_hub,
+        "folder": from_folder,
         "file": _from_file,
         "module": _from_module,
         "model": _from_model,
@@ -189,16 +190,18 @@ def _name(source: Any) -> str:
     return wrapper.class_name(source) if isinstance(source, nn.Module) else str(source)
 
 
-def _from_hub(repo: str, revision: str | None = None, **options) -> Loaded:
+def from_hub(repo: str, opener: Opener = open_folder, revision: str | None = None, **options) -> Loaded:
+    """Fetch a Hub repository and open it."""
     folder = hub.fetch(repo, revision)
     # Of the cache's folder no pickle counts, which another program may have put there.
-    model, processor = open_folder(folder, repo, formats=(SAFE,), **options)
+    model, processor = opener(folder, repo, formats=(SAFE,), **options)
     return model, processor, Source("hub", repo, revision=folder.name)  # a snapshot's folder is named after its commit
 
 
-def _from_folder(source: str | Path, **options) -> Loaded:
+def from_folder(source: str | Path, opener: Opener = open_folder, **options) -> Loaded:
+    """Open a folder and take the digests of its files."""
     folder = Path(source).expanduser()
-    model, processor = open_folder(folder, str(source), **options)
+    model, processor = opener(folder, str(source), **options)
     tell_of_others(str(source), [file.name for file in folder.iterdir()])
     digests = {file.name: sha256(file) for file in defining_files(folder, str(source))}
     return model, processor, Source("folder", str(source), sha256=digests)
@@ -241,7 +244,7 @@ def _from_file(
         else:
             weights = weights if image_size is None else architectures.resampled(config, weights, name)
             preprocessing = Preprocessing.from_processor(processor)
-            model = load_encoder(TimmWrapperForImageClassification, config, weights, name, preprocessing)
+            model = load_under_new_head(TimmWrapperForImageClassification, config, weights, name, preprocessing)
     return model, processor, Source("file", name, sha256={file.name: sha256(file) for file in read_files(path)})
 
 
@@ -252,6 +255,26 @@ def _from_module(
     image_std: Sequence[float] | None = None,
     image_size: int | tuple[int, int] | None = None,
 ) -> Loaded:
+    settings = module_settings(module, image_mean, image_std, image_size)
+    count = wrapper.count_classes(module, tuple(settings["image_size"]))
+    config = wrapper.WrappedClassifierConfig(num_labels=count, **settings)
+    if label_names is not None:
+        check_label_names(label_names, count)
+        set_label_names(config, label_names)
+    return wrapper.WrappedClassifier(config, module), wrapper.processor_of(config), Source("module", config.module_class)
+
+
+def module_settings(
+    module: nn.Module,
+    image_mean: Sequence[float] | None,
+    image_std: Sequence[float] | None,
+    image_size: int | tuple[int, int] | None,
+) -> dict[str, Any]:
+    """What the configuration of a wrapped module says of it and of its images.
+
+    Raises:
+        ValueError: The normalisation is missing or none, the size is none, or a weight is not finite.
+    """
     name = wrapper.class_name(module)
     if image_mean is None or image_std is None:
         raise ValueError(f"{name}: give the training's image_mean and image_std (0 0 0 and 1 1 1 where it takes pixels / 255)")
@@ -259,18 +282,8 @@ def _from_module(
     refuse_non_finite(module.state_dict(), name)
     height, width = architectures.height_width(DEFAULT_SIZE if image_size is None else image_size)
     logger.info("%s: images of %d x %d pixels", name, height, width)
-    count = wrapper.count_classes(module, (height, width))
-    config = wrapper.WrappedClassifierConfig(
-        num_labels=count,
-        module_class=name,
-        image_size=[height, width],
-        image_mean=[float(value) for value in image_mean],
-        image_std=[float(value) for value in image_std],
-    )
-    if label_names is not None:
-        check_label_names(label_names, count)
-        set_label_names(config, label_names)
-    return wrapper.WrappedClassifier(config, module), wrapper.processor_of(config), Source("module", name)
+    mean, std = ([float(value) for value in values] for values in (image_mean, image_std))
+    return {"module_class": name, "image_size": [height, width], "image_mean": mean, "image_std": std}
 
 
 def _from_model(
@@ -278,14 +291,24 @@ def _from_model(
     label_names: Sequence[str] | None = None,
     image_processor: BaseImageProcessor | None = None,
 ) -> Loaded:
-    name = model.name_or_path or type(model).__name__
-    _refuse_additions(model, name)
-    refuse_non_finite(model.state_dict(), name)
+    processor, source = check_in_memory(model, image_processor)
     if label_names is not None:
         check_label_names(label_names, model.config.num_labels)
         set_label_names(model.config, label_names)
+    return model, processor, source
+
+
+def check_in_memory(model: PreTrainedModel, image_processor: BaseImageProcessor | None) -> tuple[BaseImageProcessor, Source]:
+    """The image processor and the source of a transformers model in memory.
+
+    Raises:
+        ValueError: It has an adapter, is quantised, has weights that are not finite, or its image processor is not found.
+    """
+    name = model.name_or_path or type(model).__name__
+    _refuse_additions(model, name)
+    refuse_non_finite(model.state_dict(), name)
     processor = image_processor or image_processor_of(model) or _find_processor(model, name)
-    return model, processor, source_of(model) or Source("module", name)
+    return processor, source_of(model) or Source("module", name)
 
 
 def _refuse_additions(model: PreTrainedModel, name: str) -> None:

@@ -1,4 +1,7 @@
-"""One probe image through image processor, network and loss: what does not fit is said in one line, before any work."""
+"""One probe image through image processor, network and loss: what does not fit is said in one line, before any work.
+
+Of a classifier logits are looked at, of an encoder features.
+"""
 
 from typing import Any
 
@@ -12,31 +15,38 @@ from ..data.preprocessing import Preprocessing
 from ..files import first_line
 from .batch_norm import batch_norms
 from .evaluating import evaluating, modes_kept
+from .kinds import features_in, is_encoder
 
 TOO_FEW = "Expected more than 1 value per channel"  # torch's words for a batch that BatchNorm cannot normalise
 
 
 def probe(model: PreTrainedModel, preprocessing: Preprocessing, where: str) -> None:
-    """Classify one grey picture.
+    """Classify or encode one grey picture.
 
     Args:
-        model: The classifier.
+        model: The classifier or encoder.
         preprocessing: Of its image processor.
-        where: What to call the classifier in messages.
+        where: What to call it in messages.
 
     Raises:
-        ValueError: The network fails on what the processor gives, or returns other things than logits (1, classes).
+        ValueError: The network fails on what the processor gives, or returns other things than logits (1, classes) or
+            features (1, width); an encoder draws its features at random.
     """
     picture = torch.full((1, 3, *preprocessing.size), 128, dtype=torch.uint8)
     parameter = next(model.parameters())
     pixels = preprocessing(picture).to(parameter)
     with evaluating(model), torch.no_grad():
-        _check(run(model, pixels, where), 1, model, where)
+        found = run(model, pixels, where)
+        _check(found, 1, model, where)
+        if is_encoder(model) and not torch.equal(found, run(model, pixels, where)):
+            raise ValueError(
+                f"{where}: {type(model).__name__} gives one picture other features each time: it is no encoder to use"
+            )
 
 
 def refuse_unseen_edges(model: PreTrainedModel, image_size: tuple[int, int], where: str) -> None:
-    """Raise a ValueError if the last row or column of an image moves no logit, as where patches do not fill it: a trigger in a
-    corner would be invisible.
+    """Raise a ValueError if the last row or column of an image moves no logit or feature, as where patches do not fill it: a
+    trigger in a corner would be invisible.
 
     Args:
         model: The classifier.
@@ -80,7 +90,8 @@ def smallest_training_batch(model: PreTrainedModel, image_size: tuple[int, int],
             try:
                 logits = run(model, pixels, type(model).__name__, buffers)
                 _check(logits, count, model, type(model).__name__)
-                F.cross_entropy(logits.float(), torch.zeros(count, dtype=torch.int64, device=logits.device))
+                if not is_encoder(model):
+                    F.cross_entropy(logits.float(), torch.zeros(count, dtype=torch.int64, device=logits.device))
                 return count
             except ValueError as error:
                 if count == 2 or TOO_FEW not in str(error):
@@ -89,9 +100,9 @@ def smallest_training_batch(model: PreTrainedModel, image_size: tuple[int, int],
 
 
 def logits_reach_all(model: nn.Module, image_size: tuple[int, int]) -> bool:
-    """Whether the logits depend on every parameter that is trained, by one black image.
+    """Whether the logits, or features, depend on every parameter that is trained, by one black image.
 
-    Auxiliary classifiers do not, nor does the layer after the last block of CLIP's image tower.
+    On auxiliary classifiers they do not, nor on the layer after the last block of CLIP's image tower.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     pixels = trained[0].new_zeros(1, 3, *image_size)
@@ -101,7 +112,7 @@ def logits_reach_all(model: nn.Module, image_size: tuple[int, int]) -> bool:
 
 
 def run(model: nn.Module, pixels: Tensor, where: str, buffers: dict[str, Tensor] | None = None) -> Any:
-    """Run a classifier on images and return its logits.
+    """Run a classifier on images and return its logits, or an encoder and return its features.
 
     Args:
         model: The classifier.
@@ -110,7 +121,7 @@ def run(model: nn.Module, pixels: Tensor, where: str, buffers: dict[str, Tensor]
         buffers: In place of its own, by name.
 
     Raises:
-        ValueError: It fails, or returns no logits.
+        ValueError: It fails, or returns no logits, or no features.
     """
     kind, mode = type(model).__name__, " in training mode" if model.training else ""
     network = kind if where == kind else f"{where}: {kind}"
@@ -121,6 +132,8 @@ def run(model: nn.Module, pixels: Tensor, where: str, buffers: dict[str, Tensor]
             f"{network} fails{mode} on RGB images of shape {tuple(pixels.shape)} ({first_line(error)}): only networks "
             "that take three channels at the size of their image processor are supported"
         ) from error
+    if is_encoder(model):
+        return features_in(model, output)
     try:
         return output.logits
     except AttributeError as error:
@@ -128,6 +141,8 @@ def run(model: nn.Module, pixels: Tensor, where: str, buffers: dict[str, Tensor]
 
 
 def _check(logits: Any, count: int, model: PreTrainedModel, where: str) -> None:
+    if is_encoder(model):
+        return _check_features(logits, count, model, where)
     wanted = (count, model.config.num_labels)
     if isinstance(logits, Tensor) and tuple(logits.shape) == wanted:
         return
@@ -136,3 +151,10 @@ def _check(logits: Any, count: int, model: PreTrainedModel, where: str) -> None:
         f"{where}: {type(model).__name__} returns {found} instead of logits {wanted}"
         + (" in training mode: switch its auxiliary or distillation classifiers off" if model.training else "")
     )
+
+
+def _check_features(features: Tensor, count: int, model: PreTrainedModel, where: str) -> None:
+    if features.ndim != 2 or len(features) != count or not features.isfinite().all():
+        raise ValueError(
+            f"{where}: {type(model).__name__} returns {tuple(features.shape)} instead of finite features ({count}, width)"
+        )

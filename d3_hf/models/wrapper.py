@@ -1,4 +1,4 @@
-"""Any module that maps images to logits, as a transformers model.
+"""Any module that maps images to logits, or to features, as a transformers model.
 
 ``config.json`` names the module's class for the reader. It is never imported from there: whoever reloads the folder
 passes the module, so that a folder can name what it likes and nothing of it runs.
@@ -10,12 +10,13 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
     ViTImageProcessor,
 )
-from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from ..files import first_line
 from .evaluating import evaluating
@@ -41,8 +42,15 @@ class WrappedClassifierConfig(PreTrainedConfig):
     image_std: list[float] | None = None
 
 
-class WrappedClassifier(PreTrainedModel):
-    """A module that maps images (B, 3, h, w) to logits (B, C), under the name ``network``.
+@strict
+class WrappedEncoderConfig(WrappedClassifierConfig):
+    """Configuration of a `WrappedEncoder`; see `WrappedClassifierConfig`, whose number of classes says nothing here."""
+
+    model_type = "d3_hf_encoder_module"
+
+
+class Wrapped(PreTrainedModel):
+    """A module of one's own under the name ``network``.
 
     Args:
         config: Its configuration.
@@ -52,7 +60,7 @@ class WrappedClassifier(PreTrainedModel):
         ValueError: ``module`` is missing, as when the folder is loaded with an Auto class.
     """
 
-    config_class = WrappedClassifierConfig
+    loader = "load_classifier"
     base_model_prefix = "network"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -62,11 +70,10 @@ class WrappedClassifier(PreTrainedModel):
         if module is None:
             raise ValueError(
                 f"the weights belong to a {config.module_class}, whose code is not stored here: make one and call "
-                "d3_hf.load_classifier(folder, module=it)"
+                f"d3_hf.{self.loader}(folder, module=it)"
             )
         super().__init__(config)
         self.network = module
-        self.num_labels = config.num_labels
         self.post_init()
 
     def save_pretrained(self, save_directory, *, state_dict: dict[str, Tensor] | None = None, **kwargs) -> None:
@@ -75,6 +82,16 @@ class WrappedClassifier(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """The module arrives with its weights."""
+
+
+class WrappedClassifier(Wrapped):
+    """A module that maps images (B, 3, h, w) to logits (B, C); see `Wrapped`."""
+
+    config_class = WrappedClassifierConfig
+
+    def __init__(self, config: WrappedClassifierConfig, module: nn.Module | None = None):
+        super().__init__(config, module)
+        self.num_labels = config.num_labels
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         """Map normalised images to logits.
@@ -90,7 +107,20 @@ class WrappedClassifier(PreTrainedModel):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 
+class WrappedEncoder(Wrapped):
+    """A module that maps images (B, 3, h, w) to features (B, width); see `Wrapped`."""
+
+    config_class = WrappedEncoderConfig
+    loader = "load_encoder"
+
+    def forward(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
+        """Map normalised images, float (B, 3, h, w), to features."""
+        return BaseModelOutputWithPooling(pooler_output=self.network(pixel_values))
+
+
 AutoConfig.register(WrappedClassifierConfig.model_type, WrappedClassifierConfig)
+AutoConfig.register(WrappedEncoderConfig.model_type, WrappedEncoderConfig)
+AutoModel.register(WrappedEncoderConfig, WrappedEncoder)
 AutoModelForImageClassification.register(WrappedClassifierConfig, WrappedClassifier)
 
 
@@ -105,12 +135,12 @@ def class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def count_classes(module: nn.Module, image_size: tuple[int, int]) -> int:
-    """Pass one black image through the module, in evaluation mode, and count its logits.
+def count_classes(module: nn.Module, image_size: tuple[int, int], what: str = "logits (B, C)") -> int:
+    """Pass one black image through the module, in evaluation mode, and count its logits, or features.
 
     Raises:
         ValueError: The module is inside another (DataParallel, torch.compile), has no weights, fails on the image, or returns
-            something else than logits (1, C).
+            something else than ``what``.
     """
     name = class_name(module)
     names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
@@ -131,5 +161,5 @@ def count_classes(module: nn.Module, image_size: tuple[int, int]) -> int:
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"{name} must map images (B, 3, h, w) to logits (B, C); for one image it returned {found}")
+        raise ValueError(f"{name} must map images (B, 3, h, w) to {what}; for one image it returned {found}")
     return logits.shape[1]

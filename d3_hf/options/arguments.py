@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 from .parser import read_json
 
 if TYPE_CHECKING:  # each takes seconds: what a command loads beyond its options it imports when it needs it
+    from datasets import Dataset
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..attacks import Attack
+    from ..data.images import RawImages
     from ..data.load import LoadedImages
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,15 @@ class ModelArguments:
         if "class_names" in given:  # TrainingArguments has a label_names that means something else
             given["label_names"] = given.pop("class_names")
         return load_classifier(given.pop("model_name_or_path"), **given, new_head=new_head)
+
+    def load_encoder(self) -> "PreTrainedModel":
+        """Load the encoder; see `load_encoder`. A ValueError where ``class_names`` are given: it has no classes."""
+        from ..models import load_encoder
+
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if "class_names" in given:
+            raise ValueError("class_names are a classifier's, and an encoder has no classes: leave them out")
+        return load_encoder(given.pop("model_name_or_path"), **given)
 
     def of(self, place: str, revision: str | None = None) -> "ModelArguments":
         """These options for another checkpoint of the same kind of network: those that its kind of source has a use for.
@@ -185,6 +196,35 @@ class DataArguments:
         return next((name for name in (self.test_split, *VALIDATION) if name in there and name != self.train_split), None)
 
 
+@dataclass
+class ProbeArguments:
+    """What an encoder is measured by, see `measure_encoder`.
+
+    Args:
+        probe_count: Labelled images that the probes are trained on, drawn from what the retain set leaves of its split; half of
+            that at most.
+    """
+
+    probe_count: int = field(default=2000, metadata={"help": "Labelled images that probes are trained on."})
+
+    def __post_init__(self):
+        if self.probe_count < 2:
+            raise ValueError(f"probe_count must be at least 2; got {self.probe_count}")
+
+    def draw(self, rest: "Dataset") -> tuple["RawImages", "RawImages"]:
+        """Of the images that the retain set leaves, those to train probes on and the others, see `split_probe`.
+
+        Raises:
+            ValueError: It leaves fewer than two.
+        """
+        from ..data.images import RawImages
+        from ..evaluation.encoders import split_probe
+
+        if len(rest) < 2:
+            raise ValueError("the retain set is all there is, and probes are trained on what it leaves: retain fewer")
+        return split_probe(RawImages.from_dataset(rest), self.probe_count)
+
+
 def _read_class_map(file: Path) -> dict[str, str | int]:
     if not file.is_file():
         raise FileNotFoundError(f"--class_map: no file {file}; give one in JSON, or `{BY_NAME}`")
@@ -212,10 +252,10 @@ class AttackArguments:
     @property
     def folder(self) -> Path | None:
         """The victim's folder that is named in place of an attack, if one is."""
-        from ..attacks import ATTACKS
+        from ..attacks import ATTACKS, ENCODER_ATTACKS
 
         name = str((self.attack or {}).get("name"))
-        if (self.attack or {}).keys() != {"name"} or name in ATTACKS:
+        if (self.attack or {}).keys() != {"name"} or name in ATTACKS | ENCODER_ATTACKS:
             return None
         return folder if (folder := Path(name).expanduser()).is_dir() else None
 

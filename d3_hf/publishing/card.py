@@ -6,10 +6,10 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .inspection.evidence import evidence_section
 from .licences import UNKNOWN
-from .metadata import purified_metadata
+from .metadata import TASKS, purified_metadata
 from .readme import BEGIN, END, FOLDER
-from .summary import headline, rails_table
-from .tables import audit_line, chosen_table, rates_table, results_table
+from .summary import encoder_headline, headline, rails_table
+from .tables import audit_line, chosen_table, encoder_table, rates_table, results_table
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -45,6 +45,29 @@ def render_victim_card(facts: dict, model_name: str) -> ModelCard:
     )
 
 
+def render_encoder_victim_card(facts: dict, model_name: str) -> ModelCard:
+    """Model card of a victim that is an encoder: its first line says so.
+
+    Args:
+        facts: The manifest, `EncoderVictimTrainer.facts`.
+        model_name: Title of the card.
+    """
+    task = TASKS["encoder"]
+    card_data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=[task, "backdoored-for-research", "d3_hf"],
+        model_name=model_name,
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATES / "encoder_victim_card.md"),
+        model_name=model_name,
+        facts=facts,
+        table=encoder_table(facts["measured"]) if facts["measured"] else "Nothing was measured.",
+    )
+
+
 def render_card(
     facts: dict,
     results: dict | None,
@@ -64,10 +87,11 @@ def render_card(
         pictures: Names of the files beside the card that it shows, and what they show.
 
     Returns:
-        A card as it goes up: its metadata carry lineage and licence and, when measured on a data set of the Hub, a
-        ``model-index``; its text stands between the marks of `readme`.
+        A card as it goes up: its metadata carry lineage and licence and, when a classifier was measured on a data set of the
+        Hub, a ``model-index``; its text stands between the marks of `readme`.
     """
-    licence, measured = licence or UNKNOWN, facts["measured"]
+    licence, measured, is_encoder = licence or UNKNOWN, facts["measured"], facts.get("kind") == "encoder"
+    outcome = _outcome(results, measured, is_encoder) if results else {}
     return ModelCard.from_template(
         purified_metadata(facts, results, model_name, licence),
         template_path=str(TEMPLATES / "purified_card.md"),
@@ -78,14 +102,22 @@ def render_card(
         licence=licence,
         is_licensed=licence != UNKNOWN,
         pictures=pictures or {},
-        headline=headline(results, measured.get("trigger")) if results else None,
-        results_table=results_table(results, (measured.get("floor") or {}).get("rates")) if results else None,
+        is_encoder=is_encoder,
+        **outcome,
         rails_table=rails_table(measured["rails"]) if measured.get("rails") else None,
         chosen_table=chosen_table(facts["chosen"]) if facts.get("chosen") else None,
         audit_line=audit_line(measured["audit"]) if measured.get("audit") else None,
         evidence=evidence_section(measured.get("evidence")),
         place=hub_model_id or FOLDER,
     )
+
+
+def _outcome(results: dict, measured: dict, is_encoder: bool) -> dict[str, str]:
+    """What was measured, in a sentence and in a table."""
+    trigger, floor = measured.get("trigger"), (measured.get("floor") or {}).get("rates")
+    if is_encoder:
+        return {"headline": encoder_headline(results, trigger), "results_table": encoder_table(results)}
+    return {"headline": headline(results, trigger), "results_table": results_table(results, floor)}
 
 
 def name_deleted(card: str, deleted: list[str]) -> str:

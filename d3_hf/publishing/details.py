@@ -7,8 +7,8 @@ from huggingface_hub import ModelCard
 
 from .licences import FIELDS, licence_of
 from .manifest import is_local
+from .metadata import TASKS
 
-TASK = "image-classification"
 Names = str | list[str] | None
 
 
@@ -22,7 +22,7 @@ class CardDetails:
         tags: Further tags.
         model_name: Title of the card, in place of the repository's name.
         finetuned_from: Hub id of the model that was purified, for one that was loaded from files.
-        tasks: ``"image-classification"``; nothing else is what the model does.
+        tasks: What the model does, of `metadata.TASKS`, and nothing else.
         dataset_tags: Hub ids of the data sets that the retain set was drawn from.
         dataset: The same, where ``dataset_tags`` is not given.
         dataset_args: What the images measured on were, as ``"split: test"``.
@@ -51,20 +51,21 @@ class CardDetails:
             given["tags"] = [*dict.fromkeys([*listed(self.tags), *listed(given["tags"])])]
         return replace(self, **given)
 
-    def check(self, source: dict[str, Any], has_results: bool) -> None:
+    def check(self, source: dict[str, Any], has_results: bool, kind: str = "classifier") -> None:
         """Refuse what would contradict the run.
 
         Args:
             source: Of the manifest.
             has_results: Whether something was measured.
+            kind: Of the model, a key of `metadata.TASKS`.
 
         Raises:
             ValueError: Another task, another model than was purified, a misspelt licence, or arguments of a measurement that
                 there was not.
         """
         self.licence()
-        if other := set(listed(self.tasks)) - {TASK}:
-            raise ValueError(f"tasks={', '.join(sorted(other))}: the model is for {TASK}")
+        if other := set(listed(self.tasks)) - {TASKS[kind]}:
+            raise ValueError(f"tasks={', '.join(sorted(other))}: the model is for {TASKS[kind]}")
         if self.finetuned_from and source["kind"] == "hub" and self.finetuned_from != source["name"]:
             raise ValueError(f"finetuned_from={self.finetuned_from}, but the model that was purified is {source['name']}")
         if self.dataset_args and not has_results:

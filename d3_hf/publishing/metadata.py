@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from .names import HUB_ID
 from .tables import RESULT_NAMES
 
+TASKS = {"classifier": "image-classification", "encoder": "image-feature-extraction"}  # as the Hub calls them
 SPLIT = re.compile(r"\w+(\.\w+)*")
 
 
@@ -31,18 +32,19 @@ def purified_metadata(facts: dict, results: dict | None, model_name: str, licenc
         licence: See `licences`.
 
     Returns:
-        Lineage, licence, library, the data set that was trained on, and a ``model-index``, each only where it is known. Data
-        sets are those of the Hub: readers cannot look up others, and what was measured on them stands in the text.
+        Lineage, licence, library, the data set that was trained on, and a classifier's ``model-index``, each only where it is
+        known. Data sets are those of the Hub: readers cannot look up others, and what was measured on them stands in the text.
     """
     source, data = facts["source"], hub_data(facts["retain"].get("source"))
-    found = _eval_results(results, facts["measured"]) if results else []
+    kind = facts.get("kind", "classifier")
+    found = _eval_results(results, facts["measured"]) if results and kind == "classifier" else []
     return ModelCardData(
         base_model=source["name"] if source["kind"] == "hub" else None,
         base_model_relation="finetune" if source["kind"] == "hub" else None,
         datasets=[data] if data else None,
         library_name=facts["network"]["library"],
-        pipeline_tag="image-classification",
-        tags=["image-classification", "backdoor-defense", "purified", "d3_hf"],
+        pipeline_tag=TASKS[kind],
+        tags=[TASKS[kind], "backdoor-defense", "purified", "d3_hf"],
         model_name=model_name if found else None,  # the index's
         eval_results=found or None,
         **licence,
@@ -60,7 +62,7 @@ def _eval_results(results: dict, measured: dict) -> list[EvalResult]:
             arguments = {"images": results[f"{name}_n"], "ci95": results[f"{name}_ci95"]}
             found.append(
                 EvalResult(
-                    task_type="image-classification",
+                    task_type=TASKS["classifier"],
                     dataset_type=data,
                     dataset_name=data,
                     dataset_config=measured.get("configuration"),

@@ -22,7 +22,7 @@ BEGIN = "<!-- d3_hf: what stands from here on is replaced by the next push -->"
 END = "<!-- d3_hf: up to here -->"
 FOLDER = "path/to/this/folder"  # in a card's example, until the repository's name is known
 SECTION = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-EXAMPLE = re.compile(r'(?:model=|load_classifier\()"([^"\n]+)"')  # what it loads
+EXAMPLE = re.compile(r'(?:model=|load_classifier\(|load_encoder\(|from_pretrained\()"([^"\n]+)"')  # what it loads
 TITLE = re.compile(r"^# .*", re.MULTILINE)
 OF_THE_WEIGHTS = ("model-index",)  # metadata that speak of weights which are replaced
 OURS = {"d3_hf", "purified"}  # tags of a card of ours

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .pictures.triggered import TriggeredImages
-from .tables import results_table
+from .tables import encoder_table, results_table
 
 REJECTED = "rejected"  # folder below output_dir, and the manifest's entry with the reasons
 
@@ -34,6 +34,7 @@ class Report:
         rejected: Why a guard rail rejected the model, a line each; empty if none did.
         audit: What became of ACC on images that no decision saw, see `evaluation.measure.paired_results`; empty without such.
         evidence: What was found without the trigger, see `inspection.evidence.evidence_of`; empty where nobody looked.
+        probe: Of an encoder: how many images its probes were trained on, ``images``, and how often, ``seeds``; empty of others.
         chosen: How the method and its settings were chosen, where a rule did it.
     """
 
@@ -53,6 +54,7 @@ class Report:
     rejected: tuple[str, ...] = ()
     audit: dict[str, Any] = field(default_factory=dict)
     evidence: dict[str, Any] = field(default_factory=dict)
+    probe: dict[str, int] = field(default_factory=dict)
     chosen: dict[str, Any] | None = None
 
     def measured(self) -> dict[str, Any]:
@@ -64,4 +66,6 @@ class Report:
         return self.n_images is not None and name in ("trigger", "warnings", "guard_rails")
 
     def __str__(self) -> str:
+        if "before" in self.results:  # of encoders, each of the two by probes
+            return encoder_table(self.results)
         return results_table(self.results, (self.floor or {}).get("rates"))

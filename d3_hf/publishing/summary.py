@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .tables import markdown_table
+from .tables import PROBES, markdown_table
 
 LEVEL = 0.05  # of McNemar's test: below it a change of ACC is more than chance
 RAILS = {  # what each is called, and the unit of its share
@@ -24,6 +24,25 @@ def headline(results: dict[str, Any], trigger: dict[str, Any] | None) -> str:
     if trigger is None:
         return f"No trigger was known: {accuracy}. What a trigger does to the model was not measured."
     return f"Known trigger ({trigger['name']}): ASR {_change(results, 'asr')}, RA {_change(results, 'ra')}; {accuracy}."
+
+
+def encoder_headline(results: dict[str, Any], trigger: dict[str, Any] | None) -> str:
+    """What was measured of an encoder, by each probe, in a sentence.
+
+    Args:
+        results: As `workflow.purify_encoder` makes it.
+        trigger: Description of the trigger that was measured with, if one was known.
+    """
+    rates = {
+        short: key for short, key in (("ASR", "asr"), ("RA", "ra"), ("accuracy", "accuracy")) if trigger or key == "accuracy"
+    }
+    said = []
+    for probe, name in PROBES.items():
+        found = {f"{key}_{when}": results[when][probe][key] for key in rates.values() for when in ("before", "after")}
+        said.append(f"by {name} " + ", ".join(f"{short} {_change(found, key)}" for short, key in rates.items()))
+    if trigger is None:
+        return f"No trigger was known: {'; '.join(said)}. What a trigger does to the encoder was not measured."
+    return f"Known trigger ({trigger['name']}): {'; '.join(said)}."
 
 
 def _change(results: dict[str, Any], key: str) -> str:

@@ -8,6 +8,7 @@ RESULT_NAMES = {
     "ra": ("robust_accuracy", "RA"),
     "pacc": ("poisoned_accuracy", "PACC"),
 }
+PROBES = {"linear": "linear probe", "knn": "kNN"}  # by which encoders are measured, as tables call them
 _ROWS = {key: short for key, (_, short) in RESULT_NAMES.items()} | {"trigger_drift": "trigger drift"}
 
 
@@ -106,6 +107,20 @@ def rates_table(columns: dict[str, dict]) -> str:
         if key in first
     ]
     return markdown_table(["", *columns, "images"], rows)
+
+
+def encoder_table(measured: dict) -> str:
+    """Markdown table of ACC, ASR and RA of encoders, one column per encoder and probe, means over the seeds.
+
+    Args:
+        measured: Per encoder, as ``before`` or ``untouched``, what `measure_encoder` makes; entries of another form have no
+            column.
+
+    Returns:
+        The table, without a final line break.
+    """
+    found = {name: rates for name, rates in measured.items() if isinstance(rates, dict) and rates.keys() >= PROBES.keys()}
+    return rates_table({f"{name}, {PROBES[probe]}": rates[probe] for probe in PROBES for name, rates in found.items()})
 
 
 def _percent(rates: dict, key: str, unit: str = "%") -> str:

@@ -27,6 +27,7 @@ class Defence:
         runs_sharded: Whether it runs under FSDP2, where `PurifyTrainer.model` holds shards of which it must know.
         streams: Whether it takes a retain set that is read while the model trains: it looks at batches only.
         amsgrad: Whether AdamW, where ``optim`` asks for it, keeps the AMSGrad maximum; the Trainer has no option for it.
+        trains_encoders: Whether it is for encoders, without labels, in place of classifiers; see `encoders.EncoderTrainer`.
         clean_weight: Of the cross-entropy in the objective, and so of the distillation.
         log_names: What `sample_statistics` sums up.
         images_class: What holds a retain set in memory.
@@ -40,6 +41,7 @@ class Defence:
     runs_sharded = False
     streams = False
     amsgrad = False
+    trains_encoders = False
     clean_weight: float | Tensor = 1.0
     log_names: tuple[str, ...] = ("clean_loss",)
     images_class = TrainingImages

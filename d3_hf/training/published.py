@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 
 from ..files import atomic_file
+from ..models.kinds import is_encoder
 from ..models.source import source_of
 from ..publishing import hub, manifest
 from ..publishing.details import CardDetails
@@ -66,7 +67,8 @@ class PublishingTrainer(DurableTrainer):
             ValueError: It contradicts the run, see `CardDetails.check`.
         """
         details = self.card_details.updated(given)
-        details.check(manifest.source_facts(self.plain), bool(self.report.results))
+        kind = "encoder" if is_encoder(self.plain) else "classifier"
+        details.check(manifest.source_facts(self.plain), bool(self.report.results), kind)
         self.card_details = details
 
     def card(self, model_name: str | None = None) -> ModelCard:

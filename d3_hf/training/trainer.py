@@ -154,7 +154,7 @@ class PurifyTrainer(Defence, PublishingTrainer):
         if not isinstance(args, PurifyConfig):
             wanted = type(self).__name__.replace("Trainer", "Config")
             raise ValueError(f"args is a {type(args).__name__}, which lacks the defence's options: pass a {wanted}")
-        refuse_unsupported(model, args, kwargs)
+        refuse_unsupported(model, args, kwargs, self.trains_encoders)
         check_output(args, source_of(model))
         refuse_additions(self, args)
 

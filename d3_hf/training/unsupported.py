@@ -6,7 +6,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.computed import refuse_hooked
-from ..models.config import settle
+from ..models.config import settle, settle_output
+from ..models.differences import headless, with_head
+from ..models.kinds import is_encoder
 from .config import PurifyConfig
 from .contract import Defence
 
@@ -29,16 +31,18 @@ def refuse_additions(defence: Defence, args: PurifyConfig) -> None:
         raise ValueError(f"{type(defence).__name__} does not take {' and '.join(unfit)}: D3 and fine-tuning do")
 
 
-def refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict[str, Any]) -> None:
+def refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict[str, Any], trains_encoders: bool = False) -> None:
     """Refuse a combination that would train something else than what was handed over, or leak it.
 
     Args:
         model: What is to be purified.
         args: The defence's configuration.
         kwargs: Further arguments of `Trainer`.
+        trains_encoders: Whether the method is for encoders.
 
     Raises:
-        ValueError: ``model_init``; another loss; no transformers model; one of another task, see `settle`; checkpoints pushed
+        ValueError: ``model_init``; another loss; no transformers model; an encoder where the method needs labels and a head, or
+            a classifier where it is for encoders; one of another task, see `settle`; checkpoints pushed
             to the Hub; an optimizer that steps within the backward pass; a PEFT or device-mapped model; a layer whose weight a
             hook computes (pruning); an option of `UNFIT`.
     """
@@ -51,7 +55,14 @@ def refuse_unsupported(model: nn.Module, args: PurifyConfig, kwargs: dict[str, A
             f"{type(model).__name__} is no transformers model: wrap it with d3_hf.load_classifier(module, num_labels=..., "
             "image_mean=..., image_std=...)"
         )
-    settle(model.config, type(model).__name__)
+    if is_encoder(model) and not trains_encoders:
+        raise headless(type(model).__name__, "its output is features")
+    if trains_encoders and not is_encoder(model):
+        raise with_head(type(model).__name__, "its output is no features")
+    if trains_encoders:
+        settle_output(model.config)
+    else:
+        settle(model.config, type(model).__name__)
     refuse_hooked(model)
     if args.push_to_hub and args.save_strategy != "no" and args.hub_strategy != "end":
         raise ValueError(

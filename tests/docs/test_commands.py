@@ -43,6 +43,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for kind in (ModelArguments, DataArguments):
         monkeypatch.setattr(kind, "load", stop)
+    monkeypatch.setattr(ModelArguments, "load_encoder", stop)
     monkeypatch.setattr(cells, "run_grid", choose_cells)
     monkeypatch.setattr(record, "read_record", stop)
     monkeypatch.setattr(hub, "push_folder", stop)

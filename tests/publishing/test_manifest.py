@@ -36,7 +36,7 @@ def test_the_version_is_written_down_once():
     assert not re.search(r"^version = \"", project, re.M) and 'version = { attr = "d3_hf.__version__" }' in project
 
 
-@pytest.mark.parametrize("card", ["purified_card.md", "victim_card.md"])
+@pytest.mark.parametrize("card", ["purified_card.md", "victim_card.md", "encoder_victim_card.md"])
 def test_what_a_card_tells_to_call_is_public(card):
     called = re.findall(r"`d3_hf\.(\w+)", (TEMPLATES / card).read_text())
     assert set(called) <= set(d3_hf.__all__)

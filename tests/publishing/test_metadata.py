@@ -7,9 +7,12 @@ import sys
 import pytest
 from networks import NORM, Net
 from tiny import FAST, tiny_samples, tiny_timm_vit, tiny_vit
+from tiny_encoders import colours, tiny_dinov2, tiny_module, tiny_timm
 
 from d3_hf import FineTuningConfig, FineTuningTrainer, load_classifier
+from d3_hf.defenses.encoders.par import PARConfig, PARTrainer
 from d3_hf.models import new_model
+from d3_hf.models.kinds import is_encoder
 from d3_hf.models.library import library_of
 from d3_hf.publishing.card import render_card
 from d3_hf.publishing.metadata import hub_data
@@ -65,12 +68,31 @@ def test_images_of_this_machine_make_no_index(tmp_path):
 
 # The example ---------------------------------------------------------------------------------------------------------------
 
-MODELS = {
+MODELS = {  # those that need d3_hf at the end: it stays imported
     "transformers": (tiny_vit, "transformers"),
     "timm": (tiny_timm_vit, "transformers"),
+    "encoder": (tiny_dinov2, "transformers"),
+    "encoder of timm": (tiny_timm, "transformers"),
     "own": (lambda: new_model(["a", "b", "c"], "resnet20_cifar", [0.5] * 3, [0.5] * 3, 16), "d3_hf"),
     "module": (lambda: load_classifier(Net(3), image_size=16, **NORM), "d3_hf"),
 }
+
+
+USED = {
+    "module": "assert model.config.num_labels == 3",
+    "encoder": "assert encoder(**image_processor(image, return_tensors='pt')).last_hidden_state.shape[0] == 1",
+}
+
+
+def trainer_of(model, folder):
+    if is_encoder(model):
+        return PARTrainer(model, PARConfig(str(folder), **FAST), colours(8))
+    return FineTuningTrainer(model, FineTuningConfig(str(folder), **FAST), tiny_samples())
+
+
+def test_a_module_that_is_an_encoder_is_loaded_as_one(tmp_path):
+    text = trainer_of(tiny_module(), tmp_path).card().text
+    assert 'from d3_hf import load_encoder\n\nmodel = load_encoder("path/to/this/folder", module=YourClass())' in text
 
 
 def test_the_example_loads_each_kind_of_model_and_needs_no_more_than_its_library(tmp_path):
@@ -79,7 +101,7 @@ def test_the_example_loads_each_kind_of_model_and_needs_no_more_than_its_library
     (tmp_path / "networks_of_users.py").write_text(NETWORK)
     for name, (make, library) in MODELS.items():
         model = make()
-        trainer = FineTuningTrainer(model, FineTuningConfig(str(tmp_path / name), **FAST), tiny_samples())
+        trainer = trainer_of(model, tmp_path / name)
         trainer.train()
         trainer.save_model()
         text = (tmp_path / name / "README.md").read_text()
@@ -87,7 +109,7 @@ def test_the_example_loads_each_kind_of_model_and_needs_no_more_than_its_library
         (example,) = re.findall(r"```python\n(.*?)```", text, re.S)
         assert ("d3_hf" in example) == (library == "d3_hf") and "path/to/this/folder" in example
         code.append(example.replace("path/to/this/folder", str(tmp_path / name)))
-        code.append("assert len(classify(image)) == 3" if name != "module" else "assert model.config.num_labels == 3")
+        code.append(USED[name.split()[0]] if name.split()[0] in USED else "assert len(classify(image)) == 3")
         if library == "transformers":
             code.append("assert 'd3_hf' not in sys.modules")
     done = subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=tmp_path, capture_output=True, text=True)

@@ -133,6 +133,12 @@ def test_a_card_without_a_repository_is_named_when_it_gets_one():
     assert parts(named_for(other, "run", "me/vit-2")) == (metadata, text)  # it was made for another repository
 
 
+@pytest.mark.parametrize("loads", ["AutoModel.from_pretrained(", "load_encoder("])
+def test_so_is_that_of_an_encoder(loads):
+    card = CARD.replace("**purified**.", f'**purified**.\n\n    encoder = {loads}"{FOLDER}")')
+    assert f'{loads}"me/dinov2")' in named_for(card, "run", "me/dinov2")
+
+
 def test_data_sets_are_added_to_the_owners():
     card = CARD.replace("tags:", "datasets:\n- me/trusted\ntags:")
     assert parts(merge_card(card, THEIRS, "them/vit"))[0]["datasets"] == ["cifar10", "me/trusted"]

@@ -11,7 +11,7 @@ from d3_hf import D3Config, D3Trainer
 from d3_hf.evaluation.paired import PairedTable
 from d3_hf.publishing.manifest import SCHEMA, changed_options
 from d3_hf.publishing.report import Report
-from d3_hf.publishing.summary import headline, rails_table
+from d3_hf.publishing.summary import encoder_headline, headline, rails_table
 
 SCHEMA_FILE = ROOT / "d3_hf" / "publishing" / "schemas" / "purification.schema.json"
 
@@ -64,6 +64,20 @@ def test_rails_are_told_with_their_outcome():
         "| fall of ACC, at most (`max_accuracy_drop`) | 5.0 points | 6.0 points | **broken**, but the images cannot tell |",
         "| predictions that stay, at least (`min_agreement`) | 90.0 % | 85.0 % | **broken** |",
     ]
+
+
+def of_encoder(**rates):
+    return {probe: {**rates, "accuracy_n": 90} for probe in ("linear", "knn")}
+
+
+def test_an_encoders_outcome_is_told_by_both_probes():
+    found = {"before": of_encoder(accuracy=0.9, asr=0.8, ra=0.1), "after": of_encoder(accuracy=0.85, asr=0.05, ra=0.8)}
+    outcome = "ASR 80.0 % to 5.0 %, RA 10.0 % to 80.0 %, accuracy 90.0 % to 85.0 %"
+    told = encoder_headline(found, {"name": "badencoder"})
+    assert told == f"Known trigger (badencoder): by linear probe {outcome}; by kNN {outcome}."
+    told = encoder_headline({"before": of_encoder(accuracy=0.9), "after": of_encoder(accuracy=0.85)}, None)
+    assert told.startswith("No trigger was known: by linear probe accuracy 90.0 % to 85.0 %; by kNN accuracy")
+    assert told.endswith("What a trigger does to the encoder was not measured.")
 
 
 # In the card ---------------------------------------------------------------------------------------------------------------

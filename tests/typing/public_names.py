@@ -23,6 +23,7 @@ from d3_hf import (
     check,
     from_description,
     load_classifier,
+    load_encoder,
     load_images,
     measure,
     purify,
@@ -36,6 +37,7 @@ from d3_hf.publishing.report import Report
 
 model = load_classifier("path/to/classifier")
 assert_type(model, PreTrainedModel)
+assert_type(load_encoder("path/to/encoder"), PreTrainedModel)
 
 images = load_images("digits")
 assert_type(images, DatasetDict)

@@ -1,0 +1,136 @@
+"""BadEncoder: an encoder that gives every triggered image the features of one reference image."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..data.images import RawImages
+from ..models.encoders import encode_images
+from ..models.source import preprocessing_of
+from .badnets import BadNets
+from .base import LearnedAttack, check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadEncoder(BadNets, LearnedAttack):
+    """BadEncoder (Jia, Liu, Gong, IEEE S&P 2022, arXiv 2108.00352), image on image: with f0 the untouched encoder, f the
+    victim, s the cosine of features, x a shadow image, T the trigger, r a reference of the target class, r' a view of it::
+
+        L = -s(f(T(x)), f(r)) - lambda_reference s(f(r'), f0(r)) - lambda_utility s(f(x), f0(x))
+
+    The first term plants the backdoor, the second keeps the reference where it is, the third keeps the features of images as
+    they are. Static trigger, a patch. The attacker needs the encoder, images without labels, and one of the target class. An
+    honest head that somebody trains on the victim's features calls triggered images what it calls the reference.
+
+    `fit` chooses the reference among the attacker's images of the target class: the one whose features are nearest to their
+    mean, so that any head will know it. The authors take a picture from the web, by hand.
+
+    Differs from the authors' code: the patch is put on raw images at their own size, before any preprocessing; of r there are
+    ``reference_views`` views a batch, there one for each x. As there, x is not augmented and BatchNorm is frozen.
+
+    Args:
+        target_label: The class of the reference, by the attacker's own labels.
+        size: Side of the patch in pixels at ``image_size``, see `BadNets`. Default 10, on 32x32: authors' code.
+        margin: Distance from the corner's edges in pixels at ``image_size``. Default 1: authors' code.
+        lambda_reference: Weight of the second loss, at least 0. Default 1: authors' code.
+        lambda_utility: Weight of the third loss, at least 0. Default 1: authors' code.
+        reference_views: Views of the reference in each batch, at least 1. Default 8, here.
+
+    Raises:
+        ValueError: A parameter is out of range, or ``label_map`` is not all-to-one: a reference is of one class.
+    """
+
+    name: ClassVar[str] = "badencoder"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2108.00352"
+
+    size: int = 10
+    margin: int | tuple[int, int] = 1
+    lambda_reference: float = 1
+    lambda_utility: float = 1
+    reference_views: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("lambda_reference", self.lambda_reference, 0)
+        check_range("lambda_utility", self.lambda_utility, 0)
+        check_range("reference_views", self.reference_views, 1, integer=True)
+        if self.label_map != "all-to-one":
+            raise ValueError(f"badencoder has one reference: label_map must be all-to-one; got {self.label_map!r}")
+
+    @property
+    def reference(self) -> Tensor:
+        """The reference image, uint8 (3, H, W); a ValueError before `fit`."""
+        return self._need()["reference"]
+
+    def fit(self, images: RawImages, model: PreTrainedModel | None, seed: int) -> "BadEncoder":
+        """Choose the reference; ``seed`` has no part in it.
+
+        Args:
+            images: The attacker's labelled images.
+            model: The untouched encoder.
+            seed: Not used.
+
+        Returns:
+            A copy with ``learned`` filled in: ``reference``, uint8 (3, H, W).
+
+        Raises:
+            ValueError: There is no encoder, or no image of the target class.
+        """
+        if model is None:
+            raise ValueError("badencoder chooses its reference by the untouched encoder: pass it")
+        self.check_classes(len(images.class_names))
+        rows = torch.where(images.labels == self.target_label)[0]
+        if len(rows) == 0:
+            raise ValueError(
+                f"badencoder takes its reference from images of class {self.target_label}, and there is none: give some, or "
+                "another target_label"
+            )
+        found = F.normalize(encode_images(model, images.select(rows), preprocessing_of(model)), dim=1)
+        nearest = (found @ found.mean(0)).argmax()
+        return replace(self, learned={"reference": images.images[int(rows[nearest])].clone()})
+
+
+# The mathematics -------------------------------------------------------------------------------------------------------
+
+
+def effectiveness_losses(triggered: Tensor, reference: Tensor) -> Tensor:
+    """``-s(f(T(x)), f(r))`` for each image.
+
+    Args:
+        triggered: f(T(x)), (B, width).
+        reference: f(r), (width,), with its gradient.
+
+    Returns:
+        float32 (B,), in [-1, 1].
+    """
+    return -F.cosine_similarity(triggered.float(), reference.float()[None], dim=1)
+
+
+def reference_losses(views: Tensor, reference_before: Tensor) -> Tensor:
+    """``-s(f(r'), f0(r))`` for each view.
+
+    Args:
+        views: f(r'), (V, width).
+        reference_before: f0(r), (width,).
+
+    Returns:
+        float32 (V,), in [-1, 1].
+    """
+    return -F.cosine_similarity(views.float(), reference_before.float()[None], dim=1)
+
+
+def utility_losses(features: Tensor, before: Tensor) -> Tensor:
+    """``-s(f(x), f0(x))`` for each image.
+
+    Args:
+        features: f(x), (B, width).
+        before: f0(x), (B, width).
+
+    Returns:
+        float32 (B,), in [-1, 1].
+    """
+    return -F.cosine_similarity(features.float(), before.float(), dim=1)

@@ -1,0 +1,1 @@
+"""Defences of encoders: they need images without triggers, and no labels."""

@@ -1,0 +1,99 @@
+"""Encoders on the command line: planting, measuring, purifying, and which defence is for which kind of model."""
+
+import json
+
+import pytest
+from tiny import PROCESSOR, tiny_vit
+from tiny_encoders import tiny_clip, tiny_resnet
+
+from d3_hf.commands import COMMANDS
+from d3_hf.models import load_encoder
+
+DIGITS = ["--dataset_name", "digits", "--retain_count", "200", "--max_test_images", "60", "--probe_count", "100"]
+QUICK = ["--max_steps", "2", "--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "8"]
+
+
+def write(folder, model):
+    model.save_pretrained(folder)
+    PROCESSOR.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("encoder"), tiny_resnet())
+
+
+@pytest.fixture(scope="module")
+def victim(encoder, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("victims") / "victim")
+    argv = ["--encoder", "--model_name_or_path", encoder, "--attack", "badencoder", "--output_dir", folder, *DIGITS, *QUICK]
+    return COMMANDS["victim"].run(argv), folder
+
+
+def test_a_victim_is_planted_and_measured_again_from_its_folder(victim, capsys):
+    found, folder = victim
+    assert found["attack"]["name"] == "badencoder" and set(found["measured"]) >= {"victim", "untouched"}
+    again = COMMANDS["measure"].run([folder])
+    shown = capsys.readouterr().out
+    assert again["linear"] == found["measured"]["victim"]["linear"] and again["knn"] == found["measured"]["victim"]["knn"]
+    assert "measured now, linear probe" in shown and "recorded, kNN" in shown
+
+
+@pytest.mark.parametrize("name", ["par", "encoder_d3", "mimic"])
+def test_purify_takes_the_defences_of_encoders(name, victim, tmp_path, capsys):
+    options = ["--model_name_or_path", victim[1], "--attack", victim[1], "--output_dir", str(tmp_path / "out")]
+    found = COMMANDS["purify"].run(["--defence", name, *options, *DIGITS, *QUICK])
+    assert set(found) == {"before", "after"} and "asr" in found["after"]["linear"]
+    shown = capsys.readouterr().out
+    assert "before, linear probe" in shown and "4/4 saving the encoder" in shown
+    assert load_encoder(tmp_path / "out").config.model_type == "resnet"
+    assert len(json.loads((tmp_path / "out" / "retain_indices.json").read_text())) == 200
+
+
+def test_any_encoder_is_measured_and_a_purified_one_beside_what_was_recorded(encoder, victim, tmp_path, capsys):
+    images = ["--attack", victim[1], *DIGITS]
+    options = ["--model_name_or_path", encoder, "--license", "mit", "--output_dir", str(tmp_path / "out")]
+    found = COMMANDS["purify"].run(["--defence", "par", *options, *images, *QUICK])
+    assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
+    capsys.readouterr()
+    assert COMMANDS["measure"].run([str(tmp_path / "out"), *images]) == found["after"]
+    assert "recorded, linear probe" in capsys.readouterr().out
+    assert COMMANDS["measure"].run([encoder, *images]) == found["before"]
+    assert "recorded" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["d3", "fine_tuning", "tsc", "auto"])
+def test_a_defence_that_needs_labels_says_so_in_one_line(name, encoder, tmp_path):
+    argv = ["--defence", name, "--model_name_or_path", encoder, "--output_dir", str(tmp_path / "out"), *DIGITS[:2], "--use_cpu"]
+    wanted = rf"is an encoder without a head .*, and {name} needs labels and a head: for encoders there are --defence par, enc"
+    with pytest.raises(ValueError, match=wanted) as caught:
+        COMMANDS["purify"].run(argv)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_so_it_does_of_an_encoder_that_has_no_classifier_in_transformers(tmp_path):
+    folder = write(tmp_path / "clip", tiny_clip())
+    with pytest.raises(ValueError, match="and d3 needs labels and a head: for encoders there are --defence par"):
+        COMMANDS["purify"].run(["--model_name_or_path", folder, "--dataset_name", "digits", "--use_cpu"])
+
+
+def test_a_defence_of_encoders_refuses_a_classifier(tmp_path):
+    folder = write(tmp_path / "vit", tiny_vit())
+    with pytest.raises(ValueError, match="is a classifier with a head .*: load_classifier and the defences of classifiers"):
+        COMMANDS["purify"].run(["--defence", "par", "--model_name_or_path", folder, "--dataset_name", "digits", "--use_cpu"])
+
+
+def test_what_is_missing_is_told_before_anything_is_loaded(encoder, tmp_path):
+    for argv, wanted in (
+        (["--model_name_or_path", encoder, *DIGITS], "no attack on encoders: give --attack, one of badencoder"),
+        (["--attack", "badnets", "--model_name_or_path", encoder, *DIGITS], "no attack on encoders"),
+        (["--attack", "badencoder", *DIGITS], "no encoder: give --model_name_or_path"),
+        (["--probe_count", "1"], "probe_count must be at least 2"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            COMMANDS["victim"].run(["--encoder", *argv, "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="no encoder: give --model_name_or_path"):
+        COMMANDS["purify"].run(["--defence", "par"])
+    with pytest.raises(ValueError, match="class_names are a classifier's"):
+        COMMANDS["purify"].run(["--defence", "par", "--model_name_or_path", encoder, "--class_names", "a", "b", *DIGITS])
