@@ -23,8 +23,8 @@ k that of the highest, with mean m and standard deviation d (of K - 2 degrees of
     t = (s_k - m) / (d sqrt(1 + 1 / (K - 1))),    p_own = min(1, K P(T > t)),    T of Student's t with K - 2 degrees
 
 Grubbs' test for one outlier (Annals of Mathematical Statistics 21, 1950), by the bound for the highest of K. It takes no twins,
-but takes scores to be normal, which those of networks are not: a clean ResNet-20 has p_own = 0.01 by its head's rows. It is
-said beside p and raises no alarm. Of five classes or fewer the others say nothing: there are twins only.
+but takes scores to be normal, which those of networks are not: a ResNet-20 without one has p_own = 0.01 by its head's rows. It
+is said beside p and raises no alarm. Of five classes or fewer the others say nothing: there are twins only.
 
 No p is below 1 / (1 + N): how many twins there are says how small it can get, and with too few no alarm is possible.
 

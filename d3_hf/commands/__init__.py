@@ -65,8 +65,7 @@ COMMANDS = {
             summary="purify a checkpoint with D3; --defence NAME takes another method",
             example="d3-hf purify --model_name_or_path me/suspicious-vit --dataset_name path/to/images --retain_count 500",
             further=(
-                *_listed("--defence", [*DEFENCES, "auto"]),
-                *_listed("encoders:", ENCODER_DEFENCES),
+                *_listed("--defence", [*DEFENCES, f"auto; of encoders {', '.join(ENCODER_DEFENCES)}"]),
                 *_listed("CONFIG", named("configuration file")),
             ),
             trains=True,
