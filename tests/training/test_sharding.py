@@ -85,7 +85,9 @@ def test_sharded_runs_leave_the_files_of_a_plain_one(fsdp, alone, name):
     manifests = [json.loads((each / "purification.json").read_text()) for each in (plain, folder)]
     assert [manifest.pop("execution")["distributed_type"] for manifest in manifests] == ["NO", "FSDP"]
     for manifest in manifests:
-        manifest.pop("arguments")
+        del manifest["arguments"], manifest["changed_options"]
+        if "lambda" in manifest:  # summed in another order
+            manifest["lambda"] = pytest.approx(manifest["lambda"], rel=1e-4)
         for weight in manifest.get("selected_weights", []):
             weight["relative_distance"] = pytest.approx(weight["relative_distance"], rel=1e-4)
     assert manifests[0] == manifests[1]
