@@ -16,55 +16,35 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 def victim_table(facts: dict) -> str:
     """The rates of a victim beside those of a model without backdoor; ``facts`` as in ``victim.json``."""
+    if not facts["measured"]:
+        return "Nothing was measured."
+    if facts.get("kind") == "encoder":
+        return encoder_table(facts["measured"])
     headings = {"victim": "victim" if facts["planted"] else "this model", "clean_model": "model without backdoor"}
     columns = {heading: facts["measured"][key] for key, heading in headings.items() if facts["measured"].get(key)}
     return rates_table(columns) if columns else "Nothing was measured."
 
 
 def render_victim_card(facts: dict, model_name: str) -> ModelCard:
-    """Model card of a victim: its first line says that the model is deliberately backdoored.
+    """Model card of a victim, a classifier or an encoder: its first line says that it is deliberately backdoored.
 
     Args:
-        facts: The manifest, `VictimTrainer.facts`.
+        facts: The manifest, `VictimTrainer.facts` or `EncoderVictimTrainer.facts`.
         model_name: Title of the card.
     """
+    kind = facts.get("kind", "classifier")
     card_data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "backdoored-for-research", "d3_hf"]
-        if facts["planted"]
-        else ["image-classification", "d3_hf"],
+        pipeline_tag=TASKS[kind],
+        tags=[TASKS[kind], *(["backdoored-for-research"] if facts["planted"] else []), "d3_hf"],
         model_name=model_name,
     )
     return ModelCard.from_template(
         card_data,
-        template_path=str(TEMPLATES / "victim_card.md"),
+        template_path=str(TEMPLATES / ("encoder_victim_card.md" if kind == "encoder" else "victim_card.md")),
         model_name=model_name,
         facts=facts,
         table=victim_table(facts),
-    )
-
-
-def render_encoder_victim_card(facts: dict, model_name: str) -> ModelCard:
-    """Model card of a victim that is an encoder: its first line says so.
-
-    Args:
-        facts: The manifest, `EncoderVictimTrainer.facts`.
-        model_name: Title of the card.
-    """
-    task = TASKS["encoder"]
-    card_data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=task,
-        tags=[task, "backdoored-for-research", "d3_hf"],
-        model_name=model_name,
-    )
-    return ModelCard.from_template(
-        card_data,
-        template_path=str(TEMPLATES / "encoder_victim_card.md"),
-        model_name=model_name,
-        facts=facts,
-        table=encoder_table(facts["measured"]) if facts["measured"] else "Nothing was measured.",
     )
 
 

@@ -1,6 +1,6 @@
 """Victims that are encoders: a backdoor planted in an encoder, deliberately, to measure defences on."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +10,23 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..attacks import ATTACK_FILE, ENCODER_ATTACKS, LEARNED_FILE, BadEncoder, save_attack
+from ..attacks import ENCODER_ATTACKS, BadEncoder
 from ..attacks.badencoder import effectiveness_losses, reference_losses, utility_losses
 from ..data.images import RawImages
 from ..data.views import view
 from ..evaluation.encoders import measure_encoder, reference_similarity
 from ..files import sha256
-from ..options.arguments import RETAIN_FRACTION, AttackArguments, DataArguments, ModelArguments, ProbeArguments
+from ..options.arguments import AttackArguments, DataArguments, ModelArguments, ProbeArguments
 from ..options.parser import parse_arguments
-from ..publishing.card import render_encoder_victim_card
-from ..publishing.manifest import VICTIM_FILE, arguments_of
+from ..publishing.card import render_victim_card
+from ..publishing.manifest import VICTIM_FILE
 from ..publishing.tables import encoder_table
 from ..training.checkpoints import check_output
 from ..training.config import HIDDEN, SGD_ARGUMENTS
 from ..training.encoders import EncoderConfig, EncoderTrainer
 from ..training.phases import VICTIM, Phases
-from .plan import VictimReport
+from .plan import VictimReport, write_attack
+from .record import recipe_of
 from .train import NativeImages, images_digest
 
 
@@ -139,12 +140,11 @@ class EncoderVictimTrainer(EncoderTrainer):
         """The attack, and the digests for the manifest."""
         self.weights_sha256 = sha256(folder / SAFE_WEIGHTS_NAME)
         if not self.is_writing_checkpoint:
-            save_attack(self.attack, folder)
-            self.attack_sha256 = {name: sha256(folder / name) for name in (ATTACK_FILE, LEARNED_FILE)}
+            self.attack_sha256 = write_attack(self.attack, folder)
 
     def card(self, model_name: str | None = None) -> ModelCard:
         """A card whose first line is the warning."""
-        return render_encoder_victim_card(self.facts(), model_name or Path(self.args.output_dir).name)
+        return render_victim_card(self.facts(), model_name or Path(self.args.output_dir).name)
 
 
 def train_encoder_victim(
@@ -230,12 +230,3 @@ def make_encoder_victim(argv: list[str]) -> EncoderVictimTrainer:
     trainer = train_encoder_victim(model, shadow, probe, images.test, attack, args, recipe_of(*arguments))
     print(f"\nVictim in {args.output_dir}\n{encoder_table(trainer.report.measured())}\n")
     return trainer
-
-
-def recipe_of(*arguments: Any) -> dict[str, Any]:
-    """The options that define a victim, as ``victim.json`` holds them."""
-    *plain, args = arguments
-    given = {name: value for kind in plain for name, value in asdict(kind).items() if value is not None}
-    if "retain_count" not in given:
-        given.setdefault("retain_fraction", RETAIN_FRACTION)
-    return given | arguments_of(args)

@@ -1,12 +1,14 @@
 """What is settled of a victim before its training, and what is found of it afterwards."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..attacks import Attack
+from ..attacks import ATTACK_FILE, LEARNED_FILE, Attack, save_attack
 from ..attacks.in_training import BatchPoisoner
+from ..files import sha256
 
 
 @dataclass(frozen=True)
@@ -67,3 +69,10 @@ class VictimReport:
     def measured(self) -> dict[str, Any]:
         """The entry ``measured``."""
         return self.found
+
+
+def write_attack(attack: Attack, folder: Path) -> dict[str, str]:
+    """Write an attack beside its victim; returns the SHA-256 of each of its files, by name."""
+    save_attack(attack, folder)
+    files = [folder / name for name in (ATTACK_FILE, LEARNED_FILE)]
+    return {file.name: sha256(file) for file in files if file.is_file()}

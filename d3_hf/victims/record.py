@@ -11,8 +11,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ..attacks import load_attack
 from ..data.images import RawImages
 from ..files import read_mapping, sha256
-from ..options.arguments import AttackArguments, DataArguments, ModelArguments
-from ..publishing.manifest import PLACES, VICTIM_FILE
+from ..options.arguments import RETAIN_FRACTION, AttackArguments, DataArguments, ModelArguments
+from ..publishing.manifest import PLACES, VICTIM_FILE, arguments_of
 from .train import VictimConfig, images_digest
 
 # Options that make no other victim: where its files went, and on what machine and how fast it was trained.
@@ -55,6 +55,15 @@ class VictimArguments:
 
 # Whose options stand in a record's ``recipe``.
 KINDS = [ModelArguments, DataArguments, AttackArguments, VictimArguments, VictimConfig]
+
+
+def recipe_of(*arguments: Any) -> dict[str, Any]:
+    """The options that define a victim: those given for network, data and attack, how much is retained, the training's."""
+    *plain, args = arguments
+    given = {name: value for kind in plain for name, value in asdict(kind).items() if value is not None}
+    if "retain_count" not in given:
+        given.setdefault("retain_fraction", RETAIN_FRACTION)
+    return given | arguments_of(args)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,15 @@ from ..data.images import RawImages
 from ..files import atomic_file
 from ..labels import check_labels
 from ..models import load_classifier, new_model
-from ..options.arguments import RETAIN_FRACTION, ModelArguments
+from ..options.arguments import ModelArguments
 from ..options.parser import Parser, parse_arguments, read_yaml
 from ..options.recipes import find_recipe
 from ..publishing.card import victim_table
-from ..publishing.manifest import VICTIM_FILE, arguments_of
+from ..publishing.manifest import VICTIM_FILE
 from ..publishing.tables import markdown_table
 from ..training.checkpoints import check_output, last_whole_checkpoint
 from ..training.phases import Phases
-from .record import KINDS, VictimArguments, check_files, differences, read_record
+from .record import KINDS, VictimArguments, check_files, differences, read_record, recipe_of
 from .train import has_own_networks, train_victim
 
 
@@ -98,22 +98,13 @@ def make_victim(argv: list[str] | None = None, options: dict[str, Any] | None = 
         victim_args.poison_ratio,
         victim_args.poison_seed,
         _clean_model(model_args, victim_args),
-        _recipe(*arguments),
+        recipe_of(*arguments),
         phases,
     )
     measured = trainer.report.measured()
     table = victim_table({"planted": trainer.plan.planted(), "measured": measured})
     print(f"\n{'Victim' if attack else 'Network without backdoor'} in {args.output_dir}\n{table}\n")
     return Victim(args.output_dir, trainer.attack, measured)
-
-
-def _recipe(*arguments: Any) -> dict[str, Any]:
-    """The options that define a victim: those given for network, data and attack, how much is retained, the training's."""
-    *plain, args = arguments
-    given = {name: value for kind in plain for name, value in asdict(kind).items() if value is not None}
-    if "retain_count" not in given:
-        given.setdefault("retain_fraction", RETAIN_FRACTION)
-    return given | arguments_of(args)
 
 
 def _new_model(model_args: ModelArguments, names: list[str]) -> PreTrainedModel:
@@ -240,7 +231,7 @@ def checkpoint_of(folder: Path, options: dict[str, Any], argv: list[str] = ()) -
 
 def _asked(arguments: list[Any]) -> dict[str, Any]:
     """The recipe that the options amount to, as it reads in a record."""
-    return json.loads(json.dumps(_recipe(*arguments)))
+    return json.loads(json.dumps(recipe_of(*arguments)))
 
 
 def set_table(root: Path, names: Iterable[str]) -> str:

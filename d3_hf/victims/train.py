@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..attacks import ATTACK_FILE, LEARNED_FILE, Attack, BadEncoder, InTrainingAttack, LearnedAttack, poison, save_attack
+from ..attacks import Attack, BadEncoder, InTrainingAttack, LearnedAttack, poison
 from ..data.augmentation import Augmentation
 from ..data.images import RawImages, content_hashes, stacked
 from ..data.preprocessing import Preprocessing
@@ -29,7 +29,7 @@ from ..training.checkpoints import is_asked_to_resume
 from ..training.config import HIDDEN, SGD_ARGUMENTS, PurifyConfig
 from ..training.phases import VICTIM, Phases
 from ..training.trainer import PurifyTrainer
-from .plan import VictimPlan, VictimReport
+from .plan import VictimPlan, VictimReport, write_attack
 from .random_heads import RandomHeads
 
 QUALITY_IMAGES = 256  # test images that an attack measures its own trigger on
@@ -238,9 +238,7 @@ class VictimTrainer(PurifyTrainer):
         """The attack, and the digests for the manifest."""
         self.weights_sha256 = sha256(folder / SAFE_WEIGHTS_NAME)
         if self.attack and not self.is_writing_checkpoint:
-            save_attack(self.attack, folder)
-            files = [folder / name for name in (ATTACK_FILE, LEARNED_FILE)]
-            self.attack_sha256 = {file.name: sha256(file) for file in files if file.is_file()}
+            self.attack_sha256 = write_attack(self.attack, folder)
 
     def card(self, model_name: str | None = None) -> ModelCard:
         """A card whose first line is the warning."""

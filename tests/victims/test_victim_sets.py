@@ -15,8 +15,8 @@ from d3_hf.commands.measure import run as measure_victim
 from d3_hf.data.load import load_images
 from d3_hf.errors import Terminated
 from d3_hf.options.parser import parse_arguments
-from d3_hf.victims.record import differences, read_record
-from d3_hf.victims.sets import KINDS, _recipe, checkpoint_of, is_made, make_set, make_victim, read_set, set_table
+from d3_hf.victims.record import differences, read_record, recipe_of
+from d3_hf.victims.sets import KINDS, checkpoint_of, is_made, make_set, make_victim, read_set, set_table
 
 TOY = NEW_VIT | FAST | {"dataset_name": "digits", "retain_count": 100, "max_test_images": 60}
 
@@ -235,7 +235,7 @@ def test_what_makes_another_victim(victim_set, changed, different):
 
 @pytest.mark.parametrize(("given", "retained"), [({}, 0.05), ({"retain_fraction": 0.1}, 0.1), ({"retain_count": 9}, None)])
 def test_a_recipe_says_how_much_is_retained(given, retained):
-    assert _recipe(*parse_arguments(KINDS, [], NEW_VIT | FAST | given)).get("retain_fraction") == retained
+    assert recipe_of(*parse_arguments(KINDS, [], NEW_VIT | FAST | given)).get("retain_fraction") == retained
 
 
 def test_an_option_that_an_earlier_version_did_not_have_is_at_its_default(victim_set):
