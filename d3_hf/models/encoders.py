@@ -25,7 +25,20 @@ from .differences import with_head
 from .evaluating import evaluating
 from .folder import resized, rewrapped
 from .kinds import encode, has_dense_pooler, is_encoder
-from .load import OPTIONS, Loaded, check_in_memory, from_folder, from_hub, kind_of, module_settings
+from .load import (
+    OPTIONS,
+    SIZABLE,
+    Loaded,
+    check_in_memory,
+    check_network_of_file,
+    check_one_size,
+    check_useful,
+    from_folder,
+    from_hub,
+    kind_of,
+    module_settings,
+    name_of,
+)
 from .probe import probe, refuse_unseen_edges
 from .processors import read_processor
 from .source import Source, attach
@@ -79,12 +92,10 @@ def load_encoder(
         TypeError: ``source`` is none of the above.
     """
     given = {name: value for name, value in locals().items() if name != "source" and value is not None}
-    kind, name = kind_of(source), wrapper.class_name(source) if isinstance(source, nn.Module) else str(source)
-    sized = {"image_size"} if kind in ("hub", "folder") else set()
-    if useless := sorted(given.keys() - (OPTIONS[kind] - OF_CLASSES | sized)):
-        raise ValueError(f"{name}: {', '.join(useless)} cannot be set for a {kind} source, which settles it itself")
-    if given.keys() >= {"image_size", "image_processor"}:
-        raise ValueError(f"{name}: an image_processor says the size itself: leave image_size out")
+    kind, name = kind_of(source), name_of(source)
+    sized = {"image_size"} if kind in SIZABLE else set()
+    check_useful(given, OPTIONS[kind] - OF_CLASSES | sized, kind, name)
+    check_one_size(given, name)
     loader = {
         "hub": partial(from_hub, opener=_open_folder),
         "folder": partial(from_folder, opener=_open_folder),
@@ -181,8 +192,7 @@ def _from_file(
     image_size: int | tuple[int, int] | None = None,
 ) -> Loaded:
     path, name = Path(source).expanduser(), str(source)
-    if (architecture is None) == (module is None):
-        raise ValueError(f"{name} holds weights without their network: give its architecture, a timm name, or its module")
+    check_network_of_file(path, name, architecture, module, model_args)
     weights = read_file(path)
     if module is not None:
         load_module(module, unwrapped(weights, name, module.state_dict().keys()), name)

@@ -49,7 +49,7 @@ OPTIONS = {
     "module": {"num_labels", "label_names", "image_mean", "image_std", "image_size"},
     "model": {"num_labels", "label_names", "image_processor"},
 }
-SIZED_WITH_NEW_HEAD = ("hub", "folder")  # what is trained anew may be trained on images of another size
+SIZABLE = ("hub", "folder")  # whose own size of images may be changed by whoever trains on it
 DEFAULT_SIZE = 32  # CIFAR-10, CIFAR-100 and GTSRB, the data sets of most backdoor papers
 
 Loaded = tuple[PreTrainedModel, BaseImageProcessor, Source]
@@ -125,11 +125,10 @@ def load_classifier(
     kind = kind_of(source)
     if kind == "model":
         refuse_encoder(source, source.name_or_path or type(source).__name__)
-    useful = OPTIONS[kind] | ({"image_size"} if new_head is not None and kind in SIZED_WITH_NEW_HEAD else set())
-    if useless := sorted(given.keys() - useful):
-        raise ValueError(f"{_name(source)}: {', '.join(useless)} cannot be set for a {kind} source, which settles it itself")
+    useful = OPTIONS[kind] | ({"image_size"} if new_head is not None and kind in SIZABLE else set())
+    check_useful(given, useful, kind, name_of(source))
     if new_head is not None:
-        _check_new_head(given, kind, _name(source))
+        _check_new_head(given, kind, name_of(source))
     check_label_names(label_names, num_labels)
     if kind != "file":  # whose classes may have to be told; those of the others are compared below
         given.pop("num_labels", None)
@@ -141,14 +140,14 @@ def load_classifier(
         "model": _from_model,
     }[kind]
     model, processor, origin = loader(source, **given)
-    settle(model.config, _name(source))
-    set_label_names(model.config, label_names_of(model.config, _name(source)))  # so that all of a configuration says the same
+    settle(model.config, name_of(source))
+    set_label_names(model.config, label_names_of(model.config, name_of(source)))  # so that all of a configuration says the same
     if num_labels is not None and model.config.num_labels != num_labels:
-        raise ValueError(f"{_name(source)} has {model.config.num_labels} classes, not num_labels={num_labels}")
+        raise ValueError(f"{name_of(source)} has {model.config.num_labels} classes, not num_labels={num_labels}")
     preprocessing = Preprocessing.from_processor(processor)
-    probe(model.eval(), preprocessing, _name(source))
+    probe(model.eval(), preprocessing, name_of(source))
     if new_head is not None and image_size is not None:
-        refuse_unseen_edges(model, preprocessing.size, _name(source))
+        refuse_unseen_edges(model, preprocessing.size, name_of(source))
     return attach(model, processor, origin)
 
 
@@ -158,7 +157,18 @@ def _check_new_head(given: dict[str, Any], kind: str, name: str) -> None:
         raise ValueError(f"{name}: a new head has its own classes: leave class_names (in Python label_names, num_labels) out")
     if kind == "file" and "module" in given:
         raise ValueError(f"{name}: new_head goes with architecture, not with module, which has a head of its own")
-    if kind in SIZED_WITH_NEW_HEAD and given.keys() >= {"image_size", "image_processor"}:
+    check_one_size(given, name)
+
+
+def check_useful(given: dict[str, Any], useful: set[str], kind: str, name: str) -> None:
+    """Raise a ValueError for arguments that the kind of source has no use for."""
+    if useless := sorted(given.keys() - useful):
+        raise ValueError(f"{name}: {', '.join(useless)} cannot be set for a {kind} source, which settles it itself")
+
+
+def check_one_size(given: dict[str, Any], name: str) -> None:
+    """Raise a ValueError where two arguments say the size of the images."""
+    if given.keys() >= {"image_size", "image_processor"}:
         raise ValueError(f"{name}: an image_processor says the size itself: leave image_size out")
 
 
@@ -186,7 +196,8 @@ def kind_of(source: Any) -> str:
     return "hub"
 
 
-def _name(source: Any) -> str:
+def name_of(source: Any) -> str:
+    """What a source is called in messages."""
     return wrapper.class_name(source) if isinstance(source, nn.Module) else str(source)
 
 
@@ -220,17 +231,9 @@ def _from_file(
     new_head: Sequence[str] | None = None,
 ) -> Loaded:
     path, name = Path(source).expanduser(), str(source)
-    if (architecture is None) == (module is None):
-        folder = f"; or load its folder, {path.parent}" if (path.parent / "config.json").is_file() else ""
-        raise ValueError(
-            f"{name} holds weights without their network: give its architecture, a timm name, or in Python its module{folder}"
-        )
-    if architecture is not None:
-        architectures.architecture_cfg(architecture)  # a wrong name is told before a large file is read
+    check_network_of_file(path, name, architecture, module, model_args)
     weights = read_file(path)
     if module is not None:
-        if model_args is not None:
-            raise ValueError("model_args goes with architecture, not with module")
         load_module(module, unwrapped(weights, name, module.state_dict().keys()), name)
         model, processor, _ = _from_module(module, label_names, image_mean, image_std, image_size)
     else:
@@ -246,6 +249,21 @@ def _from_file(
             preprocessing = Preprocessing.from_processor(processor)
             model = load_under_new_head(TimmWrapperForImageClassification, config, weights, name, preprocessing)
     return model, processor, Source("file", name, sha256={file.name: sha256(file) for file in read_files(path)})
+
+
+def check_network_of_file(
+    path: Path, name: str, architecture: str | None, module: nn.Module | None, model_args: dict[str, Any] | None
+) -> None:
+    """Raise a ValueError unless it is told, by one of the two, which network the weights of a file are of."""
+    if (architecture is None) == (module is None):
+        folder = f"; or load its folder, {path.parent}" if (path.parent / "config.json").is_file() else ""
+        raise ValueError(
+            f"{name} holds weights without their network: give its architecture, a timm name, or in Python its module{folder}"
+        )
+    if architecture is not None:
+        architectures.architecture_cfg(architecture)  # a wrong name is told before a large file is read
+    elif model_args is not None:
+        raise ValueError("model_args goes with architecture, not with module")
 
 
 def _from_module(
