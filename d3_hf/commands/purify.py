@@ -14,6 +14,7 @@ from ..options.arguments import NO_IMAGES, AttackArguments, DataArguments, Model
 from ..options.parser import parse_arguments
 from ..publishing.card_arguments import CardArguments
 from . import purify_encoder
+from .summary import print_summary, refuse_fp16_without_gpu
 
 if TYPE_CHECKING:  # what does more than read options is loaded when they are read: help and mistakes answer sooner
     from transformers import PreTrainedModel
@@ -25,7 +26,6 @@ if TYPE_CHECKING:  # what does more than read options is loaded when they are re
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # in place of a defence's name: tried and chosen without a trigger
-NO_BASE = "none"  # in place of a base's name: do not look for it
 AUDIT_SPLIT = "the part of the retain set that no decision saw"  # what is measured on where there is nothing else
 
 
@@ -92,8 +92,7 @@ def run(argv: list[str]) -> dict[str, Any]:
 
 def _check(model_args, data_args, attack_args, drill, guard, card_args, extra, args) -> None:
     """Refuse what can be refused before anything is loaded."""
-    if args.fp16 and args.device.type == "cpu":
-        raise ValueError("fp16 is for a GPU and this run has none: use bf16, or leave it out")
+    refuse_fp16_without_gpu(args)
     if model_args.model_name_or_path is None and drill.victim_config is None:
         raise ValueError("no checkpoint: give --model_name_or_path (a Hub id, a folder or a file)")
     if data_args.dataset_name is None:
@@ -195,14 +194,16 @@ def _images(
 
 def _settle_base(model: "PreTrainedModel", args: "PurifyConfig") -> None:
     """Where the method can start near the public base and none is named, look for it, on networks that this was measured on."""
-    from ..models.likely_bases import find_base, likely_bases
+    from ..models.likely_bases import NO_BASE, find_base, likely_bases
     from ..models.source import preprocessing_of
     from ..training.schedule import rule_of
 
-    named = getattr(args, "base_model", NO_BASE)
-    if named == NO_BASE and hasattr(args, "base_model"):
+    if not hasattr(args, "base_model"):
+        return
+    if args.base_model == NO_BASE:
         args.base_model = None
-    if named is not None or rule_of(model).name != "LayerNorm" or not (names := likely_bases(model)):
+        return
+    if args.base_model is not None or rule_of(model).name != "LayerNorm" or not (names := likely_bases(model)):
         return
     try:
         source = find_base(model, preprocessing_of(model).size).source
@@ -223,15 +224,3 @@ def _refuse_few(drawn: int, of: int, classes: int) -> None:
             f"5 % of {of} images are {drawn}, fewer than {FEW_IMAGES} a class: give --retain_count or --retain_fraction; where "
             "there is no test split, what is left is measured on"
         )
-
-
-def print_summary(trainer: "PurifyTrainer", folder: Path) -> None:
-    """Print ACC, ASR, RA, PACC and drift before and after, the seconds, and that the model lies in ``folder``."""
-    print(f"\n{trainer.report}\n")
-    if trainer.report.audit:
-        from ..publishing.tables import audit_line
-
-        print(audit_line(trainer.report.audit))
-    print(", ".join(f"{name} {value:.1f} s" for name, value in trainer.report.seconds.items()))
-    what = "Rejected model" if trainer.report.rejected else "Purified model"
-    print(f"{what}, card and evidence: {folder}")

@@ -7,6 +7,7 @@ from ..defenses import configuration, defence
 from ..options.arguments import NO_IMAGES, AttackArguments, DataArguments, ModelArguments, ProbeArguments
 from ..options.parser import parse_arguments
 from ..publishing.card_arguments import SourceArguments
+from .summary import print_summary, refuse_fp16_without_gpu
 
 OPTIONS = [ModelArguments, DataArguments, AttackArguments, ProbeArguments, SourceArguments]
 
@@ -29,8 +30,7 @@ def run(method: str, argv: list[str]) -> dict[str, Any]:
             the defence.
     """
     model_args, data_args, attack_args, probe_args, source_args, args = parse_arguments([*OPTIONS, configuration(method)], argv)
-    if args.fp16 and args.device.type == "cpu":
-        raise ValueError("fp16 is for a GPU and this run has none: use bf16, or leave it out")
+    refuse_fp16_without_gpu(args)
     if model_args.model_name_or_path is None:
         raise ValueError("no encoder: give --model_name_or_path (a Hub id, a folder or a file)")
     if data_args.dataset_name is None:
@@ -48,7 +48,5 @@ def run(method: str, argv: list[str]) -> dict[str, Any]:
     report = Report(data=public_name(images.source), configuration=images.configuration, split=images.split)
     report = purify_encoder(trainer, probe, images.test, attack, report)
     if report.results:
-        print(f"\n{report}\n")
-        print(", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items()))
-        print(f"Purified encoder, card and evidence: {Path(args.output_dir)}")
+        print_summary(trainer, Path(args.output_dir))
     return report.results

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.likely_bases import NO_BASE
 from .fine_tuning import FineTuningConfig, FineTuningTrainer
 from .shared.base_start import BaseStart
 from .shared.selection import select_weights
@@ -63,7 +64,7 @@ class BaseTuningConfig(FineTuningConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.base_model:
+        if not self.base_model or self.base_model == NO_BASE:
             raise ValueError("base tuning needs base_model: the public model that the suspicious one was fine-tuned from")
         if self.reinitialize_head is None:
             self.reinitialize_head = self.keep == 0

@@ -20,7 +20,7 @@ from .source import source_of
 
 logger = logging.getLogger(__name__)
 
-AUTO = "auto"  # in place of a base's name
+AUTO, NO_BASE = "auto", "none"  # in place of a base's name: look for it; do not
 ADVICE = "if you know what this was fine-tuned from, name it as base_model"
 GOOGLE = "google/vit-{}-patch{}-224{}"
 # The most downloaded image models of the Hub without their classes' own names: the kind among transformers', what its

@@ -173,8 +173,9 @@ def test_a_checkpoint_of_another_start_is_refused(tmp_path):
 
 
 def test_a_base_is_asked_for_and_checked_when_the_trainer_is_made(tmp_path):
-    with pytest.raises(ValueError, match="^base tuning needs base_model: the public model that"):
-        BaseTuningConfig(str(tmp_path))
+    for none in ({}, {"base_model": "none"}):  # the word by which a command is told not to look for one
+        with pytest.raises(ValueError, match="^base tuning needs base_model: the public model that"):
+            BaseTuningConfig(str(tmp_path), **none)
     with pytest.raises(ValueError, match="was fine-tuned from: .* is 1.* above 1 for unrelated networks"):
         trainer_of(tmp_path, model=tiny_vit(seed=1))
     with pytest.raises(ValueError, match="is no base of this ResNetForImageClassification"):
