@@ -22,46 +22,38 @@ logger = logging.getLogger(__name__)
 
 AUTO, NO_BASE = "auto", "none"  # in place of a base's name: look for it; do not
 ADVICE = "if you know what this was fine-tuned from, name it as base_model"
-GOOGLE = "google/vit-{}-patch{}-224{}"
 # The most downloaded image models of the Hub without their classes' own names: the kind among transformers', what its
 # configuration says, and the ids.
 PUBLIC: list[tuple[str, dict[str, Any], list[str]]] = [
-    *(
-        ("vit", {"hidden_size": width, "patch_size": patch}, [GOOGLE.format(size, patch, end) for end in ends])
-        for size, width, patch, ends in (
-            ("base", 768, 16, ("-in21k", "")),
-            ("base", 768, 32, ("-in21k",)),
-            ("large", 1024, 16, ("-in21k", "")),
-            ("large", 1024, 32, ("-in21k",)),
-            ("huge", 1280, 14, ("-in21k",)),
-        )
-    ),
+    ("vit", {"hidden_size": 768, "patch_size": 16}, ["google/vit-base-patch16-224-in21k", "google/vit-base-patch16-224"]),
+    ("vit", {"hidden_size": 768, "patch_size": 32}, ["google/vit-base-patch32-224-in21k"]),
+    ("vit", {"hidden_size": 1024, "patch_size": 16}, ["google/vit-large-patch16-224-in21k", "google/vit-large-patch16-224"]),
+    ("vit", {"hidden_size": 1024, "patch_size": 32}, ["google/vit-large-patch32-224-in21k"]),
+    ("vit", {"hidden_size": 1280, "patch_size": 14}, ["google/vit-huge-patch14-224-in21k"]),
     ("vit", {"hidden_size": 384, "patch_size": 16}, ["WinKawaks/vit-small-patch16-224", "facebook/dino-vits16"]),
     ("vit", {"hidden_size": 192, "patch_size": 16}, ["WinKawaks/vit-tiny-patch16-224"]),
-    *(
-        (kind, {"hidden_size": width, "patch_size": 14}, [f"facebook/{name}-{size}"])
-        for kind, name in (("dinov2", "dinov2"), ("dinov2_with_registers", "dinov2-with-registers"))
-        for size, width in (("small", 384), ("base", 768), ("large", 1024), ("giant", 1536))
-    ),
-    *(
-        ("deit", {"hidden_size": width}, [f"facebook/deit-{size}-distilled-patch16-224"])
-        for size, width in (("tiny", 192), ("small", 384), ("base", 768))
-    ),
-    *(
-        ("beit", {"hidden_size": width}, [f"microsoft/beit-{size}-patch16-224{end}" for end in ("-pt22k-ft22k", "")])
-        for size, width in (("base", 768), ("large", 1024))
-    ),
-    *(
-        ("swin", {"embed_dim": width, "depths": [2, 2, depth, 2]}, [f"microsoft/swin-{size}-patch4-window7-224"])
-        for size, width, depth in (("tiny", 96, 6), ("small", 96, 18), ("base", 128, 18))
-    ),
-    *(
-        ("convnext", {"hidden_sizes": [width * factor for factor in (1, 2, 4, 8)], "depths": [3, 3, depth, 3]}, ids)
-        for width, depth, ids in (
-            (96, 9, ["facebook/convnext-tiny-224"]),
-            (96, 27, ["facebook/convnext-small-224"]),
-            (128, 27, ["facebook/convnext-base-224-22k", "facebook/convnext-base-224"]),
-        )
+    ("dinov2", {"hidden_size": 384, "patch_size": 14}, ["facebook/dinov2-small"]),
+    ("dinov2", {"hidden_size": 768, "patch_size": 14}, ["facebook/dinov2-base"]),
+    ("dinov2", {"hidden_size": 1024, "patch_size": 14}, ["facebook/dinov2-large"]),
+    ("dinov2", {"hidden_size": 1536, "patch_size": 14}, ["facebook/dinov2-giant"]),
+    ("dinov2_with_registers", {"hidden_size": 384, "patch_size": 14}, ["facebook/dinov2-with-registers-small"]),
+    ("dinov2_with_registers", {"hidden_size": 768, "patch_size": 14}, ["facebook/dinov2-with-registers-base"]),
+    ("dinov2_with_registers", {"hidden_size": 1024, "patch_size": 14}, ["facebook/dinov2-with-registers-large"]),
+    ("dinov2_with_registers", {"hidden_size": 1536, "patch_size": 14}, ["facebook/dinov2-with-registers-giant"]),
+    ("deit", {"hidden_size": 192}, ["facebook/deit-tiny-distilled-patch16-224"]),
+    ("deit", {"hidden_size": 384}, ["facebook/deit-small-distilled-patch16-224"]),
+    ("deit", {"hidden_size": 768}, ["facebook/deit-base-distilled-patch16-224"]),
+    ("beit", {"hidden_size": 768}, ["microsoft/beit-base-patch16-224-pt22k-ft22k", "microsoft/beit-base-patch16-224"]),
+    ("beit", {"hidden_size": 1024}, ["microsoft/beit-large-patch16-224-pt22k-ft22k", "microsoft/beit-large-patch16-224"]),
+    ("swin", {"embed_dim": 96, "depths": [2, 2, 6, 2]}, ["microsoft/swin-tiny-patch4-window7-224"]),
+    ("swin", {"embed_dim": 96, "depths": [2, 2, 18, 2]}, ["microsoft/swin-small-patch4-window7-224"]),
+    ("swin", {"embed_dim": 128, "depths": [2, 2, 18, 2]}, ["microsoft/swin-base-patch4-window7-224"]),
+    ("convnext", {"hidden_sizes": [96, 192, 384, 768], "depths": [3, 3, 9, 3]}, ["facebook/convnext-tiny-224"]),
+    ("convnext", {"hidden_sizes": [96, 192, 384, 768], "depths": [3, 3, 27, 3]}, ["facebook/convnext-small-224"]),
+    (
+        "convnext",
+        {"hidden_sizes": [128, 256, 512, 1024], "depths": [3, 3, 27, 3]},
+        ["facebook/convnext-base-224-22k", "facebook/convnext-base-224"],
     ),
 ]
 
