@@ -18,7 +18,7 @@ from .evaluation.class_order import order_contradiction
 from .evaluation.encoders import SEEDS, measure_encoder
 from .evaluation.guard import broken_rails, rails_of, recall_rows, uncertain_rails
 from .evaluation.guard_arguments import GuardArguments
-from .evaluation.measure import Measurement, measure, measure_trainer, paired_results, rates, results
+from .evaluation.measure import Measurement, measure, measure_trainer, measured_model, paired_results, rates, results
 from .evaluation.retain_check import retain_warnings
 from .labels import check_labels
 from .models.source import preprocessing_of
@@ -93,7 +93,7 @@ def purify(
     if trainer.is_world_process_zero():
         found = retain_warnings(
             trainer.train_dataset,
-            trainer.accelerator.unwrap_model(trainer.plain, keep_fp32_wrapper=False),  # without autocast, as it is measured
+            measured_model(trainer),
             trainer.preprocessing,
             test,
             before,
@@ -128,7 +128,7 @@ def purify(
             floor=_floor(clean_model, trainer, test, attack) if clean_model is not None else None,
             shown=_shown(test, attack, before, after) if attack and shows else None,
             audit=paired_results(audit_before, audit_after, audit.labels) if audit else {},
-            evidence=evidence(trainer.accelerator.unwrap_model(trainer.plain, keep_fp32_wrapper=False)) if evidence else {},
+            evidence=evidence(measured_model(trainer)) if evidence else {},
         )
     (rejected,) = broadcast_object_list([report.rejected])
     phases.begin("saving the model with its card and evidence")
@@ -137,11 +137,7 @@ def purify(
         folder = Path(trainer.args.output_dir) / REJECTED
         trainer.save_model(str(folder), _internal_call=True)
         raise GuardRailBroken(list(rejected), folder, report.results)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
-    else:
-        trainer.save_model()
-    return trainer.report
+    return _published(trainer)
 
 
 def purify_encoder(
@@ -175,9 +171,9 @@ def purify_encoder(
     def measured(when: str) -> None:
         started = time.perf_counter()
         if trainer.is_world_process_zero():
-            encoder = trainer.accelerator.unwrap_model(trainer.plain, keep_fp32_wrapper=False)
             size = trainer.args.per_device_eval_batch_size
-            found[when] = measure_encoder(encoder, probe, test, trainer.preprocessing, attack, batch_size=size)
+            model, preprocessing = measured_model(trainer), trainer.preprocessing
+            found[when] = measure_encoder(model, probe, test, preprocessing, attack, batch_size=size)
         trainer.accelerator.wait_for_everyone()
         seconds[when] = time.perf_counter() - started
 
@@ -194,6 +190,11 @@ def purify_encoder(
         report = replace(report, results=found, trigger=trigger, n_images=len(test), seconds=seconds, probe=used)
     phases.begin("saving the encoder with its card and evidence")
     trainer.record(report)
+    return _published(trainer)
+
+
+def _published(trainer: PurifyTrainer) -> Report:
+    """Save, or push, which saves too; returns the trainer's report."""
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     else:

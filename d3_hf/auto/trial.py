@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..data.fitting import run_with_fitting_batch
 from ..evaluation.class_order import order_contradiction
-from ..evaluation.measure import measure, measure_trainer
+from ..evaluation.measure import measure, measure_trainer, measured_model
 from ..evaluation.paired import paired_table
 from ..files import first_line
 from ..models.head import NoOneHead, find_head
@@ -107,7 +107,7 @@ def _try_recipe(
             if after is None:
                 return Tried(name, rung.place, 0.0)
             pair = paired_table(before, after.predictions, plan.validation.labels)
-            model = trainer.accelerator.unwrap_model(trainer.plain, keep_fp32_wrapper=False)  # as it is measured
+            model = measured_model(trainer)
             scores, seconds = _scores(plan, rung, model), time.perf_counter() - started
             if keep:
                 keep(model)

@@ -202,6 +202,11 @@ def _predictions(
     return plain, triggered
 
 
+def measured_model(trainer: Trainer) -> PreTrainedModel:
+    """A `PurifyTrainer`'s model as it is measured, before and after alike: whole, without the autocast that accelerate leaves."""
+    return trainer.accelerator.unwrap_model(trainer.plain, keep_fp32_wrapper=False)
+
+
 def measure_trainer(trainer: Trainer, images: RawImages, attack: Trigger | None = None) -> Measurement | None:
     """Measure a `PurifyTrainer`'s model as it is now, in float32, on the main process; the others wait.
 
@@ -217,9 +222,9 @@ def measure_trainer(trainer: Trainer, images: RawImages, attack: Trigger | None 
     """
     measured = None
     if trainer.is_world_process_zero():
-        # accelerate leaves its autocast on the model after training: without it before and after are measured alike.
-        model = trainer.accelerator.unwrap_model(trainer.plain, keep_fp32_wrapper=False)
-        measured = measure(model, images, trainer.preprocessing, attack, trainer.args.per_device_eval_batch_size)
+        measured = measure(
+            measured_model(trainer), images, trainer.preprocessing, attack, trainer.args.per_device_eval_batch_size
+        )
     trainer.accelerator.wait_for_everyone()
     return measured
 

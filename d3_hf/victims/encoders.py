@@ -15,6 +15,7 @@ from ..attacks.badencoder import effectiveness_losses, reference_losses, utility
 from ..data.images import RawImages
 from ..data.views import view
 from ..evaluation.encoders import measure_encoder, reference_similarity
+from ..evaluation.measure import measured_model
 from ..files import sha256
 from ..options.arguments import AttackArguments, DataArguments, ModelArguments, ProbeArguments
 from ..options.parser import parse_arguments
@@ -185,7 +186,7 @@ def train_encoder_victim(
     if trainer.is_world_process_zero():
         found = {}
         for name, encoder in (
-            ("victim", trainer.accelerator.unwrap_model(trainer.plain, False)),
+            ("victim", measured_model(trainer)),
             ("untouched", trainer.before),
         ):
             preprocessing, size = trainer.preprocessing, args.per_device_eval_batch_size
