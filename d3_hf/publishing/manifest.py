@@ -99,14 +99,18 @@ def public_source(source: Source) -> dict[str, Any]:
 def own_defaults(kind: type[TrainingArguments]) -> dict[str, Any]:
     """The declared defaults of a defence's `PurifyConfig.own_options`, those of where a run writes left out."""
     own = set(kind.own_options()) - set(PLACES)
-    found = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(kind) if f.name in own}
-    return {name: value for name, value in found.items() if not name.startswith("hub_")}
+    return {name: value for name, value in declared_defaults(kind).items() if name in own and not name.startswith("hub_")}
+
+
+def declared_defaults(kind: type) -> dict[str, Any]:
+    """The default of each field of a dataclass, MISSING of one without."""
+    return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(kind)}
 
 
 def changed_options(args: TrainingArguments, by_rule: Collection[str]) -> list[str]:
     """The names of the options in `arguments_of` that are not at their declared defaults, without those that a rule settled."""
     by_rule = {*by_rule, "dataloader_pin_memory"}  # which follows from the device
-    declared = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)}
+    declared = declared_defaults(type(args))
     given = {name: value for name, value in arguments_of(args).items() if name not in by_rule}
     return [name for name, value in given.items() if _filled(value) != _filled(plain(declared[name]))]
 
@@ -126,7 +130,7 @@ def arguments_of(args: TrainingArguments) -> dict[str, Any]:
     if args.parallelism_config is not None:
         values["parallelism_config"] = args.parallelism_config  # of which to_dict makes None
     # Against the declared defaults, not a second instance: making one would reset the running accelerator's state.
-    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)}
+    defaults = declared_defaults(type(args))
     changed = [name for name, value in values.items() if (value or None) != (defaults[name] or None)]
     names = [n for n in dict.fromkeys(own + changed) if n not in PLACES and not n.startswith("hub_") and not SECRET.search(n)]
     return {name: plain(values[name]) for name in names}

@@ -1,7 +1,7 @@
 """What a victim's folder says of itself: ``victim.json``, and how to tell whether it is still true and whose it is."""
 
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from ..attacks import load_attack
 from ..data.images import RawImages
 from ..files import read_mapping, sha256
 from ..options.arguments import RETAIN_FRACTION, AttackArguments, DataArguments, ModelArguments
-from ..publishing.manifest import PLACES, VICTIM_FILE, arguments_of
+from ..publishing.manifest import PLACES, VICTIM_FILE, arguments_of, declared_defaults
 from .train import VictimConfig, images_digest
 
 # Options that make no other victim: where its files went, and on what machine and how fast it was trained.
@@ -122,7 +122,7 @@ def differences(record: dict[str, Any], asked: dict[str, Any]) -> list[str]:
         record: See `read_record`.
         asked: Options as they stand in a record's ``recipe``.
     """
-    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for k in KINDS for f in fields(k)}
+    defaults = {name: value for kind in KINDS for name, value in declared_defaults(kind).items()}
     then, now = defaults | record["recipe"], defaults | asked
     names = (record["recipe"].keys() | asked.keys()) - CIRCUMSTANCES
     return sorted(name for name in names if not _is_same(name, record, then.get(name), now.get(name)))
