@@ -24,13 +24,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data.fitting import run_with_fitting_batch
 from ..data.images import RawImages
-from ..models.computed import refuse_hooked
+from ..data.training_images import resized
 from ..models.source import preprocessing_of
 from .features import class_weights
-from .finding import Finding, check_comparable, outlier_scores
-from .paths import BATCH, UP, path_of, resized, some_of_each
+from .finding import Finding, outlier_scores
+from .paths import BATCH, UP, check_path, path_of, some_of_each
 
 STEPS, IMAGES = 16, 50
 
@@ -70,10 +69,7 @@ def anti_learning(model: PreTrainedModel, images: RawImages, steps: int = STEPS,
         FloatingPointError: Unlearning diverged.
         RuntimeError: A single image does not fit into the device's memory.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}")
-    check_comparable(model, images)
-    refuse_hooked(model)
+    check_path(model, images, steps)
     preprocessing, taken = preprocessing_of(model), some_of_each(images, IMAGES)
     pixel_values, labels = preprocessing.normalize(resized(taken, preprocessing)), taken.labels
     weights, classes = class_weights(labels), len(images.class_names)
@@ -81,12 +77,10 @@ def anti_learning(model: PreTrainedModel, images: RawImages, steps: int = STEPS,
     def accuracy(logits: Tensor) -> float:
         return float(weights @ (logits.argmax(1) == labels).double().numpy())
 
-    found = run_with_fitting_batch(
-        lambda size: path_of(
-            model, pixel_values, labels, UP, steps, size, is_over=lambda logits: at_chance(accuracy(logits), classes)
-        ),
-        batch_size,
-    )[1:]
+    def is_over(logits: Tensor) -> bool:
+        return at_chance(accuracy(logits), classes)
+
+    found = path_of(model, pixel_values, labels, UP, steps, batch_size, is_over)[1:]
     share = share_of_others(labels, classes)
     chances = torch.stack(found).log_softmax(2).numpy()  # (T, N, C)
     path = np.einsum("cn,tnc->tc", share, chances)

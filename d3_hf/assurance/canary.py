@@ -25,12 +25,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data.fitting import run_with_fitting_batch
 from ..data.images import RawImages
-from ..models.computed import refuse_hooked
+from ..data.training_images import resized
 from ..models.source import preprocessing_of
-from .finding import Finding, check_comparable
-from .paths import BATCH, DOWN, path_of, resized, some_of_each
+from .finding import Finding
+from .paths import BATCH, DOWN, check_path, path_of, some_of_each
 
 STEPS, IMAGES = 12, 50
 TAKEN = 0.8  # share of the images
@@ -95,10 +94,7 @@ def canary(model: PreTrainedModel, images: RawImages, steps: int = STEPS, batch_
         FloatingPointError: The planting diverged.
         RuntimeError: A single image does not fit into the device's memory.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}")
-    check_comparable(model, images)
-    refuse_hooked(model)
+    check_path(model, images, steps)
     preprocessing, classes = preprocessing_of(model), len(images.class_names)
     taken = some_of_each(images, max(IMAGES, classes))
     wanted = canaries_of(taken.labels, classes)
@@ -107,10 +103,7 @@ def canary(model: PreTrainedModel, images: RawImages, steps: int = STEPS, batch_
     def share(logits: Tensor) -> float:
         return (logits.argmax(1) == wanted).double().mean().item()
 
-    found = run_with_fitting_batch(
-        lambda size: path_of(model, pixel_values, wanted, DOWN, steps, size, is_over=lambda logits: share(logits) >= TAKEN),
-        batch_size,
-    )
+    found = path_of(model, pixel_values, wanted, DOWN, steps, batch_size, is_over=lambda logits: share(logits) >= TAKEN)
     chances = torch.stack(found).softmax(2)  # (1 + t, N, C)
     path = np.stack([chances[:, wanted == k, k].mean(1).numpy() for k in range(classes)], 1)
     scores = soonness(path, steps)

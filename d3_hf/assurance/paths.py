@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..data.fitting import run_with_fitting_batch
 from ..data.images import RawImages
-from ..data.preprocessing import Preprocessing
+from ..models.computed import refuse_hooked
+from .finding import check_comparable
 
 FIRST_LENGTH, GROWTH = 5e-3, 1.5
 UP, DOWN = 1, -1
@@ -35,12 +37,13 @@ def some_of_each(images: RawImages, most: int) -> RawImages:
     return images.select(torch.cat(rows)[:most])
 
 
-def resized(images: RawImages, preprocessing: Preprocessing) -> Tensor:
-    """The images at the model's size, uint8 (N, 3, h, w), on the CPU: once, for all passes."""
-    found = torch.empty((len(images), 3, *preprocessing.size), dtype=torch.uint8)
-    for rows, raw, _ in images.batches(BATCH):
-        found[rows] = preprocessing.resize(raw)
-    return found
+def check_path(model: PreTrainedModel, images: RawImages, steps: int) -> None:
+    """Raise a ValueError if no path can be followed: ``steps`` below 1, a model that cannot be copied, or see
+    `check_comparable`."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    check_comparable(model, images)
+    refuse_hooked(model)
 
 
 def path_of(
@@ -60,7 +63,7 @@ def path_of(
         labels: Of the loss, int64 (N,).
         direction: `UP` or `DOWN` the loss.
         steps: At most so many, at least 1.
-        batch_size: Images in a pass.
+        batch_size: Images in a pass, at least 1; halved while they do not fit into memory.
         is_over: Whether the path ends where the logits are these, float64 (N, C); asked after every step.
 
     Returns:
@@ -69,13 +72,27 @@ def path_of(
     Raises:
         ValueError: A logit is not finite at the beginning.
         FloatingPointError: One is not finite after a step.
+        RuntimeError: A single image does not fit into the device's memory.
     """
+    return run_with_fitting_batch(
+        lambda size: _walk(model, _split(pixel_values, labels, size), direction, steps, is_over), batch_size
+    )
+
+
+def _walk(
+    model: PreTrainedModel,
+    batches: list[tuple[Tensor, Tensor]],
+    direction: int,
+    steps: int,
+    is_over: Callable[[Tensor], bool],
+) -> list[Tensor]:
     walker = copy.deepcopy(model).eval().requires_grad_(True)
     device, found = next(walker.parameters()).device, list[Tensor]()
-    batches = [(part.to(device), wanted.to(device)) for part, wanted in _split(pixel_values, labels, batch_size)]
+    batches = [(part.to(device), wanted.to(device)) for part, wanted in batches]
+    count = sum(len(wanted) for _, wanted in batches)
     for step in range(steps + 1):
         walker.zero_grad()
-        logits = torch.cat([_pull(walker, *batch, len(labels), is_last=step == steps) for batch in batches])
+        logits = torch.cat([_pull(walker, *batch, count, is_last=step == steps) for batch in batches])
         if not logits.isfinite().all():
             if not found:
                 raise ValueError("the model's logits are not finite (NaN or infinite): its weights are broken")

@@ -61,11 +61,8 @@ class TrainingImages(torch.utils.data.Dataset):
         cls, raw: RawImages, preprocessing: Preprocessing, augmentation: Augmentation | None = None
     ) -> "TrainingImages":
         """Bring raw images to the model's size once, showing progress; ``raw.index`` becomes the sample ids."""
-        images = torch.empty((len(raw), 3, *preprocessing.size), dtype=torch.uint8)
         with tqdm(total=len(raw), desc="Resizing images", unit="image") as progress:
-            for rows, batch, _ in raw.batches(256):
-                images[rows] = preprocessing.resize(batch)
-                progress.update(len(batch))
+            images = resized(raw, preprocessing, progress)
         return cls(images, raw.labels, augmentation, raw.index)
 
     def set_epoch(self, epoch: int) -> None:
@@ -110,3 +107,13 @@ class TrainingImages(torch.utils.data.Dataset):
 def without_augmentation(images: torch.utils.data.Dataset) -> torch.utils.data.Dataset:
     """The same images as they are: of `TrainingImages` without their augmentation; any other data set is returned itself."""
     return TrainingImages(images.images, images.labels) if isinstance(images, TrainingImages) else images
+
+
+def resized(raw: RawImages, preprocessing: Preprocessing, progress: tqdm | None = None) -> Tensor:
+    """Raw images at the model's size, uint8 (N, 3, h, w), on the CPU and in their order; ``progress`` counts them."""
+    images = torch.empty((len(raw), 3, *preprocessing.size), dtype=torch.uint8)
+    for rows, batch, _ in raw.batches(256):
+        images[rows] = preprocessing.resize(batch)
+        if progress is not None:
+            progress.update(len(batch))
+    return images

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from shortcut import CLASSES, classifier, network, pictures
 
-from d3_hf.assurance.paths import DOWN, UP, path_of, resized, some_of_each
+from d3_hf.assurance.paths import DOWN, UP, path_of, some_of_each
 from d3_hf.data.images import RawImages
+from d3_hf.data.training_images import resized
 from d3_hf.models.source import preprocessing_of
 
 
