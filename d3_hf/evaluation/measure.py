@@ -203,7 +203,7 @@ def _predictions(
 
 
 def measured_model(trainer: Trainer) -> PreTrainedModel:
-    """A `PurifyTrainer`'s model as it is measured, before and after alike: whole, without the autocast that accelerate leaves."""
+    """A `PurifyTrainer`'s model as it is measured, before and after alike: whole, without accelerate's autocast."""
     return trainer.accelerator.unwrap_model(trainer.plain, keep_fp32_wrapper=False)
 
 
