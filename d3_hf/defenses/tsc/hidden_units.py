@@ -1,4 +1,4 @@
-"""Numbers the hidden units of a classifier while it runs on one image, and notes which numbers are the same unit.
+"""Numbers the hidden units of a network while it runs on one image, and notes which numbers are the same unit.
 
 A hidden unit is one coordinate of a hidden layer: a channel, a neuron, a dimension of the residual stream. Every tensor
 carries, element by element, the number of the unit that the element belongs to: a layer numbers its outputs by the rows of
@@ -34,7 +34,7 @@ class UnitTracer(TorchFunctionMode):
     """A context in which a model runs on numbered pixels; see the module's docstring.
 
     Args:
-        model: The classifier, in evaluation mode on the CPU.
+        model: The classifier or encoder, in evaluation mode on the CPU.
 
     Attributes:
         names: Name in the state dict of each weight and buffer, by ``id``.
@@ -195,6 +195,9 @@ class UnitTracer(TorchFunctionMode):
             self.tie(outputs, self.axis(bias, 0))
         return outputs.expand(out.shape)
 
+    def _embed(self, out, index, weight, *args, **kwargs):
+        return self.axis(weight, 1).expand(out.shape)
+
     def _normalise(self, out, x, axis, tensors):
         own = self._vector(self.units(x), axis)
         for tensor in tensors:
@@ -256,6 +259,7 @@ class UnitTracer(TorchFunctionMode):
 RULES = {
     "conv2d": UnitTracer._convolve,
     "linear": UnitTracer._project,
+    "embedding": UnitTracer._embed,
     "batch_norm": UnitTracer._batch_norm,
     "layer_norm": UnitTracer._layer_norm,
     "group_norm": UnitTracer._group_norm,

@@ -1,8 +1,9 @@
-"""Permutation symmetries of a classifier: which hidden units may be exchanged, and exchanging them.
+"""Permutation symmetries of a network: which hidden units may be exchanged, and exchanging them.
 
 Exchanging two hidden units (channels, neurons, dimensions of the residual stream) wherever they occur leaves the network's
 function as it is. `hidden_units.py` finds where each unit occurs; units that occur in the same places may be exchanged.
 Within attention, heads are exchanged as blocks, and inside a head the query and key dimensions together, the values apart.
+What the network returns stays as it is: of an encoder also the last residual stream, whose channels are its features.
 `matching.py` chooses an exchange by what the units do.
 """
 
@@ -10,16 +11,18 @@ import copy
 import itertools
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ...models.kinds import is_encoder
 from .hidden_units import Place, UnitTracer
 
 State = dict[str, Tensor]  # a state dict
 Occurrences = dict[int, dict[Place, list[int]]]  # for each unit, the indices at which it lies in each place
-LOGITS = "logits"
+RETURNED = "returned"
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class Structure:
     Attributes:
         groups: The groups, in the order in which the network runs.
         writers: Names of the weights whose layer's outputs are units.
-        fixed: One line for each layer with outputs that no exchange may move, with the reason; logits are not listed.
+        fixed: One line for each layer with outputs that no exchange may move, with the reason; what the network returns is not
+            listed.
     """
 
     groups: tuple[Group, ...]
@@ -77,17 +81,18 @@ Orders = list[list[Tensor]]  # per group and part, int64 (units,): the old numbe
 
 @torch.no_grad()
 def find_structure(model: nn.Module, image_size: tuple[int, int]) -> Structure:
-    """Find which hidden units may be exchanged, and try it: a random exchange of all groups must give the same logits.
+    """Find which hidden units may be exchanged, and try it: a random exchange of all groups must leave what is returned.
 
     Works on a float64 copy on the CPU; the model is not touched. Three forward passes.
 
     Args:
-        model: Classifier that takes ``pixel_values`` (B, 3, H, W) and returns an object with ``logits`` (B, C).
+        model: Takes ``pixel_values`` (B, 3, H, W). A classifier returns an object with ``logits`` (B, C); of an encoder all
+            that it returns stays, since whoever uses it may read any of it.
         image_size: (H, W) that the model accepts.
 
     Raises:
-        ValueError: See `UnitTracer`; nothing may be exchanged; the exchange changes the logits by more than 1e-5 of the
-            largest.
+        ValueError: See `UnitTracer`; nothing may be exchanged; the exchange changes what is returned by more than 1e-5 of its
+            largest number.
     """
     model = copy.deepcopy(model).cpu().double().eval()
     generator = torch.Generator().manual_seed(0)
@@ -97,19 +102,33 @@ def find_structure(model: nn.Module, image_size: tuple[int, int]) -> Structure:
     tracer.numbers[pixels] = tracer.fresh(3).view(1, 3, 1, 1).expand(pixels.shape)
     tracer.fix(tracer.numbers[pixels], "tied to the image")
     with tracer:
-        logits = model(pixel_values=pixels).logits
-    tracer.fix(tracer.units(logits), LOGITS)
+        returned = _returned(model, model(pixel_values=pixels))
+    for tensor in returned:
+        tracer.fix(tracer.units(tensor), RETURNED)
     structure = _collect(tracer)
     name = type(model).__name__
     if not structure.groups:
-        raise ValueError(f"{name}: no hidden units may be exchanged ({'; '.join(structure.fixed)})")
+        reasons = "; ".join(structure.fixed) or "all are what it returns"
+        raise ValueError(f"{name}: no hidden units may be exchanged ({reasons})")
     state = model.state_dict()
     exchanged = permute(state, structure, random_orders(structure, generator))
-    before, after = (functional_call(model, s, kwargs={"pixel_values": images}).logits for s in (state, exchanged))
-    change = (after - before).abs().max() / before.abs().max().clamp_min(torch.finfo(before.dtype).tiny)
+    outputs = (functional_call(model, s, kwargs={"pixel_values": images}) for s in (state, exchanged))
+    pairs = zip(*(_returned(model, output) for output in outputs), strict=True)
+    change = torch.stack([_change(*pair) for pair in pairs]).max()
     if not change < 1e-5:
-        raise ValueError(f"{name}: exchanging hidden units changes the logits by {change:.1e}: its structure is not understood")
+        what = "features" if is_encoder(model) else "logits"
+        raise ValueError(f"{name}: exchanging hidden units changes the {what} by {change:.1e}: its structure is not understood")
     return structure
+
+
+def _returned(model: nn.Module, output: Any) -> list[Tensor]:
+    """The tensors of a model's output that no exchange may change."""
+    return [t for t in output.to_tuple() if isinstance(t, Tensor)] if is_encoder(model) else [output.logits]
+
+
+def _change(before: Tensor, after: Tensor) -> Tensor:
+    """Largest difference as a share of the largest number; NaN where there is one."""
+    return (after - before).abs().max() / before.abs().max().clamp_min(torch.finfo(before.dtype).tiny)
 
 
 def _collect(tracer: UnitTracer) -> Structure:
@@ -141,7 +160,7 @@ def _collect(tracer: UnitTracer) -> Structure:
     for name in tracer.writers:
         outputs = unit_of[tracer.places[name, 0]].tolist()
         why = Counter(reasons.get(unit, "tied to each other") for unit in outputs if unit not in moving)
-        fixed += [f"{name}: {n} of {len(outputs)} outputs {reason}" for reason, n in why.items() if reason != LOGITS]
+        fixed += [f"{name}: {n} of {len(outputs)} outputs {reason}" for reason, n in why.items() if reason != RETURNED]
     return Structure(tuple(group for _, group in groups), tuple(tracer.writers), tuple(fixed))
 
 
