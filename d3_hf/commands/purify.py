@@ -1,17 +1,18 @@
 """``d3-hf purify`` and the recipes: load, purify, print the table."""
 
 import argparse
+import contextlib
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..auto.config import AutoConfig
-from ..defenses import ENCODER_DEFENCES, configuration, defence
+from ..defenses import DEFENCES, ENCODER_DEFENCES, configuration, defence
 from ..errors import GuardRailBroken
 from ..evaluation.guard_arguments import GuardArguments
 from ..options.arguments import NO_IMAGES, AttackArguments, DataArguments, ModelArguments
-from ..options.parser import parse_arguments
+from ..options.parser import parse_arguments, parse_part
 from ..publishing.card_arguments import CardArguments
 from . import purify_encoder
 from .summary import print_summary, refuse_fp16_without_gpu
@@ -66,7 +67,8 @@ def run(argv: list[str]) -> dict[str, Any]:
     and nothing else. What it kept for the audit is measured before and after, and stands in for test images where the retain
     set is all there is.
 
-    A method of encoders needs no labels, see `purify_encoder.run`.
+    A method of encoders needs no labels, see `purify_encoder.run`. Where a method has a form for each kind of model, the
+    checkpoint's kind says which options there are.
 
     Args:
         argv: Arguments without the program's name.
@@ -82,12 +84,30 @@ def run(argv: list[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--defence", "--defense", default="d3", nargs="?", const="")
     chosen, argv = parser.parse_known_args(argv)
-    if chosen.defence in ENCODER_DEFENCES:
+    if chosen.defence in ENCODER_DEFENCES and (chosen.defence not in DEFENCES or _names_encoder(argv)):
         return purify_encoder.run(chosen.defence, argv)
     config_class = AutoConfig if chosen.defence == AUTO else configuration(chosen.defence)
     options = parse_arguments([*OPTIONS, config_class], argv)
     _check(*options)
     return _run(chosen.defence, *options)
+
+
+def _names_encoder(argv: list[str]) -> bool:
+    """Whether the options name a checkpoint, and it is an encoder; options about other things are not looked at."""
+    from ..models.differences import EncoderFound
+
+    model_args = parse_part(ModelArguments, argv)
+    if model_args.model_name_or_path is None:
+        return False
+    try:
+        model_args.of(model_args.model_name_or_path, model_args.revision).load()
+    except EncoderFound:
+        return True
+    except ValueError:  # no number of classes can be read off an encoder's bare file; what else is wrong the run says itself
+        with contextlib.suppress(ValueError):
+            model_args.load_encoder()
+            return True
+    return False
 
 
 def _check(model_args, data_args, attack_args, drill, guard, card_args, extra, args) -> None:

@@ -29,7 +29,8 @@ def run(method: str, argv: list[str]) -> dict[str, Any]:
         ValueError: No encoder or no images are named, the checkpoint is a classifier, or see `load_encoder`, `load_images` and
             the defence.
     """
-    model_args, data_args, attack_args, probe_args, source_args, args = parse_arguments([*OPTIONS, configuration(method)], argv)
+    options = [*OPTIONS, configuration(method, of_encoders=True)]
+    model_args, data_args, attack_args, probe_args, source_args, args = parse_arguments(options, argv)
     refuse_fp16_without_gpu(args)
     if model_args.model_name_or_path is None:
         raise ValueError("no encoder: give --model_name_or_path (a Hub id, a folder or a file)")
@@ -42,7 +43,7 @@ def run(method: str, argv: list[str]) -> dict[str, Any]:
     attack, model = attack_args.load(), model_args.load_encoder()
     images = data_args.load()
     probe, _ = probe_args.draw(images.rest)
-    _, trainer_class = defence(method)
+    _, trainer_class = defence(method, of_encoders=True)
     trainer = trainer_class(model=model, args=args, train_dataset=images.retain, data_source=images.source)
     trainer.describe(**source_args.details())
     report = Report(data=public_name(images.source), configuration=images.configuration, split=images.split)

@@ -1,6 +1,7 @@
 """The defences: one file each, one Config and one Trainer each; `defence` loads one.
 
-`DEFENCES` names those of classifiers, which need labels, `ENCODER_DEFENCES` those of encoders, which need none.
+`DEFENCES` names those of classifiers, which need labels, `ENCODER_DEFENCES` those of encoders, which need none. A name in both
+has a form for each kind of model.
 """
 
 import importlib
@@ -31,25 +32,26 @@ ENCODER_DEFENCES: dict[str, tuple[str, str]] = {
 }
 
 
-def defence(name: str) -> tuple[type, type]:
+def defence(name: str, of_encoders: bool = False) -> tuple[type, type]:
     """The Config and the Trainer of a defence.
 
     Args:
         name: A key of `DEFENCES` or `ENCODER_DEFENCES`.
+        of_encoders: Which form of a name in both is meant.
 
     Raises:
         ValueError: There is no such defence; the message lists them.
     """
-    return _part(name, "Config"), _part(name, "Trainer")
+    return _part(name, "Config", of_encoders), _part(name, "Trainer", of_encoders)
 
 
-def configuration(name: str) -> type:
+def configuration(name: str, of_encoders: bool = False) -> type:
     """The Config of a defence, as `defence`: D3's comes without its Trainer, which takes seconds to load."""
-    return _part(name, "Config")
+    return _part(name, "Config", of_encoders)
 
 
-def _part(name: str, ending: str) -> type:
-    known = DEFENCES | ENCODER_DEFENCES
+def _part(name: str, ending: str, of_encoders: bool) -> type:
+    known = DEFENCES | ENCODER_DEFENCES if of_encoders else ENCODER_DEFENCES | DEFENCES
     if name not in known:
         raise ValueError(f"unknown defence {name!r}; known: {', '.join(DEFENCES)}; for encoders {', '.join(ENCODER_DEFENCES)}")
     module, prefix = known[name]

@@ -177,9 +177,8 @@ def parse_arguments(
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(dataclass_types)
     where = "the options given"
-    if defaults is None and argv and not argv[0].startswith("-"):
-        where = find_recipe(argv.pop(0), "configuration file")
-        defaults = read_yaml(where)
+    if defaults is None:
+        where, defaults = _take_file(argv) or (where, None)
     if unknown := sorted((defaults or {}).keys() - {action.dest for action in parser._actions}):
         near = get_close_matches(unknown[0], [action.dest for action in parser._actions], 1)
         advice = f"did you mean {near[0]}?" if near else "--help lists the options"
@@ -188,6 +187,29 @@ def parse_arguments(
     check_types(dataclass_types, defaults or {}, where)
     parser.set_defaults(**defaults or {})
     return parser.read(argv)
+
+
+def parse_part(kind: type, argv: list[str]) -> Any:
+    """Parse what one dataclass has fields for, of arguments as `parse_arguments` takes them; all others are left to that.
+
+    Raises:
+        FileNotFoundError, ValueError: See `parse_arguments`.
+    """
+    argv, parser = list(argv), Parser([kind], add_help=False)
+    where, options = _take_file(argv) or ("", {})
+    known = {action.dest for action in parser._actions}
+    options = {name: value for name, value in options.items() if name in known}
+    check_types([kind], options, where)
+    parser.set_defaults(**options)
+    return parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)[0]
+
+
+def _take_file(argv: list[str]) -> tuple[str, dict[str, Any]] | None:
+    """Take the configuration off the arguments, where there is one: its file and its options."""
+    if not argv or argv[0].startswith("-"):
+        return None
+    file = find_recipe(argv.pop(0), "configuration file")
+    return file, read_yaml(file)
 
 
 def check_types(dataclass_types: list[type], options: dict[str, Any], where: str) -> None:

@@ -17,7 +17,7 @@ from d3_hf.data.images import RawImages, content_hashes
 from d3_hf.data.load import load_images
 from d3_hf.defenses.d3.trainer import D3Config
 from d3_hf.options.arguments import AttackArguments, DataArguments, ModelArguments
-from d3_hf.options.parser import Parser, parse_arguments
+from d3_hf.options.parser import Parser, parse_arguments, parse_part
 from d3_hf.victims.sets import KINDS
 
 
@@ -32,6 +32,15 @@ def serve(monkeypatch, made: DatasetDict) -> None:
     monkeypatch.setattr(
         "d3_hf.data.sources.open_source", lambda source, *_, **__: source if isinstance(source, DatasetDict) else made
     )
+
+
+def test_a_part_of_the_options_is_read_as_the_whole_would_be(tmp_path):
+    file = write(tmp_path, "lambda_clean: 3\nimage_size: 70\nmodel_name_or_path: mine\n")
+    argv = ["--model_name_or_path", "yours", "--unknown", "--class_names", "a", "b", "--retain_count", "50", "--help"]
+    assert parse_part(ModelArguments, [file, *argv]) == ModelArguments("yours", image_size=70, class_names=["a", "b"])
+    assert parse_part(ModelArguments, argv[2:]) == ModelArguments(class_names=["a", "b"])
+    with pytest.raises(ValueError, match="class_names must be list"):
+        parse_part(ModelArguments, [write(tmp_path, "lambda_clean: large\nclass_names: 3\n")])
 
 
 def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):
