@@ -29,6 +29,7 @@ ENCODER_DEFENCES: dict[str, tuple[str, str]] = {
     "par": ("encoders.par", "PAR"),
     "encoder_d3": ("encoders.encoder_d3", "EncoderD3"),
     "mimic": ("encoders.mimic", "Mimic"),
+    "tsc": ("encoders.encoder_tsc", "EncoderTSC"),
 }
 
 

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import timm
+from safetensors.torch import save_file
 from tiny import PROCESSOR, tiny_vit
 from tiny_encoders import tiny_clip, tiny_resnet
 
@@ -40,10 +42,11 @@ def test_a_victim_is_planted_and_measured_again_from_its_folder(victim, capsys):
     assert "measured now, linear probe" in shown and "recorded, kNN" in shown
 
 
-@pytest.mark.parametrize("name", ["par", "encoder_d3", "mimic"])
+@pytest.mark.parametrize("name", ["par", "encoder_d3", "mimic", "tsc"])
 def test_purify_takes_the_defences_of_encoders(name, victim, tmp_path, capsys):
     options = ["--model_name_or_path", victim[1], "--attack", victim[1], "--output_dir", str(tmp_path / "out")]
-    found = COMMANDS["purify"].run(["--defence", name, *options, *DIGITS, *QUICK])
+    steps = ["--rounds", "1", "--curve_epochs", "1", *QUICK[2:]] if name == "tsc" else QUICK
+    found = COMMANDS["purify"].run(["--defence", name, *options, *DIGITS, *steps])
     assert set(found) == {"before", "after"} and "asr" in found["after"]["linear"]
     shown = capsys.readouterr().out
     assert "before, linear probe" in shown and "4/4 saving the encoder" in shown
@@ -63,7 +66,7 @@ def test_any_encoder_is_measured_and_a_purified_one_beside_what_was_recorded(enc
     assert "recorded" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["d3", "fine_tuning", "tsc", "auto"])
+@pytest.mark.parametrize("name", ["d3", "fine_tuning", "nad", "auto"])
 def test_a_defence_that_needs_labels_says_so_in_one_line(name, encoder, tmp_path):
     argv = ["--defence", name, "--model_name_or_path", encoder, "--output_dir", str(tmp_path / "out"), *DIGITS[:2], "--use_cpu"]
     wanted = rf"is an encoder without a head .*, and {name} needs labels and a head: for encoders there are --defence par, enc"
@@ -82,6 +85,26 @@ def test_a_defence_of_encoders_refuses_a_classifier(tmp_path):
     folder = write(tmp_path / "vit", tiny_vit())
     with pytest.raises(ValueError, match="is a classifier with a head .*: load_classifier and the defences of classifiers"):
         COMMANDS["purify"].run(["--defence", "par", "--model_name_or_path", folder, "--dataset_name", "digits", "--use_cpu"])
+
+
+def test_a_name_of_both_kinds_takes_the_options_of_the_checkpoints_kind(encoder, tmp_path):
+    classifier, config = write(tmp_path / "vit", tiny_vit()), tmp_path / "tsc.yaml"
+    config.write_text(f"model_name_or_path: {encoder}\ntemperature: 0.4\nprobe_count: 100\n")
+    files = []
+    for classes in (0, 3):
+        files.append(str(tmp_path / f"resnet{classes}.safetensors"))
+        save_file(timm.create_model("resnet20_cifar", num_classes=classes).state_dict(), files[-1])
+    options = ["--architecture", "resnet20_cifar", "--image_mean", "0.5", "0.5", "0.5", "--image_std", "0.5", "0.5", "0.5"]
+    for argv in ([str(config)], ["--model_name_or_path", encoder], ["--model_name_or_path", files[0], *options]):
+        with pytest.raises(ValueError, match="no images: give --dataset_name"):
+            COMMANDS["purify"].run(["--defence", "tsc", *argv, *(["--temperature", "0.4"] if argv[1:] else [])])
+        with pytest.raises(ValueError, match="unknown argument '--max_accuracy_drop'"):
+            COMMANDS["purify"].run(["--defence", "tsc", *argv, "--max_accuracy_drop", "0.1"])
+    for argv in (["--model_name_or_path", classifier], ["--model_name_or_path", files[1], *options], []):
+        with pytest.raises(ValueError, match="unknown argument '--temperature'"):
+            COMMANDS["purify"].run(["--defence", "tsc", *argv, "--temperature", "0.4"])
+    with pytest.raises(FileNotFoundError, match="no such file or folder: ./nothing"):
+        COMMANDS["purify"].run(["--defence", "tsc", "--model_name_or_path", "./nothing"])
 
 
 def test_what_is_missing_is_told_before_anything_is_loaded(encoder, tmp_path):

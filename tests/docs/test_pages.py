@@ -99,7 +99,8 @@ def test_every_method_and_attack_is_listed():
 def test_options_exist(file):
     own = (ProbeArguments, AutoConfig, AuditArguments, BenchmarkArguments, CheckArguments, PushArguments, SetArguments)
     known = {f.name for kind in (*OPTIONS, *KINDS, *own) for f in fields(kind)}
-    known |= {f.name for name in (*DEFENCES, *ENCODER_DEFENCES) for f in fields(defence(name)[0])} | OTHER_OPTIONS
+    known |= {f.name for name in DEFENCES for f in fields(defence(name)[0])} | OTHER_OPTIONS
+    known |= {f.name for name in ENCODER_DEFENCES for f in fields(defence(name, of_encoders=True)[0])}
     spans = re.findall(r"`([^`\n]+)`", OWN[file])
     named = {option for span in spans if "model_signing" not in span for option in re.findall(r"(?<![\w-])--([a-z]\w*)", span)}
     recipes = {"rounds", "steps", "vit_steps"}  # bench_speed.py's
