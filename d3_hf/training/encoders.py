@@ -61,8 +61,8 @@ class EncoderTrainer(PurifyTrainer):
         kwargs: See `PurifyTrainer`.
 
     Raises:
-        ValueError: The model is a classifier; the images are of another form; there is an ``eval_dataset`` (encoders are
-            measured by probes, see `measure_encoder`); or see `PurifyTrainer`.
+        ValueError: The model is a classifier; the images are of another form; there is one, or one in each batch; there is an
+            ``eval_dataset`` (encoders are measured by probes, see `measure_encoder`); or see `PurifyTrainer`.
 
     Attributes:
         before: The encoder as it was handed over, frozen, in evaluation mode.
@@ -90,6 +90,11 @@ class EncoderTrainer(PurifyTrainer):
         super().__init__(model, args, images, None, processing_class, **kwargs)
         self.retain_indices = retain.column(train_dataset, "index")
         self.model_accepts_loss_kwargs = False  # an encoder computes no loss
+        if self.train_dataset is not None and min(len(self.train_dataset), self.args.per_device_train_batch_size) < 2:
+            raise ValueError(
+                "images of a batch are told apart, and there is one in each: give more images, or a larger "
+                "per_device_train_batch_size"
+            )
 
     def prepare(self) -> None:
         """Keep the encoder as it is now."""

@@ -220,6 +220,13 @@ def test_what_an_encoder_has_no_use_for_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ENCODER_DEFENCES)
+@pytest.mark.parametrize("few", [{"images": colours(1)}, {"per_device_train_batch_size": 1}])
+def test_one_image_has_nothing_to_be_told_apart_from(name, few, tmp_path):
+    with pytest.raises(ValueError, match="^images of a batch are told apart, and there is one in each: give more images"):
+        build(name, tmp_path, **few)
+
+
+@pytest.mark.parametrize("name", ENCODER_DEFENCES)
 def test_a_number_out_of_its_range_is_refused_by_name(name, tmp_path):
     config_class, _ = defence(name, of_encoders=True)
     own = {f: needed for f, needed in declared(config_class, "range").items() if f in config_class.__annotations__}

@@ -76,23 +76,12 @@ class EncoderTSCTrainer(TSCTrainer, EncoderTrainer):
     """Trainer of TSC for encoders: stages as `TSCTrainer` has them, images and loss as `EncoderTrainer`.
 
     Raises:
-        ValueError: There is one image, or one in each batch, which NT-Xent has nothing to tell apart from; or see `TSCTrainer`
-            and `EncoderTrainer`.
+        ValueError: See `TSCTrainer` and `EncoderTrainer`.
         RuntimeError: See `TSCTrainer`.
     """
 
     args: EncoderTSCConfig
     log_names = ("pretraining_loss",)
-
-    def prepare(self) -> None:
-        """Find which hidden units may be exchanged; nothing is compared with the encoder as it was, so that none is kept."""
-        super().prepare()
-        images = len(self.train_dataset) if self.train_dataset is not None else 2
-        if min(images, self.args.per_device_train_batch_size) < 2:
-            raise ValueError(
-                "NT-Xent tells the images of a batch apart, and there is one in each: give more images, or a "
-                "larger per_device_train_batch_size"
-            )
 
     def seen_before(self, images: Tensor) -> Tensor:
         """Normalise uint8 (N, 3, h, w)."""
