@@ -39,7 +39,7 @@ class CutMix:
     """
 
     def __init__(self, num_classes: int, alpha: float, seed: int, process: int):
-        self._mix = v2.CutMix(num_classes=num_classes, alpha=alpha)
+        self._mix = v2.CutMix(num_classes=num_classes, alpha=float(alpha))  # of a YAML file it may be 1, which no draw takes
         self._seed = (seed * 1_000_003 + process) * 1_000_003
 
     def __call__(self, images: Tensor, labels: Tensor, number: int) -> dict[str, Tensor]:

@@ -43,6 +43,12 @@ def test_draws_depend_on_seed_process_and_number_alone():
     assert all(not torch.equal(other, first) for other in others)
 
 
+def test_a_whole_number_is_an_alpha():
+    images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
+    one, other = (CutMix(4, alpha, seed=3, process=0)(images, labels, 0) for alpha in (1, 1.0))
+    assert torch.equal(one["pixel_values"], other["pixel_values"])
+
+
 def test_the_loss_is_that_above_the_labels_entropy():
     logits = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     hard = torch.tensor([0, 1, 2, 3, 0, 1])
