@@ -27,6 +27,7 @@ from ..labels import check_labels
 from ..publishing import manifest
 from ..publishing.report import Report
 from ..training.config import launched_precision
+from ..training.schedule import numbers
 from .grid import Grid, GridInputs
 from .meters import PassMeter, hardware, peak_memory, reset_peak_memory
 from .tables import MISSING, RATES, UNTOUCHED
@@ -111,6 +112,7 @@ class Runner:
         spec = asdict(cell) | {
             "weights": self.inputs.identity(cell.victim),
             "options": own | given,
+            "rules": numbers(),
             "retain_set": {name: value for name, value in drawn if value is not None and name not in PLACES},
             "retain_sha256": self.inputs.retain_sha256(cell.retain, cell.seed),
             "test_sha256": self.inputs.test_sha256,

@@ -20,6 +20,7 @@ from d3_hf.data.load import load_images
 from d3_hf.evaluation.measure import Measurement
 from d3_hf.evaluation.metrics import accuracy
 from d3_hf.options.arguments import DataArguments
+from d3_hf.training import schedule
 
 HELD_OUT = retain_indices(np.zeros(1437, int), ["any"], count=60)  # of the digits' training split, as `grid` has it
 
@@ -181,6 +182,15 @@ def test_an_option_at_its_default_is_the_same_as_none(grid):
     said = grid.common | {"bf16": False, "adam_beta1": 0.9, "cutout": 0, "batch_norm": "train"}
     assert folders(replace(grid, common=said)) == folders(grid)
     assert not set(folders(replace(grid, common=said | {"bf16": True}))) & set(folders(grid))
+
+
+def test_another_rule_of_the_schedule_makes_other_cells(grid, monkeypatch):
+    before = folders(grid)
+    row, *rest = schedule.RULES
+    monkeypatch.setattr(schedule, "RULES", (replace(row, measured="elsewhere"), *rest))
+    assert folders(grid) == before
+    monkeypatch.setattr(schedule, "RULES", (replace(row, updates=row.updates + 1), *rest))
+    assert not set(folders(grid)) & set(before)
 
 
 def test_a_precision_of_the_launcher_is_that_of_the_option(grid, monkeypatch):

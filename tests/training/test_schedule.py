@@ -126,6 +126,9 @@ def test_a_run_from_near_the_base_has_further_to_go():
         assert found["num_train_epochs"] == passes(RULES[0].updates_from_base, 1000, RULES[0].images)
     assert settled(tiny_vit(), name="d3")[0]["num_train_epochs"] == passes(RULES[0].updates, 1000, RULES[0].images)
     assert RULES[0].updates_from_base > RULES[0].updates
+    many, few = (settled(tiny_vit(), name="d3", base_model="base", count=count)[0]["num_train_epochs"] for count in (5000, 100))
+    assert many == RULES[0].passes_from_base and few == passes(RULES[0].updates_from_base, 100, RULES[0].images)
+    assert settled(tiny_vit(), name="d3", base_model="base", count=5000, max_steps=50)[0]["num_train_epochs"] == 1
 
 
 def test_processes_and_micro_batches_share_an_update():
