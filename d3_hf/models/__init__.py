@@ -13,9 +13,19 @@ _HOMES = {
     "load_classifier": "load",
     "load_encoder": "encoders",
     "new_classifier": "architectures",
+    "new_encoder": "new",
     "new_model": "new",
 }
-__all__ = ["Source", "WrappedClassifier", "WrappedEncoder", "load_classifier", "load_encoder", "new_classifier", "new_model"]  # noqa: F822
+__all__ = [  # noqa: F822
+    "Source",
+    "WrappedClassifier",
+    "WrappedEncoder",
+    "load_classifier",
+    "load_encoder",
+    "new_classifier",
+    "new_encoder",
+    "new_model",
+]
 
 
 def __getattr__(name: str):

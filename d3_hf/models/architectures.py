@@ -58,12 +58,17 @@ def new_classifier(
     if num_labels is None:
         raise ValueError(f"{architecture}: give num_labels or label_names")
     config = timm_config(architecture, num_labels, label_names, image_mean, image_std, image_size, model_args)
-    try:
-        network = timm.create_model(architecture, num_classes=num_labels, **(config.model_args or {}))
-    except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"{architecture} with model_args={config.model_args}: {first_line(error)}") from error
-    model = load_pretrained(TimmWrapperForImageClassification, config, network.state_dict(), architecture)
+    model = load_pretrained(TimmWrapperForImageClassification, config, initial_weights(config), architecture)
     return attach(model, processor_of(config))
+
+
+def initial_weights(config: TimmWrapperConfig) -> dict[str, Tensor]:
+    """Initial weights that an architecture prescribes, from torch's global seed; a ValueError if it refuses its arguments."""
+    try:
+        network = timm.create_model(config.architecture, num_classes=config.num_labels, **(config.model_args or {}))
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"{config.architecture} with model_args={config.model_args}: {first_line(error)}") from error
+    return network.state_dict()
 
 
 def timm_config(

@@ -20,6 +20,7 @@ from d3_hf.models.networks.wide_resnet import BasicBlock as WideBlock
 MEAN_STD = {"image_mean": (0.4, 0.5, 0.6), "image_std": (0.2, 0.25, 0.3)}
 # Counted by hand from the papers' tables: convolutions without bias, two numbers per BatchNorm channel, classifier with bias.
 PARAMETERS = {
+    "resnet8_cifar": 75_290,
     "resnet20_cifar": 269_722,
     "resnet32_cifar": 464_154,
     "resnet44_cifar": 658_586,

@@ -1,4 +1,4 @@
-"""ResNet-20/32/44/56 for 32x32 images: He et al., "Deep Residual Learning" (CVPR 2016, arXiv 1512.03385), section 4.2.
+"""ResNet-8/20/32/44/56 for 32x32 images: He et al., "Deep Residual Learning" (CVPR 2016, arXiv 1512.03385), section 4.2.
 
 Three stages of 16, 32 and 64 channels, 6n + 2 layers, and option-A shortcuts without parameters: where a stage begins,
 every second pixel is kept and the new channels are zero. Names of the weights are those of the checkpoints in
@@ -56,7 +56,7 @@ class CifarResNet(CifarNetwork):
         super().__init__(num_features=STAGES[-1][0])
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
-            raise ValueError(f"depth must be 6n + 2 (20, 32, 44, 56, ...); got {depth}")
+            raise ValueError(f"depth must be 6n + 2 (8, 20, 32, 44, ...); got {depth}")
         self.conv1 = nn.Conv2d(in_chans, STAGES[0][0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(STAGES[0][0])
         in_channels = STAGES[0][0]
@@ -74,8 +74,14 @@ class CifarResNet(CifarNetwork):
         return self.layer3(self.layer2(self.layer1(x)))
 
 
-_NAMES = ("resnet20_cifar", "resnet32_cifar", "resnet44_cifar", "resnet56_cifar")
+_NAMES = ("resnet8_cifar", "resnet20_cifar", "resnet32_cifar", "resnet44_cifar", "resnet56_cifar")
 default_cfgs = generate_default_cfgs(dict.fromkeys(_NAMES, description("linear", pool_size=8)))
+
+
+@register_model
+def resnet8_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ResNet-8."""
+    return build_model_with_cfg(CifarResNet, "resnet8_cifar", pretrained, depth=8, **kwargs)
 
 
 @register_model
