@@ -14,10 +14,12 @@ from .badnets import BadNets
 from .base import Attack, LearnedAttack
 from .blended import Blended
 from .bpp import BPP
+from .ctrl import CTRL
 from .in_training import InTrainingAttack
 from .input_aware import InputAware
 from .lc import LCLite
 from .lf import LF, LFNoise
+from .noisy_alignment import NoisyAlignment
 from .poisoning import poison, poison_dataset, select_poisoned
 from .sig import SIG
 from .ssba import SSBALite
@@ -27,13 +29,15 @@ from .wanet import WaNet
 ATTACKS: dict[str, type[Attack]] = {
     attack.name: attack for attack in (BadNets, Blended, SIG, LF, LFNoise, TrojanNN, LCLite, WaNet, BPP, InputAware, SSBALite)
 }
-ENCODER_ATTACKS: dict[str, type[Attack]] = {BadEncoder.name: BadEncoder}  # planted in encoders, without labels
+# Of encoders. BadEncoder is planted in one, the others poison the images that one is pretrained on, without labels.
+ENCODER_ATTACKS: dict[str, type[Attack]] = {attack.name: attack for attack in (BadEncoder, CTRL, NoisyAlignment)}
 ATTACK_FILE = "attack.json"
 LEARNED_FILE = "trigger.safetensors"
 
 __all__ = [
     "ATTACKS",
     "BPP",
+    "CTRL",
     "ENCODER_ATTACKS",
     "LF",
     "SIG",
@@ -46,6 +50,7 @@ __all__ = [
     "LCLite",
     "LFNoise",
     "LearnedAttack",
+    "NoisyAlignment",
     "SSBALite",
     "TrojanNN",
     "WaNet",

@@ -98,6 +98,7 @@ class Attack(ABC):
         name: What descriptions, recipes and tables call the attack.
         clean_label: Whether only images of the target class are poisoned, and labels stay (dirty label otherwise).
         paper: Address of the paper.
+        reshapes: Whether poisoned images have another shape than the others; `poisoned_images` then takes one at a time.
 
     Raises:
         ValueError: A parameter is out of its range, a clean-label attack is given another map than all-to-one, or
@@ -107,6 +108,7 @@ class Attack(ABC):
     name: ClassVar[str]
     clean_label: ClassVar[bool] = False
     paper: ClassVar[str]
+    reshapes: ClassVar[bool] = False
 
     target_label: int = 0
     label_map: str = "all-to-one"

@@ -69,8 +69,8 @@ def poison(images: RawImages, attack: Attack, ratio: float, seed: int) -> tuple[
         seed: Chooses the images, see ``select_poisoned``.
 
     Returns:
-        A copy in which the chosen images carry the trigger and the label that the attack gives them, and the chosen
-        indices (sorted int64). All other images and labels are as they were.
+        A copy in which the chosen images carry the trigger and the label that the attack gives them, as a list where it
+        reshapes them, and the chosen indices (sorted int64). All other images and labels are as they were.
 
     Raises:
         ValueError: The target label is not one of the images' classes, or see ``select_poisoned`` and
@@ -80,7 +80,7 @@ def poison(images: RawImages, attack: Attack, ratio: float, seed: int) -> tuple[
     indices = select_poisoned(attack, images.labels, ratio, seed)
     labels = images.labels.clone()
     labels[indices] = attack.poisoned_labels(labels[indices], len(images.class_names))
-    if isinstance(images.images, Tensor):
+    if isinstance(images.images, Tensor) and not attack.reshapes:
         pixels = images.images.clone()
         for chunk in indices.split(CHUNK):
             pixels[chunk] = attack.poisoned_images(pixels[chunk])

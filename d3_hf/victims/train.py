@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..attacks import Attack, BadEncoder, InTrainingAttack, LearnedAttack, poison
+from ..attacks import ENCODER_ATTACKS, Attack, InTrainingAttack, LearnedAttack, poison
 from ..data.augmentation import Augmentation
 from ..data.images import RawImages, content_hashes, stacked
 from ..data.preprocessing import Preprocessing
@@ -283,7 +283,7 @@ def train_victim(
             (several processes, fp16, accumulated gradients, SAM, resuming), the checkpoint to resume from saw other poisoned
             images, or see `VictimTrainer` and `poison`.
     """
-    if isinstance(attack, BadEncoder):
+    if attack is not None and attack.name in ENCODER_ATTACKS:
         raise ValueError(f"{attack.name} is planted in an encoder, and this is a classifier: d3-hf victim --encoder")
     resumes, accumulates = is_asked_to_resume(args.resume_from_checkpoint), args.gradient_accumulation_steps > 1
     if has_own_networks(attack) and (args.world_size > 1 or args.fp16 or accumulates or args.sam_rho or resumes):
