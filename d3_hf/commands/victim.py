@@ -25,7 +25,7 @@ def run(argv: list[str]) -> dict[str, Any]:
         from ..victims.encoders import make_encoder_victim
 
         trainer = make_encoder_victim([argument for argument in argv if argument != ENCODER])
-        measured = trainer.report.measured()
-        return {"folder": trainer.args.output_dir, "attack": trainer.attack.describe(), "measured": measured}
+        attack = trainer.attack.describe() if trainer.attack else None
+        return {"folder": trainer.args.output_dir, "attack": attack, "measured": trainer.report.measured()}
     made = make_victim(argv)
     return {"folder": made.folder, "attack": made.attack.describe() if made.attack else None, "measured": made.measured}

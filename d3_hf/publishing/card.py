@@ -18,9 +18,10 @@ def victim_table(facts: dict) -> str:
     """The rates of a victim beside those of a model without backdoor; ``facts`` as in ``victim.json``."""
     if not facts["measured"]:
         return "Nothing was measured."
+    itself = "victim" if facts["planted"] else "this model"
     if facts.get("kind") == "encoder":
-        return encoder_table(facts["measured"])
-    headings = {"victim": "victim" if facts["planted"] else "this model", "clean_model": "model without backdoor"}
+        return encoder_table({itself if name == "victim" else name: found for name, found in facts["measured"].items()})
+    headings = {"victim": itself, "clean_model": "model without backdoor"}
     columns = {heading: facts["measured"][key] for key, heading in headings.items() if facts["measured"].get(key)}
     return rates_table(columns) if columns else "Nothing was measured."
 

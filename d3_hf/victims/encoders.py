@@ -1,151 +1,50 @@
-"""Victims that are encoders: a backdoor planted in an encoder, deliberately, to measure defences on."""
+"""Victims that are encoders: a backdoor planted in an encoder, deliberately, to measure defences on.
+
+The objective follows from the attack. BadEncoder plants by losses of its own, in an encoder that is there. Attacks that poison
+images, and no attack, pretrain one by SimCLR, from scratch or from a checkpoint.
+"""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import ModelCard
-from torch import Tensor
-from transformers import PreTrainedModel, Trainer, set_seed
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers import PreTrainedModel, set_seed
 
-from ..attacks import ENCODER_ATTACKS, BadEncoder
-from ..attacks.badencoder import effectiveness_losses, reference_losses, utility_losses
+from ..attacks import ENCODER_ATTACKS, Attack, BadEncoder, LearnedAttack, poison
 from ..data.images import RawImages
-from ..data.views import view
 from ..evaluation.encoders import measure_encoder, reference_similarity
 from ..evaluation.measure import measured_model
-from ..files import sha256
+from ..models import new_encoder
+from ..models.source import preprocessing_of, source_of
 from ..options.arguments import AttackArguments, DataArguments, ModelArguments, ProbeArguments
 from ..options.parser import parse_arguments
-from ..publishing.card import render_victim_card
-from ..publishing.manifest import VICTIM_FILE
-from ..publishing.tables import encoder_table
+from ..publishing.card import victim_table
+from ..publishing.manifest import source_facts
 from ..training.checkpoints import check_output
-from ..training.config import HIDDEN, SGD_ARGUMENTS
-from ..training.encoders import EncoderConfig, EncoderTrainer
 from ..training.phases import VICTIM, Phases
-from .plan import VictimReport, write_attack
+from .encoder_trainers import BadEncoderTrainer, EncoderVictimConfig, EncoderVictimTrainer
+from .plan import VictimPlan, VictimReport
 from .record import recipe_of
-from .train import NativeImages, images_digest
+from .simclr import SimCLRTrainer
+from .train import images_digest
+
+POISON_RATIO = 0.05  # TSC's of CTRL; the authors' own 1 % makes a weak backdoor in small encoders
 
 
 @dataclass
-class EncoderVictimConfig(EncoderConfig):
-    """Arguments of planting a backdoor in an encoder: BadEncoder's on CIFAR-10 (authors' code), fixed, no rule's.
+class EncoderVictimArguments:
+    """How the victim comes about.
 
     Args:
-        optim, optim_args, learning_rate, weight_decay, num_train_epochs: SGD with momentum 0.9 at 1e-3, 5e-4, 200 epochs.
-        per_device_train_batch_size: 128, which is two passes of as many images; there 256.
-        batch_norm: ``"frozen"``, as there.
+        poison_ratio: Share of the attacker's images that are poisoned, in (0, 1]; default 5 %. Not for BadEncoder, which
+            poisons none.
+        poison_seed: Chooses them, and is the seed of a learned trigger.
+        clean_model: Folder of an encoder that was pretrained likewise without a trigger: the floor of the ASR. Default: the
+            checkpoint that is continued, if one is.
     """
 
-    hidden_options = (*HIDDEN, "push_to_hub", "hub_")  # a victim is never pushed
-
-    output_dir: str | None = field(default="outputs/encoder_victim", metadata={"help": "Folder for the victim."})
-    optim: str = field(default="sgd", metadata={"help": "Optimizer, any name of TrainingArguments."})
-    optim_args: str | None = field(default=SGD_ARGUMENTS, metadata={"help": "Arguments of the optimizer."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate."})
-    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay."})
-    warmup_steps: float = field(default=0, metadata={"help": "Updates of warm-up, below 1 their share."})
-    num_train_epochs: float = field(default=200, metadata={"help": "Passes over the attacker's images."})
-    per_device_train_batch_size: int = field(default=128, metadata={"help": "Images per device and micro-batch."})
-    cutmix: float = field(default=0.0, metadata={"help": "Not for encoders."})
-    batch_norm: str = field(
-        default="frozen", metadata={"help": "BatchNorm while training.", "choices": ("train", "eval", "frozen")}
-    )
-
-    def __post_init__(self):
-        if self.optim_args == SGD_ARGUMENTS and self.optim != "sgd":
-            self.optim_args = None  # the default of another optimizer
-        super().__post_init__()
-
-
-class EncoderVictimTrainer(EncoderTrainer):
-    """Plants BadEncoder in an encoder, and says so in everything it writes.
-
-    Args:
-        model: The untouched encoder; it becomes the victim.
-        args: The training's options.
-        train_dataset: The attacker's images, `RawImages` of one size; labels are not looked at.
-        attack: What is planted, its reference chosen.
-        recipe: The options behind the run, if they are known.
-        kwargs: Further arguments of `EncoderTrainer`.
-    """
-
-    last_file = manifest_name = VICTIM_FILE
-    images_class = NativeImages
-    method = "training with a planted backdoor"
-    log_names = ("effectiveness_loss", "reference_loss", "utility_loss")
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        args: EncoderVictimConfig,
-        train_dataset: RawImages,
-        attack: BadEncoder,
-        recipe: dict[str, Any] | None = None,
-        **kwargs,
-    ):
-        self.attack, self.recipe = attack, recipe
-        self.weights_sha256: str | None = None
-        self.attack_sha256: dict[str, str] = {}
-        self.images_sha256 = images_digest(train_dataset)
-        super().__init__(model, args, train_dataset, **kwargs)
-        self.report = VictimReport()
-
-    def training_batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The images as they are, triggered ones, the reference and views of it, at the model's size, one after another."""
-        inputs = Trainer._prepare_inputs(self, dict(inputs))
-        images, resize = inputs["pixel_values"], self.preprocessing.resize
-        reference = self.attack.reference.to(images.device)[None]
-        views = view(reference.expand(self.attack.reference_views, -1, -1, -1), self.generator())
-        plain, reference = resize(images), resize(reference)
-        self.seen_before(torch.cat([plain, reference]))
-        pixels = torch.cat([plain, resize(self.attack.trigger(images)), reference, resize(views)])
-        return {"pixel_values": self.preprocessing.normalize(pixels), "labels": inputs["labels"]}
-
-    def image_losses(self, features: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """BadEncoder's three losses; that of the reference, the mean over its views, counts once for each image."""
-        before, reference_before = self.features_before[:-1], self.features_before[-1]
-        count = len(before)
-        plain, triggered, reference, views = features.split([count, count, 1, self.attack.reference_views])
-        effectiveness = effectiveness_losses(triggered, reference[0])
-        kept = reference_losses(views, reference_before).mean().expand(count)
-        utility = utility_losses(plain, before)
-        losses = effectiveness + self.attack.lambda_reference * kept + self.attack.lambda_utility * utility
-        return losses, [effectiveness, kept, utility]
-
-    def resume_state(self) -> dict[str, Any]:
-        """Adds what was planted, and on which images."""
-        return super().resume_state() | {"images_sha256": self.images_sha256, "attack": self.attack.describe()}
-
-    def load_resume_state(self, state: dict[str, Any]) -> None:
-        """Goes on from there; raises a ValueError if images or attack are others."""
-        super().load_resume_state(state)
-        if state["images_sha256"] != self.images_sha256 or state["attack"] != self.attack.describe():
-            raise ValueError("was trained on other images or with another attack: delete it to begin anew")
-
-    def facts(self) -> dict[str, Any]:
-        """Adds what was planted, the options that made it and the digests of the files."""
-        return super().facts() | {
-            "planted": {"attack": self.attack.describe()},
-            "recipe": self.recipe,
-            "images_sha256": self.images_sha256,
-            "weights_sha256": self.weights_sha256,
-            "attack_sha256": self.attack_sha256,
-        }
-
-    def write_own_files(self, folder: Path) -> None:
-        """The attack, and the digests for the manifest."""
-        self.weights_sha256 = sha256(folder / SAFE_WEIGHTS_NAME)
-        if not self.is_writing_checkpoint:
-            self.attack_sha256 = write_attack(self.attack, folder)
-
-    def card(self, model_name: str | None = None) -> ModelCard:
-        """A card whose first line is the warning."""
-        return render_victim_card(self.facts(), model_name or Path(self.args.output_dir).name)
+    poison_ratio: float | None = field(default=None, metadata={"help": "Share of the attacker's images that are poisoned."})
+    poison_seed: int = field(default=0, metadata={"help": "Chooses the poisoned images."})
+    clean_model: str | None = field(default=None, metadata={"help": "Folder of an encoder without a backdoor."})
 
 
 def train_encoder_victim(
@@ -153,81 +52,138 @@ def train_encoder_victim(
     shadow: RawImages,
     probe: RawImages,
     test: RawImages,
-    attack: BadEncoder,
+    attack: Attack | None,
     args: EncoderVictimConfig,
     recipe: dict[str, Any] | None = None,
+    *,
+    poison_ratio: float | None = None,
+    poison_seed: int = 0,
+    clean_model: PreTrainedModel | None = None,
 ) -> EncoderVictimTrainer:
-    """Choose the reference, plant the backdoor, measure the victim and the untouched encoder, save a loadable folder.
+    """Learn the trigger, train the victim, measure it and an encoder without a backdoor, save a loadable folder.
 
     Args:
-        model: The untouched encoder; it becomes the victim.
-        shadow: The attacker's images; of their labels only those of the target class count, for the reference.
+        model: The encoder, untrained or not; it becomes the victim.
+        shadow: The attacker's images; of their labels only those of the target class count, for references and poison.
         probe: Labelled images without any trigger, to train probes on.
         test: Images to measure on.
-        attack: What to plant.
+        attack: What to plant, of `ENCODER_ATTACKS`; None pretrains the same encoder without a backdoor.
         args: Training arguments.
         recipe: The options behind all this, for ``victim.json``.
+        poison_ratio: Share of ``shadow`` that is poisoned; None: `POISON_RATIO`. Not for BadEncoder.
+        poison_seed: See `EncoderVictimArguments`.
+        clean_model: Encoder for the floor. Default: ``model`` as it was, unless it is new and SimCLR trains it.
 
     Returns:
-        The trainer; ``facts()["measured"]`` holds `measure_encoder` of ``victim`` and of the ``untouched`` encoder, the floor,
-        and the similarity of triggered images to the reference for both.
+        The trainer; ``facts()["measured"]`` holds `measure_encoder` of ``victim`` and, where there is one, of the ``untouched``
+        encoder, the floor; and for BadEncoder the similarity of triggered images to the reference for both.
 
     Raises:
-        ValueError: See `BadEncoder.fit`, `EncoderTrainer` and `measure_encoder`.
+        ValueError: BadEncoder is given a ``poison_ratio``, or see `BadEncoder.fit`, `poison`, `EncoderTrainer` and
+            `measure_encoder`.
     """
-    phases = Phases(VICTIM)
-    phases.begin(f"choosing the reference among {len(shadow):,} images")
-    if attack.learned is None:
-        attack = attack.fit(shadow, model, args.seed)
-    trainer = EncoderVictimTrainer(model, args, shadow, attack, recipe)
-    phases.begin("training the victim")
+    phases, plants = Phases(VICTIM), isinstance(attack, BadEncoder)
+    what = "victim" if attack else "encoder without a backdoor"
+    if plants and poison_ratio is not None:
+        raise ValueError("badencoder poisons no images: leave poison_ratio out")
+    phases.begin(f"preparing {len(shadow):,} images" + (f" and the trigger of {attack.name}" if attack else ""))
+    if isinstance(attack, LearnedAttack) and attack.learned is None:
+        attack = attack.fit(shadow, model, poison_seed)
+    images, rows = shadow, None
+    ratio = POISON_RATIO if poison_ratio is None else poison_ratio
+    if attack and not plants:
+        images, rows = poison(shadow, attack, ratio, poison_seed)
+    plan = VictimPlan(
+        attack=attack,
+        poison_ratio=ratio,
+        poison_seed=poison_seed,
+        rows=rows,
+        row_numbers=None if rows is None else shadow.index[rows].tolist(),
+        recipe=recipe,
+        images_sha256=images_digest(shadow),
+        poisoned_sha256=None if rows is None else images_digest(images),
+        clean_model=None if clean_model is None else source_facts(clean_model),
+    )
+    trainer = (BadEncoderTrainer if plants else SimCLRTrainer)(model, args, images, plan)
+    if clean_model is None and (plants or source_of(model) is not None):
+        clean_model = trainer.before
+    phases.begin(f"training the {what}")
     trainer.train(args.resume_from_checkpoint)
-    phases.begin(f"measuring the victim on {len(test):,} images")
+    phases.begin(f"measuring the {what} on {len(test):,} images")
     if trainer.is_world_process_zero():
-        found = {}
-        for name, encoder in (
-            ("victim", measured_model(trainer)),
-            ("untouched", trainer.before),
-        ):
-            preprocessing, size = trainer.preprocessing, args.per_device_eval_batch_size
-            found[name] = measure_encoder(encoder, probe, test, preprocessing, attack, batch_size=size)
-            alike = reference_similarity(encoder, test, preprocessing, attack.trigger, attack.reference)
-            found[name]["reference_similarity"] = alike
+        encoders = {"victim": measured_model(trainer)} | ({"untouched": clean_model} if clean_model is not None else {})
+        found = {name: _measured(encoder, probe, test, attack, args) for name, encoder in encoders.items()}
         trainer.record(VictimReport({"n_images": len(test), "n_probe": len(probe)} | found))
     trainer.accelerator.wait_for_everyone()
-    phases.begin("saving the victim")
+    phases.begin(f"saving the {what}")
     trainer.save_model()
     return trainer
 
 
-ENCODER_KINDS = [ModelArguments, DataArguments, AttackArguments, ProbeArguments, EncoderVictimConfig]
+def _measured(
+    encoder: PreTrainedModel, probe: RawImages, test: RawImages, attack: Attack | None, args: EncoderVictimConfig
+) -> dict[str, Any]:
+    encoder, preprocessing = encoder.to(args.device), preprocessing_of(encoder)
+    found = measure_encoder(encoder, probe, test, preprocessing, attack, batch_size=args.per_device_eval_batch_size)
+    if isinstance(attack, BadEncoder):
+        alike = reference_similarity(encoder, test, preprocessing, attack.trigger, attack.reference)
+        found["reference_similarity"] = alike
+    return found
+
+
+ENCODER_KINDS = [ModelArguments, DataArguments, AttackArguments, ProbeArguments, EncoderVictimArguments, EncoderVictimConfig]
 
 
 def make_encoder_victim(argv: list[str]) -> EncoderVictimTrainer:
-    """Run ``[CONFIG.yaml] --option value ...``: load an encoder, plant the backdoor, save the victim.
+    """Run ``[CONFIG.yaml] --option value ...``: load or make an encoder, plant the backdoor, save the victim.
 
     The rows of the retain set stay unseen, for the defender; probes are trained on others that the attacker does not see
-    either.
+    either. Without ``--attack`` the same encoder is pretrained without a backdoor, as a reference.
 
     Args:
         argv: Arguments without the program's name.
 
     Raises:
-        ValueError: No encoder or no attack on encoders is named, ``output_dir`` holds another run's results, or see
-            `train_encoder_victim`.
+        ValueError: There is neither a checkpoint nor an architecture, or none that BadEncoder could be planted in; the attack
+            is one on classifiers; ``output_dir`` holds another run's results; or see `train_encoder_victim`.
     """
     arguments = parse_arguments(ENCODER_KINDS, argv)
-    model_args, data_args, attack_args, probe_args, args = arguments
+    model_args, data_args, attack_args, probe_args, victim_args, args = arguments
     check_output(args, None)
     attack = attack_args.load()
-    if not isinstance(attack, BadEncoder):
-        raise ValueError(f"no attack on encoders: give --attack, one of {', '.join(ENCODER_ATTACKS)}")
-    if model_args.model_name_or_path is None:
-        raise ValueError("no encoder: give --model_name_or_path (a Hub id, a folder or a file)")
+    if attack is not None and attack.name not in ENCODER_ATTACKS:
+        raise ValueError(f"{attack.name} is no attack on encoders: give --attack, one of {', '.join(ENCODER_ATTACKS)}")
     set_seed(args.seed)
-    model = model_args.load_encoder()
+    model = _encoder(model_args, attack)
+    clean_model = model_args.of(victim_args.clean_model).load_encoder() if victim_args.clean_model else None
     images = data_args.load()
     probe, shadow = probe_args.draw(images.rest)
-    trainer = train_encoder_victim(model, shadow, probe, images.test, attack, args, recipe_of(*arguments))
-    print(f"\nVictim in {args.output_dir}\n{encoder_table(trainer.report.measured())}\n")
+    trainer = train_encoder_victim(
+        model,
+        shadow,
+        probe,
+        images.test,
+        attack,
+        args,
+        recipe_of(*arguments),
+        poison_ratio=victim_args.poison_ratio,
+        poison_seed=victim_args.poison_seed,
+        clean_model=clean_model,
+    )
+    print(f"\n{'Victim' if attack else 'Encoder without backdoor'} in {args.output_dir}\n{victim_table(trainer.facts())}\n")
     return trainer
+
+
+def _encoder(model_args: ModelArguments, attack: Attack | None) -> PreTrainedModel:
+    if model_args.model_name_or_path:
+        return model_args.load_encoder()
+    if isinstance(attack, BadEncoder):
+        raise ValueError(
+            "no encoder: badencoder is planted in one that is trained: give --model_name_or_path (a Hub id, a folder or a file)"
+        )
+    if model_args.architecture is None:
+        raise ValueError(
+            "no encoder: give --architecture to pretrain one from scratch, or --model_name_or_path to continue one"
+        )
+    shape = (model_args.image_mean, model_args.image_std, model_args.image_size)
+    return new_encoder(model_args.architecture, *shape, model_args.model_args)

@@ -1,6 +1,7 @@
 """Encoders on the command line: planting, measuring, purifying, and which defence is for which kind of model."""
 
 import json
+from functools import partial
 
 import pytest
 import timm
@@ -8,10 +9,12 @@ from safetensors.torch import save_file
 from tiny import PROCESSOR, tiny_vit
 from tiny_encoders import tiny_clip, tiny_resnet
 
+from d3_hf.assurance import decree
 from d3_hf.commands import COMMANDS
 from d3_hf.models import load_encoder
 
-DIGITS = ["--dataset_name", "digits", "--retain_count", "200", "--max_test_images", "60", "--probe_count", "100"]
+IMAGES = ["--dataset_name", "digits", "--retain_count", "200", "--max_test_images", "60"]
+DIGITS = [*IMAGES, "--probe_count", "100"]
 QUICK = ["--max_steps", "2", "--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "8"]
 
 
@@ -42,6 +45,22 @@ def test_a_victim_is_planted_and_measured_again_from_its_folder(victim, capsys):
     assert "measured now, linear probe" in shown and "recorded, kNN" in shown
 
 
+def test_an_encoder_is_pretrained_from_scratch_with_poison_and_without(tmp_path, capsys):
+    new = ["--encoder", "--architecture", "resnet8_cifar", "--image_mean", *["0.5"] * 3, "--image_std", *["0.5"] * 3]
+    images = [*DIGITS, *QUICK, "--image_size", "16"]
+    twin, victim = str(tmp_path / "twin"), str(tmp_path / "victim")
+    found = COMMANDS["victim"].run([*new, *images, "--output_dir", twin])
+    assert found["attack"] is None and set(found["measured"]) == {"n_images", "n_probe", "victim"}
+    shown = capsys.readouterr().out
+    assert "this model, linear probe" in shown and "ASR" not in shown
+    attack = '{"name": "noisy_alignment", "size": 4, "image_size": 8}'
+    argv = ["--attack", attack, "--poison_ratio", "0.02", "--clean_model", twin, "--output_dir", victim]
+    found = COMMANDS["victim"].run([*new, *images, *argv])
+    assert found["attack"]["name"] == "noisy_alignment" and "asr" in found["measured"]["untouched"]["knn"]
+    again = COMMANDS["measure"].run([victim])
+    assert again["linear"] == found["measured"]["victim"]["linear"]
+
+
 @pytest.mark.parametrize("name", ["par", "encoder_d3", "mimic", "tsc"])
 def test_purify_takes_the_defences_of_encoders(name, victim, tmp_path, capsys):
     options = ["--model_name_or_path", victim[1], "--attack", victim[1], "--output_dir", str(tmp_path / "out")]
@@ -64,6 +83,34 @@ def test_any_encoder_is_measured_and_a_purified_one_beside_what_was_recorded(enc
     assert "recorded, linear probe" in capsys.readouterr().out
     assert COMMANDS["measure"].run([encoder, *images]) == found["before"]
     assert "recorded" not in capsys.readouterr().out
+
+
+def test_check_of_an_encoder_reads_decree_beside_its_twins(encoder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("d3_hf.inspection.encoder.decree", partial(decree.decree, schedule=decree.Schedule(epochs=2)))
+    twins = [write(tmp_path / f"twin{seed}", tiny_resnet(seed)) for seed in (1, 2)]
+    alone = COMMANDS["check"].run([encoder, *IMAGES])
+    shown = capsys.readouterr().out
+    assert alone["kind"] == "encoder" and alone["p"] is None and alone["code"] == 0 and 0 < alone["decree"]["score"] <= 1
+    assert "SHA-256 of" in shown and "DECREE" in shown and "nothing can be concluded from this score alone" in shown
+    found = COMMANDS["check"].run([encoder, "--twins", *twins, *IMAGES])
+    scores = list(found["decree"]["twins"].values())
+    assert found["decree"]["score"] == alone["decree"]["score"] and len(scores) == 2 and found["code"] == 0
+    assert found["p"] == (1 + sum(score <= alone["decree"]["score"] for score in scores)) / 3
+    assert "no alarm possible at this power" in capsys.readouterr().out and json.dumps(found)
+    alarmed = COMMANDS["check"].run([encoder, "--twins", *twins, "--alarm_at", "0.99", *IMAGES])
+    assert alarmed["alarm"] == (alarmed["p"] <= 0.99) and alarmed["code"] == (4 if alarmed["alarm"] else 0)
+
+
+def test_check_of_an_encoder_says_what_it_cannot_do(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("d3_hf.inspection.encoder.decree", partial(decree.decree, schedule=decree.Schedule(epochs=1)))
+    other = write(tmp_path / "clip", tiny_clip())
+    for argv, wanted in (
+        (["--report", "check.html"], "--report is for classifiers"),
+        (["--twins", encoder], "is the model itself: each model counts once"),
+        (["--twins", other], "is of another kind than the model: clip"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            COMMANDS["check"].run([encoder, *argv, *IMAGES])
 
 
 @pytest.mark.parametrize("name", ["d3", "fine_tuning", "nad", "auto"])
@@ -109,9 +156,15 @@ def test_a_name_of_both_kinds_takes_the_options_of_the_checkpoints_kind(encoder,
 
 def test_what_is_missing_is_told_before_anything_is_loaded(encoder, tmp_path):
     for argv, wanted in (
-        (["--model_name_or_path", encoder, *DIGITS], "no attack on encoders: give --attack, one of badencoder"),
-        (["--attack", "badnets", "--model_name_or_path", encoder, *DIGITS], "no attack on encoders"),
-        (["--attack", "badencoder", *DIGITS], "no encoder: give --model_name_or_path"),
+        (
+            ["--attack", "badnets", "--model_name_or_path", encoder, *DIGITS],
+            "badnets is no attack on encoders: give --attack, one",
+        ),
+        (
+            ["--attack", "badencoder", "--architecture", "resnet8_cifar", *DIGITS],
+            "badencoder is planted in one that is trained",
+        ),
+        (["--attack", "ctrl", *DIGITS], "no encoder: give --architecture to pretrain one from scratch"),
         (["--probe_count", "1"], "probe_count must be at least 2"),
     ):
         with pytest.raises(ValueError, match=wanted):

@@ -16,7 +16,9 @@ from d3_hf.models import load_encoder
 from d3_hf.models.kinds import encode
 from d3_hf.options.parser import parse_arguments
 from d3_hf.training.trainer import PurifyTrainer
-from d3_hf.victims.encoders import ENCODER_KINDS, EncoderVictimConfig, EncoderVictimTrainer, train_encoder_victim
+from d3_hf.victims.encoder_trainers import BadEncoderTrainer, EncoderVictimConfig
+from d3_hf.victims.encoders import ENCODER_KINDS, train_encoder_victim
+from d3_hf.victims.plan import VictimPlan
 from d3_hf.victims.train import VictimConfig, train_victim
 
 IMAGES, PROBE, TEST = colours(24), colours(30, seed=1), colours(30, seed=2)
@@ -27,7 +29,7 @@ ADAM = {"optim": "adamw_torch", "learning_rate": 3e-3, "per_device_train_batch_s
 def trainer(folder, make=tiny_resnet, **options):
     model = make()
     args = EncoderVictimConfig(str(folder), **ADAM | options)
-    return EncoderVictimTrainer(model, args, IMAGES, ATTACK.fit(IMAGES, model, 0))
+    return BadEncoderTrainer(model, args, IMAGES, VictimPlan(ATTACK.fit(IMAGES, model, 0), images_sha256="of these images"))
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +110,10 @@ def test_a_resumed_planting_ends_as_the_uninterrupted_one(tmp_path):
 
 
 def test_the_recipe_of_the_pretrained_vit_is_understood():
-    model, images, attack, probes, args = parse_arguments(ENCODER_KINDS, ["vit_small_badencoder"])
+    model, images, attack, probes, victim, args = parse_arguments(ENCODER_KINDS, ["vit_small_badencoder"])
     assert attack.load() == BadEncoder() and model.image_size == 70 and images.retain_count == 7500
-    assert args.max_steps > 0 and args.batch_norm == "frozen" and probes.probe_count == 2000
+    assert args.max_steps > 0 and probes.probe_count == 2000 and victim.poison_ratio is None
+    assert BadEncoderTrainer.own_schedule["batch_norm"] == "frozen" and args.batch_norm is None
 
 
 def test_kinds_are_not_mixed_up(tmp_path):
@@ -120,6 +123,8 @@ def test_kinds_are_not_mixed_up(tmp_path):
         train_victim(tiny_vit(), IMAGES, TEST, ATTACK, VictimConfig(str(tmp_path), **FAST))
     args = EncoderVictimConfig(str(tmp_path), **FAST)
     with pytest.raises(ValueError, match="ViTForImageClassification is a classifier with a head"):
-        EncoderVictimTrainer(tiny_vit(), args, IMAGES, ATTACK)
+        BadEncoderTrainer(tiny_vit(), args, IMAGES, VictimPlan(ATTACK))
     with pytest.raises(ValueError, match="Dinov2Model is an encoder without a head"):
         PurifyTrainer(tiny_dinov2(), args, IMAGES)
+    with pytest.raises(ValueError, match="badencoder poisons no images: leave poison_ratio out"):
+        train_encoder_victim(tiny_dinov2(), IMAGES, PROBE, TEST, ATTACK, args, poison_ratio=0.1)
