@@ -1,4 +1,4 @@
-"""``d3-hf check``: look at a model before anything is trained."""
+"""``d3-hf check``: look at a model, a classifier or an encoder, before anything is trained."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,10 +9,13 @@ from transformers import PreTrainedModel
 
 from ..assurance.calibration import ALARM_AT, check_alarm_at
 from ..data.images import RawImages
+from ..data.load import LoadedImages
 from ..files import atomic_file
 from ..inspection.check import check
+from ..inspection.encoder import check_encoder
 from ..inspection.null import read_null
 from ..inspection.triggers import triggers_in
+from ..models.differences import EncoderFound
 from ..options.arguments import NO_IMAGES, DataArguments, ModelArguments
 from ..options.parser import Parser
 from ..publishing.inspection.pages import check_page
@@ -58,11 +61,14 @@ def run(argv: list[str]) -> dict[str, Any]:
     Args:
         argv: Arguments without the program's name.
 
+    Of an encoder the files are looked at, and DECREE is read in place of the signals; the images' labels are not.
+
     Returns:
-        `Check.as_dict`, and ``code``: 4 where there is an alarm, else 0.
+        `Check.as_dict` or `EncoderCheck.as_dict`, and ``code``: 4 where there is an alarm, else 0.
 
     Raises:
-        ValueError: No checkpoint or no images are named, or see `load_classifier`, `load_images` and `check`.
+        ValueError: No checkpoint or no images are named; ``null``, ``save_null`` or ``report`` is asked for of an encoder;
+            or see `load_classifier`, `load_encoder`, `load_images`, `check` and `check_encoder`.
     """
     options, data_args, own = Parser([ModelArguments, DataArguments, CheckArguments]).read(
         with_option("model_name_or_path", argv)
@@ -72,7 +78,10 @@ def run(argv: list[str]) -> dict[str, Any]:
     if data_args.dataset_name is None:
         raise ValueError(NO_IMAGES)
     null = read_null(Path(own.null).expanduser()) if own.null else None
-    model = on_device(options.load())
+    try:
+        model = on_device(options.load())
+    except EncoderFound:
+        return _run_encoder(options, data_args, own)
     images = limited(data_args).load(model.config)
     twins = (on_device(options.of(place).load()) for place in own.twins or [])
     found = check(
@@ -83,8 +92,7 @@ def run(argv: list[str]) -> dict[str, Any]:
         null=null,
         alarm_at=own.alarm_at,
     )
-    named = {"data": public_name(images.source), "configuration": images.configuration, "split": images.split}
-    found = replace(found, images=named)
+    found = replace(found, images=_named(images))
     facts = found.as_dict()
     print(found)
     if own.save_null:
@@ -92,6 +100,20 @@ def run(argv: list[str]) -> dict[str, Any]:
     if own.report:
         write_page(Path(own.report), check_page(facts, triggers_in(found.suspicion.findings)))
     return facts | {"code": ALARM if found.alarm else 0}
+
+
+def _run_encoder(options: ModelArguments, data_args: DataArguments, own: CheckArguments) -> dict[str, Any]:
+    if unfit := [name for name in ("null", "save_null", "report") if getattr(own, name)]:
+        raise ValueError(f"--{unfit[0]} is for classifiers, and {options.model_name_or_path} is an encoder: leave it out")
+    model, images = on_device(options.load_encoder()), limited(data_args).load()
+    twins = (on_device(options.of(place).load_encoder()) for place in own.twins or [])
+    found = replace(check_encoder(model, images.test, twins=twins, alarm_at=own.alarm_at), images=_named(images))
+    print(found)
+    return found.as_dict() | {"code": ALARM if found.verdict.alarm else 0}
+
+
+def _named(images: LoadedImages) -> dict[str, str | None]:
+    return {"data": public_name(images.source), "configuration": images.configuration, "split": images.split}
 
 
 def on_device(model: PreTrainedModel) -> PreTrainedModel:

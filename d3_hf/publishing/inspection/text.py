@@ -62,6 +62,30 @@ def audit_text(found: dict[str, Any]) -> str:
     )
 
 
+def encoder_text(found: dict[str, Any]) -> str:
+    """The report of a check of an encoder, from `EncoderCheck.as_dict`."""
+    decree = found["decree"]
+    size = (
+        f"a mask over {100 * decree['score']:.1f} % of the image" if decree["reached"] else "nothing less than the whole image"
+    )
+    lines = [
+        f"{size} gives all images the same features (score {decree['score']:.4f})",
+        f"mean cosine of two images: {decree['likeness_before']:.3f} as they are, {decree['likeness']:.3f} with the mask",
+    ]
+    if scores := sorted(decree["twins"].values()):
+        lines.append(f"scores of {len(scores)} twins: {', '.join(f'{score:.4f}' for score in scores[:MOST_CLASSES])}")
+    return "\n".join(
+        [
+            model_line(found["model"]),
+            *section("files", file_lines(found["files"])),
+            *section("DECREE", lines),
+            *section("limits", found["limits"]),
+            "",
+            found["outcome"],
+        ]
+    )
+
+
 def model_line(model: dict[str, Any]) -> str:
     """What a model is, see `describe`."""
     revision = f" at {model['source']['revision']}" if model["source"]["revision"] else ""
