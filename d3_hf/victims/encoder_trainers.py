@@ -85,7 +85,8 @@ class EncoderVictimTrainer(EncoderTrainer):
         self.attack_sha256: dict[str, str] = {}
         args = copy.copy(args)
         for name, value in self.own_schedule.items():
-            setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+            if getattr(args, name) is None:
+                setattr(args, name, value)
         super().__init__(model, args, train_dataset, **kwargs)
         self.report = VictimReport()
 

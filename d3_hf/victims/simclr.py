@@ -4,13 +4,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from ..data.collages import Collages
+from ..data.images import RawImages
 from ..data.views import view
 from ..models.kinds import encode
 from ..training.encoder_losses import nt_xent
-from .encoder_trainers import EncoderVictimTrainer
+from .encoder_trainers import EncoderVictimConfig, EncoderVictimTrainer
+from .plan import VictimPlan
 
 PROJECTION = 128  # numbers that the loss compares: SimCLR
 PROJECTOR = "projector."  # what names of its weights begin with in a checkpoint
@@ -32,7 +34,7 @@ class SimCLRTrainer(EncoderVictimTrainer):
         "batch_norm": "train",
     }
 
-    def __init__(self, model, args, train_dataset, plan, **kwargs):
+    def __init__(self, model: PreTrainedModel, args: EncoderVictimConfig, train_dataset: RawImages, plan: VictimPlan, **kwargs):
         if plan.attack and plan.attack.reshapes:
             self.images_class = Collages
         super().__init__(model, args, train_dataset, plan, **kwargs)

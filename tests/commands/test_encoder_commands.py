@@ -45,7 +45,7 @@ def test_a_victim_is_planted_and_measured_again_from_its_folder(victim, capsys):
     assert "measured now, linear probe" in shown and "recorded, kNN" in shown
 
 
-def test_an_encoder_is_pretrained_from_scratch_with_poison_and_without(tmp_path, capsys):
+def test_an_encoder_is_pretrained_from_scratch_with_poison_and_without(tmp_path, capsys, monkeypatch):
     new = ["--encoder", "--architecture", "resnet8_cifar", "--image_mean", *["0.5"] * 3, "--image_std", *["0.5"] * 3]
     images = [*DIGITS, *QUICK, "--image_size", "16"]
     twin, victim = str(tmp_path / "twin"), str(tmp_path / "victim")
@@ -59,6 +59,8 @@ def test_an_encoder_is_pretrained_from_scratch_with_poison_and_without(tmp_path,
     assert found["attack"]["name"] == "noisy_alignment" and "asr" in found["measured"]["untouched"]["knn"]
     again = COMMANDS["measure"].run([victim])
     assert again["linear"] == found["measured"]["victim"]["linear"]
+    monkeypatch.setattr("d3_hf.inspection.encoder.decree", partial(decree.decree, schedule=decree.Schedule(epochs=1)))
+    assert len(COMMANDS["check"].run([victim, "--twins", twin, *IMAGES])["decree"]["twins"]) == 1
 
 
 @pytest.mark.parametrize("name", ["par", "encoder_d3", "mimic", "tsc"])
