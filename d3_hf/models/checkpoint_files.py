@@ -28,8 +28,11 @@ SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
 SHARD = re.compile(r"(model|pytorch_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
 
+# The tokenizer of a checkpoint that reads texts too: tables of words.
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json")
+
 # Everything that is fetched from a Hub repository: no pickles and no code.
-HUB_FILES = (*SETTINGS, SAFE, SAFE + INDEX, "model-*-of-*.safetensors")
+HUB_FILES = (*SETTINGS, *TOKENIZER, SAFE, SAFE + INDEX, "model-*-of-*.safetensors")
 
 # Names of files from which other programs load weights.
 OTHERS = re.compile(r".*model.*\.(safetensors|bin|pth|pt|tar)|.*\.(ckpt|h5|keras|msgpack|onnx|gguf|tflite)")

@@ -79,6 +79,18 @@ def read_encoder_config(folder: Path, name: str) -> PreTrainedConfig:
     return config
 
 
+def read_clip_config(folder: Path, name: str) -> PreTrainedConfig:
+    """Read the ``config.json`` of a whole CLIP's folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is none of a CLIP; or see `read_config`.
+    """
+    config = _read(folder, name, _refuse_no_clip)
+    settle_output(config)
+    return config
+
+
 def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the class of encoder that a configuration describes."""
     found = MODEL_MAPPING[type(config)]
@@ -184,6 +196,15 @@ def _refuse_no_encoder(contents: dict[str, Any], name: str, model_type: Any) -> 
             return _tell_of_code(contents, name, model_type)
     _refuse_code(contents, name, model_type)
     raise ValueError(f"{name}: model_type {model_type!r} in config.json is no encoder of images that transformers knows")
+
+
+def _refuse_no_clip(contents: dict[str, Any], name: str, model_type: Any) -> None:
+    if model_type == "clip" and not any(kind.endswith("ForImageClassification") for kind in contents.get("architectures") or []):
+        return _tell_of_code(contents, name, model_type)
+    raise ValueError(
+        f"{name}: model_type {model_type!r} in config.json is no CLIP with a tower of images and one of texts: load_encoder and "
+        "the defences of encoders, as --defence par, are for an image tower alone"
+    )
 
 
 def _tell_of_code(contents: dict[str, Any], name: str, model_type: str) -> None:

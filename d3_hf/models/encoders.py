@@ -24,7 +24,7 @@ from .config import encoder_class, read_encoder_config, settle_output
 from .differences import with_head
 from .evaluating import evaluating
 from .folder import resized, rewrapped
-from .kinds import encode, has_dense_pooler, is_encoder
+from .kinds import encode, has_dense_pooler, is_clip, is_encoder
 from .load import (
     OPTIONS,
     SIZABLE,
@@ -219,6 +219,8 @@ def _from_module(
 
 
 def _from_model(model: PreTrainedModel, image_processor: BaseImageProcessor | None = None) -> Loaded:
+    if is_clip(model):
+        raise ValueError(f"{type(model).__name__} has two towers: load_clip takes both, load_encoder the image tower of its folder")
     if not is_encoder(model):
         raise with_head(model.name_or_path or type(model).__name__, f"a {type(model).__name__}")
     settle_output(model.config)

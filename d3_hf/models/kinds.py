@@ -1,4 +1,4 @@
-"""The two kinds of model: a classifier gives logits, an encoder features."""
+"""The kinds of model: a classifier gives logits, an encoder features, a CLIP those of images and of texts."""
 
 from typing import Any
 
@@ -10,6 +10,11 @@ def is_encoder(model: nn.Module) -> bool:
     """Whether a transformers model is one without a head, whose output is features."""
     found = MODEL_MAPPING.get(type(getattr(model, "config", None)), ())
     return type(model) in (found if isinstance(found, tuple) else (found,))
+
+
+def is_clip(model: nn.Module) -> bool:
+    """Whether a transformers model is a whole CLIP, with a tower of images and one of texts."""
+    return is_encoder(model) and model.config.model_type == "clip"
 
 
 def features_in(model: nn.Module, output: Any) -> Tensor:
@@ -39,7 +44,9 @@ def features_in(model: nn.Module, output: Any) -> Tensor:
 
 
 def encode(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Features (B, width) of images (B, 3, h, w) that are ready for the encoder; see `features_in`."""
+    """Features (B, width) of images (B, 3, h, w) that are ready for the encoder; see `features_in`. Of a CLIP projected ones."""
+    if is_clip(model):
+        return model.get_image_features(pixel_values=pixel_values).pooler_output.flatten(1)
     return features_in(model, model(pixel_values=pixel_values))
 
 

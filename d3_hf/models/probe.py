@@ -15,7 +15,7 @@ from ..data.preprocessing import Preprocessing
 from ..files import first_line
 from .batch_norm import batch_norms
 from .evaluating import evaluating, modes_kept
-from .kinds import features_in, is_encoder
+from .kinds import features_in, is_clip, is_encoder
 
 TOO_FEW = "Expected more than 1 value per channel"  # torch's words for a batch that BatchNorm cannot normalise
 
@@ -114,6 +114,8 @@ def logits_reach_all(model: nn.Module, image_size: tuple[int, int]) -> bool:
 def run(model: nn.Module, pixels: Tensor, where: str, buffers: dict[str, Tensor] | None = None) -> Any:
     """Run a classifier on images and return its logits, or an encoder and return its features.
 
+    Of a CLIP the likeness (B, 1) to a text of one word is returned, on which both towers have a part.
+
     Args:
         model: The classifier.
         pixels: (B, 3, h, w).
@@ -125,13 +127,18 @@ def run(model: nn.Module, pixels: Tensor, where: str, buffers: dict[str, Tensor]
     """
     kind, mode = type(model).__name__, " in training mode" if model.training else ""
     network = kind if where == kind else f"{where}: {kind}"
+    inputs = {"pixel_values": pixels}
+    if is_clip(model):
+        inputs["input_ids"] = torch.full((1, 1), model.config.text_config.eos_token_id, device=pixels.device)
     try:
-        output = functional_call(model, buffers or {}, args=(), kwargs={"pixel_values": pixels})
+        output = functional_call(model, buffers or {}, args=(), kwargs=inputs)
     except Exception as error:  # foreign code can fail in any way; none of them is recovered from
         raise ValueError(
             f"{network} fails{mode} on RGB images of shape {tuple(pixels.shape)} ({first_line(error)}): only networks "
             "that take three channels at the size of their image processor are supported"
         ) from error
+    if is_clip(model):
+        return output.logits_per_image
     if is_encoder(model):
         return features_in(model, output)
     try:
