@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from .attacks import Attack
 from .data.images import RawImages
+from .data.pairs import TEMPLATES
 from .errors import GuardRailBroken
 from .evaluation.class_order import order_contradiction
-from .evaluation.encoders import SEEDS, measure_encoder
+from .evaluation.encoders import SEEDS, measure_clip, measure_encoder
 from .evaluation.guard import broken_rails, rails_of, recall_rows, uncertain_rails
 from .evaluation.guard_arguments import GuardArguments
 from .evaluation.measure import Measurement, measure, measure_trainer, measured_model, paired_results, rates, results
@@ -27,6 +28,7 @@ from .publishing.metadata import is_public
 from .publishing.pictures.triggered import MOST, TriggeredImages
 from .publishing.report import REJECTED, Report
 from .training.encoders import EncoderTrainer
+from .training.pairs import PairTrainer
 from .training.phases import PURIFICATION, Phases
 from .training.trainer import PurifyTrainer
 
@@ -166,29 +168,77 @@ def purify_encoder(
         ValueError: See `measure_encoder`.
         KeyboardInterrupt: It was interrupted; the message says how to go on.
     """
-    report, phases, found, seconds = report or Report(), phases or Phases(PURIFICATION), {}, {}
+    size = trainer.args.per_device_eval_batch_size
+
+    def rates() -> dict[str, Any]:
+        return measure_encoder(measured_model(trainer), probe, test, trainer.preprocessing, attack, batch_size=size)
+
+    report = replace(report or Report(), probe={"images": len(probe), "seeds": len(SEEDS)})
+    return _purify_features(trainer, "encoder", rates, len(test), attack, report, phases)
+
+
+def purify_clip(
+    trainer: PairTrainer,
+    test: RawImages,
+    attack: Attack | None = None,
+    report: Report | None = None,
+    phases: Phases | None = None,
+) -> Report:
+    """Measure zero-shot, train, measure again, save; push if ``trainer.args.push_to_hub``.
+
+    Args:
+        trainer: Trainer of a defence of a whole CLIP, built from the suspicious model and pairs.
+        test: Labelled images to measure on; the names of their classes make the classifier.
+        attack, report, phases: See `purify_encoder`.
+
+    Returns:
+        The report. ``results`` holds what ``all_results.json`` does: `measure_clip` of the CLIP ``before`` and ``after``; empty
+        on all but the main process.
+
+    Raises:
+        ValueError: See `measure_clip`.
+        KeyboardInterrupt: It was interrupted; the message says how to go on.
+    """
+    size = trainer.args.per_device_eval_batch_size
+
+    def rates() -> dict[str, Any]:
+        return measure_clip(measured_model(trainer), test, trainer.preprocessing, attack, batch_size=size)
+
+    report = replace(report or Report(), zero_shot={"templates": list(TEMPLATES)})
+    return _purify_features(trainer, "CLIP", rates, len(test), attack, report, phases)
+
+
+def _purify_features(
+    trainer: EncoderTrainer,
+    kind: str,
+    rates: Callable[[], dict[str, Any]],
+    count: int,
+    attack: Attack | None,
+    report: Report,
+    phases: Phases | None,
+) -> Report:
+    """What `purify_encoder` and `purify_clip` share: ``rates`` measures the trainer's model on ``count`` images."""
+    phases, found, seconds = phases or Phases(PURIFICATION), {}, {}
 
     def measured(when: str) -> None:
         started = time.perf_counter()
         if trainer.is_world_process_zero():
-            size = trainer.args.per_device_eval_batch_size
-            model, preprocessing = measured_model(trainer), trainer.preprocessing
-            found[when] = measure_encoder(model, probe, test, preprocessing, attack, batch_size=size)
+            found[when] = rates()
         trainer.accelerator.wait_for_everyone()
         seconds[when] = time.perf_counter() - started
 
-    phases.begin(f"measuring the suspicious encoder on {len(test):,} images")
+    phases.begin(f"measuring the suspicious {kind} on {count:,} images")
     measured("before")
     phases.begin(f"purifying by {trainer.method}")
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     seconds["training"] = time.perf_counter() - started
-    phases.begin(f"measuring the purified encoder on {len(test):,} images")
+    phases.begin(f"measuring the purified {kind} on {count:,} images")
     measured("after")
     if trainer.is_world_process_zero():
-        trigger, used = attack.describe() if attack else None, {"images": len(probe), "seeds": len(SEEDS)}
-        report = replace(report, results=found, trigger=trigger, n_images=len(test), seconds=seconds, probe=used)
-    phases.begin("saving the encoder with its card and evidence")
+        trigger = attack.describe() if attack else None
+        report = replace(report, results=found, trigger=trigger, n_images=count, seconds=seconds)
+    phases.begin(f"saving the {kind} with its card and evidence")
     trainer.record(report)
     return _published(trainer)
 

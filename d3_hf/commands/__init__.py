@@ -9,10 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..defenses import DEFENCES, ENCODER_DEFENCES
+from ..defenses import CLIP_DEFENCES, DEFENCES, ENCODER_DEFENCES
 from ..options.recipes import named
 
 ALARM = 4  # exit code of a command that found what it was to raise an alarm for: a result, no error
+
+OF_FEATURES = f"of encoders {', '.join(ENCODER_DEFENCES)}; of a CLIP {', '.join(CLIP_DEFENCES)}"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ COMMANDS = {
             summary="purify a checkpoint with D3; --defence NAME takes another method",
             example="d3-hf purify --model_name_or_path me/suspicious-vit --dataset_name path/to/images --retain_count 500",
             further=(
-                *_listed("--defence", [*DEFENCES, f"auto; of encoders {', '.join(ENCODER_DEFENCES)}"]),
+                *_listed("--defence", [*DEFENCES, f"auto; {OF_FEATURES}"]),
                 *_listed("CONFIG", named("configuration file")),
             ),
             trains=True,
@@ -96,6 +98,7 @@ COMMANDS = {
             further=(
                 "  --set FILE [--only GROUP/VICTIM ...]  the victims of a set",
                 "  --encoder  plant it in an encoder, by an attack on encoders",
+                "  --clip     in a CLIP, by pairs that carry a trigger and a caption of the target class",
                 *_listed("  FILE", named("set of victims")),
                 *_listed("CONFIG", named("configuration file")),
             ),

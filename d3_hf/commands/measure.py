@@ -20,7 +20,7 @@ def run(argv: list[str]) -> dict[str, Any]:
 
     A victim's folder knows its images and its trigger; options given go over them. Of any other model, purified ones too, the
     images have to be named, and with ``--attack`` the trigger, which may have become known after all was done. An encoder is
-    measured by probes, trained on what the retain set leaves.
+    measured by probes, trained on what the retain set leaves; a CLIP that this package trained, zero-shot.
 
     Args:
         argv: Arguments without the program's name.
@@ -59,6 +59,8 @@ def run(argv: list[str]) -> dict[str, Any]:
     purified = read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
     recorded = _of_victim(record, attack) if record else _of_purified(folder, purified, attack)
     model = _classifier(model_args, record or purified or {})
+    if (record or purified or {}).get("kind") == "clip":
+        return _measure_clip(model_args, data_args, attack, recorded)
     if model is None:
         return _measure_encoder(model_args, data_args, probe_args, attack, recorded)
     test = data_args.load(model.config).test
@@ -77,7 +79,7 @@ def _classifier(model_args: ModelArguments, said: dict[str, Any]) -> "PreTrained
     """The model; None where it is an encoder, as the record in its folder says or the checkpoint shows."""
     from ..models.differences import EncoderFound
 
-    if said.get("kind") == "encoder":
+    if said.get("kind", "classifier") != "classifier":
         return None
     try:
         return model_args.load()
@@ -103,6 +105,21 @@ def _measure_encoder(
     return found
 
 
+def _measure_clip(
+    model_args: ModelArguments, data_args: DataArguments, attack: "Attack | None", recorded: dict[str, Any] | None
+) -> dict[str, Any]:
+    from ..data.pairs import check_named
+    from ..evaluation.encoders import measure_clip
+    from ..models.source import preprocessing_of
+    from ..publishing.tables import encoder_table
+
+    model, test = model_args.load_clip(), data_args.load().test
+    check_named(test.class_names)
+    found = measure_clip(model, test, preprocessing_of(model), attack)
+    print(encoder_table({"measured now": found, "recorded": recorded}))
+    return found
+
+
 def _of_victim(record: dict[str, Any], attack: "Attack | None") -> dict[str, Any] | None:
     """What a victim's record has of this trigger."""
     planted = (record["planted"] or {}).get("attack")
@@ -118,6 +135,6 @@ def _of_purified(folder: Path, purified: dict[str, Any] | None, attack: "Attack 
     if purified["measured"].get("trigger") != (attack and attack.describe()):
         return None
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    if purified.get("kind") == "encoder":
+    if purified.get("kind", "classifier") != "classifier":
         return results["after"]
     return {key.replace("_after", "", 1): value for key, value in results.items() if "_after" in key}

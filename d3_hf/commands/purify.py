@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..auto.config import AutoConfig
-from ..defenses import DEFENCES, ENCODER_DEFENCES, configuration, defence
+from ..defenses import CLIP_DEFENCES, DEFENCES, ENCODER_DEFENCES, configuration, defence
 from ..errors import GuardRailBroken
 from ..evaluation.guard_arguments import GuardArguments
 from ..options.arguments import NO_IMAGES, AttackArguments, DataArguments, ModelArguments
 from ..options.parser import parse_arguments, parse_part
 from ..publishing.card_arguments import CardArguments
-from . import purify_encoder
+from . import purify_clip, purify_encoder
 from .summary import print_summary, refuse_fp16_without_gpu
 
 if TYPE_CHECKING:  # what does more than read options is loaded when they are read: help and mistakes answer sooner
@@ -67,8 +67,8 @@ def run(argv: list[str]) -> dict[str, Any]:
     and nothing else. What it kept for the audit is measured before and after, and stands in for test images where the retain
     set is all there is.
 
-    A method of encoders needs no labels, see `purify_encoder.run`. Where a method has a form for each kind of model, the
-    checkpoint's kind says which options there are.
+    A method of encoders needs no labels, see `purify_encoder.run`; one of a whole CLIP captions, see `purify_clip.run`. Where a
+    method has a form for each kind of model, the checkpoint's kind says which options there are.
 
     Args:
         argv: Arguments without the program's name.
@@ -86,6 +86,8 @@ def run(argv: list[str]) -> dict[str, Any]:
     chosen, argv = parser.parse_known_args(argv)
     if chosen.defence in ENCODER_DEFENCES and (chosen.defence not in DEFENCES or _names_encoder(argv)):
         return purify_encoder.run(chosen.defence, argv)
+    if chosen.defence in CLIP_DEFENCES:
+        return purify_clip.run(chosen.defence, argv)
     config_class = AutoConfig if chosen.defence == AUTO else configuration(chosen.defence)
     options = parse_arguments([*OPTIONS, config_class], argv)
     _check(*options)

@@ -16,6 +16,8 @@ def refuse_fp16_without_gpu(args: "PurifyConfig") -> None:
 
 def print_summary(trainer: "PurifyTrainer", folder: Path) -> None:
     """Print the rates before and after, the seconds, and that the model lies in ``folder``."""
+    from ..models.kinds import kind_of
+
     print(f"\n{trainer.report}\n")
     if trainer.report.audit:
         from ..publishing.tables import audit_line
@@ -23,4 +25,5 @@ def print_summary(trainer: "PurifyTrainer", folder: Path) -> None:
         print(audit_line(trainer.report.audit))
     print(", ".join(f"{name} {value:.1f} s" for name, value in trainer.report.seconds.items()))
     what = "Rejected" if trainer.report.rejected else "Purified"
-    print(f"{what} {'encoder' if trainer.trains_encoders else 'model'}, card and evidence: {folder}")
+    kinds = {"classifier": "model", "encoder": "encoder", "clip": "CLIP"}
+    print(f"{what} {kinds[kind_of(trainer.plain)]}, card and evidence: {folder}")

@@ -85,8 +85,13 @@ def image_column(features: Features, requested: str | None) -> str:
 def label_column(features: Features, requested: str | None) -> str:
     """Name of the label column: ``requested``, the only one of type `ClassLabel`, or else of integers or strings."""
     named = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    plain = [name for name, feature in features.items() if re.match(r"u?int|(large_)?string", _dtype(feature))]
+    plain = [name for name, feature in features.items() if re.match(r"u?int|(large_)?string", dtype_of(feature))]
     return _choose(features, (named + plain) if requested else (named or plain), requested, "label")
+
+
+def has_class_labels(features: Features) -> bool:
+    """Whether a column says of each image which class it is of, by name."""
+    return any(isinstance(feature, ClassLabel) for feature in features.values())
 
 
 def _is_hub_name(source: ImageSource) -> bool:
@@ -201,7 +206,7 @@ def _configurations(place: str, **options) -> list[str]:
 
 
 def _choose(features: Features, candidates: list[str], requested: str | None, kind: str) -> str:
-    columns = ", ".join(f"{name} ({_dtype(feature)})" for name, feature in features.items())
+    columns = ", ".join(f"{name} ({dtype_of(feature)})" for name, feature in features.items())
     if requested is not None:
         if requested not in candidates:
             raise ValueError(f"{kind}_column={requested!r} is no {kind} column; the dataset has {columns}")
@@ -216,7 +221,8 @@ def _choose(features: Features, candidates: list[str], requested: str | None, ki
     return candidates[0]
 
 
-def _dtype(feature: object) -> str:
+def dtype_of(feature: object) -> str:
+    """What a column holds, in a word."""
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
 

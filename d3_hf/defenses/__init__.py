@@ -1,7 +1,7 @@
 """The defences: one file each, one Config and one Trainer each; `defence` loads one.
 
-`DEFENCES` names those of classifiers, which need labels, `ENCODER_DEFENCES` those of encoders, which need none. A name in both
-has a form for each kind of model.
+`DEFENCES` names those of classifiers, which need labels, `ENCODER_DEFENCES` those of encoders, which need none, `CLIP_DEFENCES`
+those of a whole CLIP, which need captions. A name in the first two has a form for each of both kinds of model.
 """
 
 import importlib
@@ -31,14 +31,19 @@ ENCODER_DEFENCES: dict[str, tuple[str, str]] = {
     "mimic": ("encoders.mimic", "Mimic"),
     "tsc": ("encoders.encoder_tsc", "EncoderTSC"),
 }
+CLIP_DEFENCES: dict[str, tuple[str, str]] = {
+    "clip_fine_tuning": ("clip.fine_tuning", "CLIPFineTuning"),
+    "clean_clip": ("clip.clean_clip", "CleanCLIP"),
+    "clip_par": ("clip.par", "CLIPPAR"),
+}
 
 
 def defence(name: str, of_encoders: bool = False) -> tuple[type, type]:
     """The Config and the Trainer of a defence.
 
     Args:
-        name: A key of `DEFENCES` or `ENCODER_DEFENCES`.
-        of_encoders: Which form of a name in both is meant.
+        name: A key of `DEFENCES`, `ENCODER_DEFENCES` or `CLIP_DEFENCES`.
+        of_encoders: Which form of a name in the first two is meant.
 
     Raises:
         ValueError: There is no such defence; the message lists them.
@@ -52,8 +57,9 @@ def configuration(name: str, of_encoders: bool = False) -> type:
 
 
 def _part(name: str, ending: str, of_encoders: bool) -> type:
-    known = DEFENCES | ENCODER_DEFENCES if of_encoders else ENCODER_DEFENCES | DEFENCES
+    known = CLIP_DEFENCES | (DEFENCES | ENCODER_DEFENCES if of_encoders else ENCODER_DEFENCES | DEFENCES)
     if name not in known:
-        raise ValueError(f"unknown defence {name!r}; known: {', '.join(DEFENCES)}; for encoders {', '.join(ENCODER_DEFENCES)}")
+        others = f"for encoders {', '.join(ENCODER_DEFENCES)}; for a whole CLIP {', '.join(CLIP_DEFENCES)}"
+        raise ValueError(f"unknown defence {name!r}; known: {', '.join(DEFENCES)}; {others}")
     module, prefix = known[name]
     return getattr(importlib.import_module(f"{__name__}.{module}"), prefix + ending)

@@ -5,6 +5,8 @@ They are trained on images without any trigger: where an encoder has a backdoor,
 reference does, and an honest head calls them what it calls that. ASR and RA look at triggered test images of other classes than
 the target. The floor is the ASR on the encoder before the backdoor was planted, under the same trigger.
 
+A whole CLIP needs no probe: the texts of the classes' names make a classifier of their own, zero-shot, see `measure_clip`.
+
 Both probes are scikit-learn's, of three draws of the training images: a linear probe (Alain and Bengio 2016, arXiv 1610.01644)
 and nearest neighbours by cosine. They can disagree.
 """
@@ -22,7 +24,9 @@ from transformers import PreTrainedModel
 from ..data.fitting import BATCH
 from ..data.images import RawImages
 from ..data.labels import retain_indices
+from ..data.pairs import TEMPLATES, caption
 from ..data.preprocessing import Preprocessing
+from ..models.clip import encode_texts
 from ..models.encoders import encode_images
 from .measure import Trigger
 from .metrics import accuracy, attack_success_rate, robust_accuracy
@@ -107,17 +111,70 @@ def measure_encoder(
         raise ValueError("probes are trained and measured on images of the same classes: these have other names")
     started = time.perf_counter()
     probes = trained_probes(encode_images(model, train, preprocessing, batch_size).numpy(), train.labels.numpy(), seeds)
-    plain = encode_images(model, test, preprocessing, batch_size).numpy()
-    triggered = None
-    if attack is not None:
-        attack.check_classes(len(test.class_names))
-        triggered = encode_images(model, test, preprocessing, batch_size, attack.trigger).numpy()
+    plain, triggered = _features_of(model, test, preprocessing, attack, batch_size)
     found = {
         name: _means([dict(_rates(classify, plain, triggered, test, attack)) for classify in classifiers])
         for name, classifiers in probes.items()
     }
     logger.info("measured %s by probes in %.1f s", type(model).__name__, time.perf_counter() - started)
     return found
+
+
+def zero_shot(model: PreTrainedModel, class_names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Classify:
+    """The classifier that a CLIP's texts make: the class whose text is nearest by cosine; classifies (M, width).
+
+    The text of a class is the mean over the templates of unit features (Radford et al. 2021, arXiv 2103.00020, section 3.1.4).
+    """
+    texts = [[caption(name, template) for template in templates] for name in class_names]
+    unit = np.stack([_unit(encode_texts(model, of_class).numpy()).mean(0) for of_class in texts])
+    return lambda features: (_unit(features) @ _unit(unit).T).argmax(1)
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def measure_clip(
+    model: PreTrainedModel,
+    test: RawImages,
+    preprocessing: Preprocessing,
+    attack: Trigger | None = None,
+    templates: Sequence[str] = TEMPLATES,
+    batch_size: int = BATCH,
+) -> dict[str, dict[str, Any]]:
+    """Measure a whole CLIP by the classifier that the names of the classes make; nothing is trained.
+
+    Args:
+        model: The CLIP, with its tokenizer; left as it was.
+        test: Labelled images.
+        preprocessing: The image tower's.
+        attack: The trigger and its rule for labels; None measures ACC alone.
+        templates: Texts with braces for a class's name.
+        batch_size: Raw images per batch.
+
+    Returns:
+        For ``zero_shot`` what `measure_encoder` has for a probe, of one classifier.
+
+    Raises:
+        ValueError: No image is counted by the attack, or a feature is not finite.
+    """
+    started = time.perf_counter()
+    classify = zero_shot(model, test.class_names, templates)
+    plain, triggered = _features_of(model, test, preprocessing, attack, batch_size)
+    found = _means([dict(_rates(classify, plain, triggered, test, attack))])
+    logger.info("measured %s zero-shot in %.1f s", type(model).__name__, time.perf_counter() - started)
+    return {"zero_shot": found}
+
+
+def _features_of(
+    model: PreTrainedModel, test: RawImages, preprocessing: Preprocessing, attack: Trigger | None, batch_size: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Features of the test images as they are, and with the trigger where there is one."""
+    plain = encode_images(model, test, preprocessing, batch_size).numpy()
+    if attack is None:
+        return plain, None
+    attack.check_classes(len(test.class_names))
+    return plain, encode_images(model, test, preprocessing, batch_size, attack.trigger).numpy()
 
 
 def _rates(

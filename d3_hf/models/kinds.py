@@ -17,6 +17,11 @@ def is_clip(model: nn.Module) -> bool:
     return is_encoder(model) and model.config.model_type == "clip"
 
 
+def kind_of(model: nn.Module) -> str:
+    """``"classifier"``, ``"encoder"`` or ``"clip"``, as manifests and cards say."""
+    return "clip" if is_clip(model) else "encoder" if is_encoder(model) else "classifier"
+
+
 def features_in(model: nn.Module, output: Any) -> Tensor:
     """The features of a batch: one vector for each image, as the network pools them.
 

@@ -68,6 +68,16 @@ class ModelArguments:
             raise ValueError("class_names are a classifier's, and an encoder has no classes: leave them out")
         return load_encoder(given.pop("model_name_or_path"), **given)
 
+    def load_clip(self) -> "PreTrainedModel":
+        """Load the whole CLIP; see `load_clip`. A ValueError where an option is given that it settles itself."""
+        from ..models import load_clip
+
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        name, revision = given.pop("model_name_or_path"), given.pop("revision", None)
+        if given:
+            raise ValueError(f"{name}: {', '.join(sorted(given))} cannot be set for a CLIP, which settles it itself")
+        return load_clip(name, revision=revision)
+
     def of(self, place: str, revision: str | None = None) -> "ModelArguments":
         """These options for another checkpoint of the same kind of network: those that its kind of source has a use for.
 

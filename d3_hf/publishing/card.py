@@ -12,6 +12,7 @@ from .summary import encoder_headline, headline, rails_table
 from .tables import audit_line, chosen_table, encoder_table, rates_table, results_table
 
 TEMPLATES = Path(__file__).parent / "templates"
+VICTIM_CARDS = {"classifier": "victim_card.md", "encoder": "encoder_victim_card.md", "clip": "clip_victim_card.md"}
 
 
 def victim_table(facts: dict) -> str:
@@ -19,7 +20,7 @@ def victim_table(facts: dict) -> str:
     if not facts["measured"]:
         return "Nothing was measured."
     itself = "victim" if facts["planted"] else "this model"
-    if facts.get("kind") == "encoder":
+    if facts.get("kind", "classifier") != "classifier":
         return encoder_table({itself if name == "victim" else name: found for name, found in facts["measured"].items()})
     headings = {"victim": itself, "clean_model": "model without backdoor"}
     columns = {heading: facts["measured"][key] for key, heading in headings.items() if facts["measured"].get(key)}
@@ -42,7 +43,7 @@ def render_victim_card(facts: dict, model_name: str) -> ModelCard:
     )
     return ModelCard.from_template(
         card_data,
-        template_path=str(TEMPLATES / ("encoder_victim_card.md" if kind == "encoder" else "victim_card.md")),
+        template_path=str(TEMPLATES / VICTIM_CARDS[kind]),
         model_name=model_name,
         facts=facts,
         table=victim_table(facts),
@@ -71,7 +72,8 @@ def render_card(
         A card as it goes up: its metadata carry lineage and licence and, when a classifier was measured on a data set of the
         Hub, a ``model-index``; its text stands between the marks of `readme`.
     """
-    licence, measured, is_encoder = licence or UNKNOWN, facts["measured"], facts.get("kind") == "encoder"
+    licence, measured, kind = licence or UNKNOWN, facts["measured"], facts.get("kind", "classifier")
+    is_encoder = kind != "classifier"
     outcome = _outcome(results, measured, is_encoder) if results else {}
     return ModelCard.from_template(
         purified_metadata(facts, results, model_name, licence),
@@ -84,6 +86,7 @@ def render_card(
         is_licensed=licence != UNKNOWN,
         pictures=pictures or {},
         is_encoder=is_encoder,
+        is_clip=kind == "clip",
         **outcome,
         rails_table=rails_table(measured["rails"]) if measured.get("rails") else None,
         chosen_table=chosen_table(facts["chosen"]) if facts.get("chosen") else None,

@@ -39,6 +39,8 @@ PUBLISHED = (
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
+    "tokenizer.json",  # of a CLIP
+    "tokenizer_config.json",
     CARD,
     MANIFEST,
     RESULTS,

@@ -8,7 +8,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from .names import HUB_ID
 from .tables import RESULT_NAMES
 
-TASKS = {"classifier": "image-classification", "encoder": "image-feature-extraction"}  # as the Hub calls them
+TASKS = {  # as the Hub calls them
+    "classifier": "image-classification",
+    "encoder": "image-feature-extraction",
+    "clip": "zero-shot-image-classification",
+}
 SPLIT = re.compile(r"\w+(\.\w+)*")
 
 

@@ -35,6 +35,7 @@ class Report:
         audit: What became of ACC on images that no decision saw, see `evaluation.measure.paired_results`; empty without such.
         evidence: What was found without the trigger, see `inspection.evidence.evidence_of`; empty where nobody looked.
         probe: Of an encoder: how many images its probes were trained on, ``images``, and how often, ``seeds``; empty of others.
+        zero_shot: Of a whole CLIP: the ``templates`` that the names of the classes were put into; empty of others.
         chosen: How the method and its settings were chosen, where a rule did it.
     """
 
@@ -55,6 +56,7 @@ class Report:
     audit: dict[str, Any] = field(default_factory=dict)
     evidence: dict[str, Any] = field(default_factory=dict)
     probe: dict[str, int] = field(default_factory=dict)
+    zero_shot: dict[str, Any] = field(default_factory=dict)
     chosen: dict[str, Any] | None = None
 
     def measured(self) -> dict[str, Any]:

@@ -8,7 +8,8 @@ RESULT_NAMES = {
     "ra": ("robust_accuracy", "RA"),
     "pacc": ("poisoned_accuracy", "PACC"),
 }
-PROBES = {"linear": "linear probe", "knn": "kNN"}  # by which encoders are measured, as tables call them
+# By which encoders are measured, and a whole CLIP, as tables call them.
+PROBES = {"linear": "linear probe", "knn": "kNN", "zero_shot": "zero-shot"}
 _ROWS = {key: short for key, (_, short) in RESULT_NAMES.items()} | {"trigger_drift": "trigger drift"}
 
 
@@ -119,8 +120,10 @@ def encoder_table(measured: dict) -> str:
     Returns:
         The table, without a final line break.
     """
-    found = {name: rates for name, rates in measured.items() if isinstance(rates, dict) and rates.keys() >= PROBES.keys()}
-    return rates_table({f"{name}, {PROBES[probe]}": rates[probe] for probe in PROBES for name, rates in found.items()})
+    found = {name: rates for name, rates in measured.items() if isinstance(rates, dict) and rates.keys() & PROBES.keys()}
+    return rates_table(
+        {f"{name}, {PROBES[probe]}": rates[probe] for probe in PROBES for name, rates in found.items() if probe in rates}
+    )
 
 
 def _percent(rates: dict, key: str, unit: str = "%") -> str:

@@ -33,6 +33,26 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float = TEMPERATURE) -> 
     return F.cross_entropy(logits, partners, reduction="none").view(2, count).mean(0)
 
 
+def info_nce(features: Tensor, others: Tensor, scale: Tensor | float) -> Tensor:
+    """InfoNCE in one direction: each of ``features`` against its partner among all of ``others``.
+
+    Args:
+        features: (B, width).
+        others: (B, width), the partners, in the same order.
+        scale: What cosines are multiplied by, > 0.
+
+    Returns:
+        float32 (B,), in nats.
+    """
+    logits = scale * unit(features) @ unit(others).T
+    return F.cross_entropy(logits, torch.arange(len(features), device=logits.device), reduction="none")
+
+
+def clip_losses(images: Tensor, texts: Tensor, scale: Tensor | float) -> Tensor:
+    """CLIP's loss (Radford et al. 2021, arXiv 2103.00020): `info_nce` from images to texts and back, the mean of both, (B,)."""
+    return (info_nce(images, texts, scale) + info_nce(texts, images, scale)) / 2
+
+
 def relation_losses(features: Tensor, others: Tensor) -> Tensor:
     """How far the cosines among the images of a batch are from those of another encoder: ``mean_{j != i} (s_ij - s0_ij)^2``.
 

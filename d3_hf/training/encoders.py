@@ -19,7 +19,7 @@ from ..data.images import RawImages, decode_rows, stacked
 from ..data.preprocessing import Preprocessing
 from ..data.training_images import TrainingImages
 from ..data.views import view
-from ..models.kinds import encode, features_in
+from ..models.kinds import encode, features_in, is_clip
 from ..models.source import image_processor_of
 from .config import PurifyConfig
 from .trainer import PurifyTrainer
@@ -70,6 +70,7 @@ class EncoderTrainer(PurifyTrainer):
 
     args: EncoderConfig
     trains_encoders = True
+    trains_pairs = False  # see `pairs.PairTrainer`
 
     def __init__(
         self,
@@ -80,6 +81,9 @@ class EncoderTrainer(PurifyTrainer):
         processing_class: Any = None,
         **kwargs,
     ):
+        if is_clip(model) != self.trains_pairs:
+            wanted = "a whole CLIP, which load_clip makes" if self.trains_pairs else "one tower alone, which load_encoder takes"
+            raise ValueError(f"{type(model).__name__}: {self.method} trains {wanted}")
         if eval_dataset is not None:
             raise ValueError("an encoder has no ACC of its own: leave eval_dataset out, measure_encoder measures it by probes")
         processing_class = processing_class or image_processor_of(model)
