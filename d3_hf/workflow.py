@@ -189,7 +189,9 @@ def purify_clip(
     Args:
         trainer: Trainer of a defence of a whole CLIP, built from the suspicious model and pairs.
         test: Labelled images to measure on; the names of their classes make the classifier.
-        attack, report, phases: See `purify_encoder`.
+        attack: See `purify_encoder`.
+        report: See there.
+        phases: See there.
 
     Returns:
         The report. ``results`` holds what ``all_results.json`` does: `measure_clip` of the CLIP ``before`` and ``after``; empty

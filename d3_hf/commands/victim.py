@@ -8,7 +8,7 @@ ENCODER, CLIP = "--encoder", "--clip"
 
 
 def run(argv: list[str]) -> dict[str, Any]:
-    """Run ``[--encoder | --clip] [CONFIG.yaml] --option value ...`` or, for a set, ``--set FILE.yaml [--only PATTERN ...] ...``.
+    """Run ``[--encoder | --clip] [CONFIG.yaml] --option value ...`` or, for a set, ``--set FILE.yaml [--only PATTERN ...]``.
 
     Args:
         argv: Arguments without the program's name.

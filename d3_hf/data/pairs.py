@@ -104,7 +104,7 @@ def text_column(features: Features, requested: str) -> str:
 
 
 def unlabelled_pairs(split: Dataset, image: str, text: str) -> Dataset:
-    """A split with the columns ``image``, ``text`` and a ``label`` of one class, by which rows are drawn as of labelled images."""
+    """A split with the columns ``image``, ``text`` and a ``label`` of one class, so that rows are drawn as of labelled images."""
     renamed = {old: new for old, new in ((image, "image"), (text, "text")) if old != new}
     split = split.select_columns([image, text]).rename_columns(renamed).cast_column("image", datasets.Image(mode="RGB"))
     return split.add_column("label", [0] * len(split)).cast_column("label", ClassLabel(names=["unknown"]))
@@ -123,7 +123,9 @@ class TrainingPairs(TrainingImages):
     captions: list[str]
 
     @classmethod
-    def from_pairs(cls, pairs: Pairs, preprocessing: Preprocessing, augmentation: Augmentation | None = None) -> "TrainingPairs":
+    def from_pairs(
+        cls, pairs: Pairs, preprocessing: Preprocessing, augmentation: Augmentation | None = None
+    ) -> "TrainingPairs":
         """Bring the images to the model's size once, showing progress."""
         nothing = torch.zeros(len(pairs), dtype=torch.int64)
         images = RawImages(pairs.images.images, nothing, ["unknown"], pairs.images.index)

@@ -29,7 +29,14 @@ INDEX = ".index.json"
 SHARD = re.compile(r"(model|pytorch_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
 
 # The tokenizer of a checkpoint that reads texts too: tables of words.
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
 
 # Everything that is fetched from a Hub repository: no pickles and no code.
 HUB_FILES = (*SETTINGS, *TOKENIZER, SAFE, SAFE + INDEX, "model-*-of-*.safetensors")

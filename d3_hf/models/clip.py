@@ -103,7 +103,9 @@ def encode_texts(model: PreTrainedModel, texts: Sequence[str]) -> Tensor:
             found.append(model.get_text_features(**batch).pooler_output.float().cpu())
     features = torch.cat(found)
     if not features.isfinite().all():
-        raise ValueError(f"features of texts of {type(model).__name__} are not finite (NaN or infinite): its weights are broken")
+        raise ValueError(
+            f"features of texts of {type(model).__name__} are not finite (NaN or infinite): its weights are broken"
+        )
     return features
 
 

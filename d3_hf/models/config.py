@@ -199,11 +199,13 @@ def _refuse_no_encoder(contents: dict[str, Any], name: str, model_type: Any) -> 
 
 
 def _refuse_no_clip(contents: dict[str, Any], name: str, model_type: Any) -> None:
-    if model_type == "clip" and not any(kind.endswith("ForImageClassification") for kind in contents.get("architectures") or []):
+    if model_type == "clip" and not any(
+        kind.endswith("ForImageClassification") for kind in contents.get("architectures") or []
+    ):
         return _tell_of_code(contents, name, model_type)
     raise ValueError(
-        f"{name}: model_type {model_type!r} in config.json is no CLIP with a tower of images and one of texts: load_encoder and "
-        "the defences of encoders, as --defence par, are for an image tower alone"
+        f"{name}: model_type {model_type!r} in config.json is no CLIP with a tower of images and one of texts: "
+        "load_encoder and the defences of encoders, as --defence par, are for an image tower alone"
     )
 
 

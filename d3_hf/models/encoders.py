@@ -220,7 +220,9 @@ def _from_module(
 
 def _from_model(model: PreTrainedModel, image_processor: BaseImageProcessor | None = None) -> Loaded:
     if is_clip(model):
-        raise ValueError(f"{type(model).__name__} has two towers: load_clip takes both, load_encoder the image tower of its folder")
+        raise ValueError(
+            f"{type(model).__name__} has two towers: load_clip takes both, load_encoder the image tower of its folder"
+        )
     if not is_encoder(model):
         raise with_head(model.name_or_path or type(model).__name__, f"a {type(model).__name__}")
     settle_output(model.config)

@@ -49,7 +49,7 @@ def features_in(model: nn.Module, output: Any) -> Tensor:
 
 
 def encode(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Features (B, width) of images (B, 3, h, w) that are ready for the encoder; see `features_in`. Of a CLIP projected ones."""
+    """Features (B, width) of images (B, 3, h, w) ready for the encoder, see `features_in`; of a CLIP projected ones."""
     if is_clip(model):
         return model.get_image_features(pixel_values=pixel_values).pooler_output.flatten(1)
     return features_in(model, model(pixel_values=pixel_values))

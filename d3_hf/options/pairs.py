@@ -45,7 +45,12 @@ class PairArguments:
             if self.zero_shot_dataset is not None:
                 raise ValueError("zero_shot_dataset is for captions without labels: give --text_column, or leave it out")
             images = data_args.load()
-            pairs.check_named(images.retain.features["label"].names)
+            names, count = images.retain.features["label"].names, len(images.retain) + len(images.rest)
+            pairs.check_named(names)
+            if 2 * len(names) > count:
+                raise ValueError(
+                    f"{count} images of {len(names)} classes: are the names captions, name their column by --text_column"
+                )
             return images, pairs.captioned(RawImages.from_dataset(images.retain), data_args.retain_seed)
         found = sources.open_source(data_args.dataset_name or "", configuration=data_args.dataset_config)
         if data_args.train_split not in found:
@@ -79,7 +84,5 @@ def _drawn(data_args: DataArguments, split: "Dataset", image: str, text: str) ->
     from .arguments import RETAIN_FRACTION
 
     fraction = RETAIN_FRACTION if data_args.is_default_size else data_args.retain_fraction
-    retain, _ = retain_split(
-        unlabelled_pairs(split, image, text), fraction, data_args.retain_count, seed=data_args.retain_seed
-    )
+    retain, _ = retain_split(unlabelled_pairs(split, image, text), fraction, data_args.retain_count, seed=data_args.retain_seed)
     return retain

@@ -41,7 +41,10 @@ def encoder_headline(results: dict[str, Any], trigger: dict[str, Any] | None) ->
         if probe not in results["after"]:
             continue
         found = {f"{key}_{when}": results[when][probe][key] for key in rates.values() for when in ("before", "after")}
-        said.append((f"{name} " if probe == "zero_shot" else f"by {name} ") + ", ".join(f"{short} {_change(found, key)}" for short, key in rates.items()))
+        said.append(
+            (f"{name} " if probe == "zero_shot" else f"by {name} ")
+            + ", ".join(f"{short} {_change(found, key)}" for short, key in rates.items())
+        )
     if trigger is None:
         return f"No trigger was known: {'; '.join(said)}. What a trigger does to the encoder was not measured."
     return f"Known trigger ({trigger['name']}): {'; '.join(said)}."

@@ -152,6 +152,6 @@ def pairs_of(pairs: Any) -> Pairs:
     if isinstance(pairs, datasets.Dataset):
         return Pairs.from_dataset(pairs)
     raise ValueError(
-        f"a CLIP is trained on images with captions: pass Pairs, or a datasets.Dataset with the columns `image` and `text`, not a "
-        f"{type(pairs).__name__}; captioned(images) makes captions of class names"
+        "a CLIP is trained on images with captions: pass Pairs, or a datasets.Dataset with the columns `image` and `text`, not "
+        f"a {type(pairs).__name__}; captioned(images) makes captions of class names"
     )

@@ -94,7 +94,8 @@ def test_captions_without_labels_are_measured_on_another_set(tmp_path):
 def test_what_has_neither_captions_nor_class_names_is_refused_in_one_line(tmp_path):
     numbers = parquet(tmp_path / "numbers", label=Value("int64"))
     for options, wanted in (
-        ({}, "no captions and no class names to make them of"),
+        ({"label_column": "label"}, "no captions and no class names to make them of"),
+        ({"label_column": "text"}, "12 images of 12 classes: are the names captions, name their column by --text_column"),
         ({"text_column": "caption"}, r"text_column='caption' is no column of texts; the dataset has image \(Image\), text"),
         ({"text_column": "label"}, "text_column='label' is no column of texts"),
         ({"zero_shot_dataset": "x"}, "zero_shot_dataset is for captions without labels"),

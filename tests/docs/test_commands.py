@@ -44,6 +44,7 @@ def place(tmp_path, monkeypatch):
     for kind in (ModelArguments, DataArguments):
         monkeypatch.setattr(kind, "load", stop)
     monkeypatch.setattr(ModelArguments, "load_encoder", stop)
+    monkeypatch.setattr(ModelArguments, "load_clip", stop)
     monkeypatch.setattr(cells, "run_grid", choose_cells)
     monkeypatch.setattr(record, "read_record", stop)
     monkeypatch.setattr(hub, "push_folder", stop)

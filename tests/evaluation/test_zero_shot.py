@@ -21,7 +21,9 @@ def by_hand(model, images):
     with torch.no_grad():
         texts = []
         for name in NAMES:
-            of_class = [model.get_text_features(**tokens(model, [template.format(name)])).pooler_output for template in TEMPLATES]
+            of_class = [
+                model.get_text_features(**tokens(model, [template.format(name)])).pooler_output for template in TEMPLATES
+            ]
             texts.append(sum(feature / feature.norm() for feature in of_class) / len(of_class))
         seen = [model.get_image_features(pixel_values=image[None]).pooler_output for image in pixels]
     return torch.tensor([max(range(3), key=lambda k: F.cosine_similarity(image, texts[k]).item()) for image in seen])

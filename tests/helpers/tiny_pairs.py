@@ -8,7 +8,14 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, set_seed
 
-WORDS = ["<pad>", "<unk>", "<start>", "<end>", *"a an the photo picture image of blurry bright dog cat big small".split(), *NAMES]
+WORDS = [
+    "<pad>",
+    "<unk>",
+    "<start>",
+    "<end>",
+    *"a an the photo picture image of blurry bright dog cat big small".split(),
+    *NAMES,
+]
 UNIT = 8  # width of the shared features
 
 

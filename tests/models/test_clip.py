@@ -112,7 +112,9 @@ def test_a_tokenizer_that_is_missing_foreign_or_of_another_model_is_refused(fold
     edited(other, "tokenizer_config.json", tokenizer_class="MyTokenizer", auto_map={"AutoTokenizer": ["evil.py", None]})
     with pytest.raises(ValueError, match="its tokenizer, a MyTokenizer, is not read"):
         load_clip(other)
-    edited(other, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", auto_map=None, tokenizer_file="/etc/words")
+    edited(
+        other, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", auto_map=None, tokenizer_file="/etc/words"
+    )
     with pytest.raises(ValueError, match="tokenizer_file in tokenizer_config.json leads to another file"):
         load_clip(other)
     (folder / "tokenizer.json").write_text("{}")

@@ -1,8 +1,8 @@
 """PAR on both towers of a CLIP: away from the suspicious features, up to a threshold, while the pretraining loss is minimised.
 
-Singh, Croce, Hein: "Perturb and Recover: Fine-tuning for Effective Backdoor Removal from CLIP", arXiv 2412.00727. With f0 and g0
-the suspicious image and text tower, frozen, and P the means over the batch of ``||f(x) - f0(x)||^2`` and ``||g(t) - g0(t)||^2``
-of unit features,
+Singh, Croce, Hein: "Perturb and Recover: Fine-tuning for Effective Backdoor Removal from CLIP", arXiv 2412.00727. With f0 and
+g0 the suspicious image and text tower, frozen, and P the means over the batch of ``||f(x) - f0(x)||^2`` and of
+``||g(t) - g0(t)||^2`` of unit features,
 
     L = L_CLIP - w [h(P_images) + h(P_texts)],    h(P) = P if P <= tau, else 0 (value and gradient vanish)
 
