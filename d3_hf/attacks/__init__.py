@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .badclip import BadCLIP
 from .badencoder import BadEncoder
 from .badnets import BadNets
 from .base import Attack, LearnedAttack
@@ -31,17 +32,20 @@ ATTACKS: dict[str, type[Attack]] = {
 }
 # Of encoders. BadEncoder is planted in one, the others poison the images that one is pretrained on, without labels.
 ENCODER_ATTACKS: dict[str, type[Attack]] = {attack.name: attack for attack in (BadEncoder, CTRL, NoisyAlignment)}
+CLIP_ATTACKS: dict[str, type[Attack]] = {BadCLIP.name: BadCLIP}  # whose trigger is learned on a whole CLIP
 ATTACK_FILE = "attack.json"
 LEARNED_FILE = "trigger.safetensors"
 
 __all__ = [
     "ATTACKS",
     "BPP",
+    "CLIP_ATTACKS",
     "CTRL",
     "ENCODER_ATTACKS",
     "LF",
     "SIG",
     "Attack",
+    "BadCLIP",
     "BadEncoder",
     "BadNets",
     "Blended",
@@ -75,9 +79,10 @@ def from_description(description: dict[str, Any]) -> Attack:
     """
     parameters = dict(description)
     name = parameters.pop("name", None)
-    attacks = ATTACKS | ENCODER_ATTACKS
+    attacks = ATTACKS | ENCODER_ATTACKS | CLIP_ATTACKS
     if name not in attacks:
-        raise ValueError(f"unknown attack {name!r}; known: {', '.join(ATTACKS)}; on encoders {', '.join(ENCODER_ATTACKS)}")
+        others = f"on encoders {', '.join(ENCODER_ATTACKS)}; on a CLIP {', '.join(CLIP_ATTACKS)}"
+        raise ValueError(f"unknown attack {name!r}; known: {', '.join(ATTACKS)}; {others}")
     known = [field.name for field in fields(attacks[name]) if field.compare]
     unknown = [key for key in parameters if key not in known]
     if unknown:

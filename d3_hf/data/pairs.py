@@ -104,7 +104,7 @@ def text_column(features: Features, requested: str) -> str:
 
 
 def unlabelled_pairs(split: Dataset, image: str, text: str) -> Dataset:
-    """A split with the columns ``image``, ``text`` and a ``label`` of one class, so that rows are drawn as of labelled images."""
+    """A split with the columns ``image``, ``text`` and a ``label`` of one class, for `retain_split`."""
     renamed = {old: new for old, new in ((image, "image"), (text, "text")) if old != new}
     split = split.select_columns([image, text]).rename_columns(renamed).cast_column("image", datasets.Image(mode="RGB"))
     return split.add_column("label", [0] * len(split)).cast_column("label", ClassLabel(names=["unknown"]))

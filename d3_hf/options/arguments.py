@@ -262,10 +262,10 @@ class AttackArguments:
     @property
     def folder(self) -> Path | None:
         """The victim's folder that is named in place of an attack, if one is."""
-        from ..attacks import ATTACKS, ENCODER_ATTACKS
+        from ..attacks import ATTACKS, CLIP_ATTACKS, ENCODER_ATTACKS
 
         name = str((self.attack or {}).get("name"))
-        if (self.attack or {}).keys() != {"name"} or name in ATTACKS | ENCODER_ATTACKS:
+        if (self.attack or {}).keys() != {"name"} or name in ATTACKS | ENCODER_ATTACKS | CLIP_ATTACKS:
             return None
         return folder if (folder := Path(name).expanduser()).is_dir() else None
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..attacks import Attack
+from ..attacks import Attack, BadCLIP
 from ..attacks.text_on_pair import poison_pairs
 from ..data.images import RawImages
 from ..data.pairs import Pairs
@@ -135,7 +135,7 @@ def train_clip_victim(
         model: The untouched CLIP; it becomes the victim.
         images: The attacker's labelled images, whose classes have names.
         test: Labelled images to measure on.
-        attack: A trigger that is fixed, with its target label.
+        attack: A trigger that is fixed, with its target label, or `BadCLIP`, whose patch is learned here.
         args: Training arguments.
         recipe: The options behind all this, for ``victim.json``.
 
@@ -146,6 +146,8 @@ def train_clip_victim(
         ValueError: See `poison_pairs`, `PairTrainer` and `measure_clip`.
     """
     phases = Phases(VICTIM)
+    if isinstance(attack, BadCLIP) and attack.learned is None:
+        attack = attack.fit(images, model, args.seed)
     phases.begin(f"poisoning {args.poison_ratio:.2%} of {len(images):,} pairs")
     pairs, rows = poison_pairs(images, attack, args.poison_ratio, args.poison_seed)
     trainer = CLIPVictimTrainer(model, args, pairs, attack, rows, recipe)
@@ -180,7 +182,7 @@ def make_clip_victim(argv: list[str]) -> CLIPVictimTrainer:
     check_output(args, None)
     attack = attack_args.load()
     if attack is None:
-        raise ValueError("no attack on pairs: give --attack, a fixed trigger as badnets or blended")
+        raise ValueError("no attack on pairs: give --attack, a fixed trigger as badnets or blended, or badclip")
     if model_args.model_name_or_path is None:
         raise ValueError("no CLIP: give --model_name_or_path (a Hub id or a folder)")
     set_seed(args.seed)
