@@ -28,15 +28,8 @@ SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
 SHARD = re.compile(r"(model|pytorch_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
 
-# The tokenizer of a checkpoint that reads texts too: tables of words.
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-)
+# The tokenizer of a checkpoint that reads texts too: a table of words, whole in the first.
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 # Everything that is fetched from a Hub repository: no pickles and no code.
 HUB_FILES = (*SETTINGS, *TOKENIZER, SAFE, SAFE + INDEX, "model-*-of-*.safetensors")

@@ -159,8 +159,8 @@ def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"{name}: its tokenizer, a {kind}, is not read: known are {', '.join(TOKENIZERS)}, without own code")
     if detours := [entry for entry in TOKENIZER_DETOURS if settings.get(entry)]:
         raise ValueError(f"{name}: {', '.join(detours)} in tokenizer_config.json leads to another file: remove the entry")
-    if not any((folder / words).is_file() for words in ("tokenizer.json", "vocab.json")):
-        raise ValueError(f"{name} has no tokenizer (tokenizer.json, or vocab.json with merges.txt): put its files there")
+    if not (folder / TOKENIZER[0]).is_file():
+        raise ValueError(f"{name} has no tokenizer ({TOKENIZER[0]}): put it there, or in Python pass one as tokenizer")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a damaged file can fail in any way; none of them is recovered from

@@ -34,6 +34,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "dataset_config",
         "image_column",
         "label_column",
+        "text_column",
+        "zero_shot_dataset",
         "class_map",
         "retain_fraction",
         "retain_count",

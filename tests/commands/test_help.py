@@ -110,7 +110,7 @@ def options_in_messages():
 
 
 def test_help_shows_what_messages_recommend(helps):
-    of_methods = [shown("purify", "--defence", name, "--help") for name in ("base_tuning", "auto")]
+    of_methods = [shown("purify", "--defence", name, "--help") for name in ("base_tuning", "auto", "clean_clip")]
     known = options_in("\n".join([*helps.values(), *of_methods, shown("victim", "--set", "x", "--help")]))
     known |= {"--help", "--help_all", "--version", "--defense", "--option"}
     named = options_in_messages() - {"--token", "--hub_token", "--no_"}  # refused where they are given; a prefix

@@ -17,15 +17,16 @@ from d3_hf.commands.benchmark import BenchmarkArguments
 from d3_hf.commands.check import CheckArguments
 from d3_hf.commands.purify import OPTIONS
 from d3_hf.commands.push import PushArguments
-from d3_hf.defenses import DEFENCES, ENCODER_DEFENCES, defence
+from d3_hf.defenses import CLIP_DEFENCES, DEFENCES, ENCODER_DEFENCES, defence
 from d3_hf.options.arguments import ProbeArguments
+from d3_hf.options.pairs import PairArguments
 from d3_hf.victims.record import KINDS
 from d3_hf.victims.sets import SetArguments
 
 TEXTS = {file: file.read_text() for file in (README, ROOT / "CONTRIBUTING.md", *CARDS, *PAGES)}
 OWN = {file: text for file, text in TEXTS.items() if file in (README, *PAGES)}
 # Options that no dataclass has: of every command, of the launcher, and of other programs.
-OTHER_OPTIONS = {"help", "help_all", "json", "debug", "defence", "encoder", "victim", "purified", "output"}
+OTHER_OPTIONS = {"help", "help_all", "json", "debug", "defence", "encoder", "clip", "victim", "purified", "output"}
 OTHER_OPTIONS |= {"num_processes", "accelerate_config", "public_key"}
 
 
@@ -90,16 +91,17 @@ def test_every_public_name_is_in_the_api():
 def test_every_method_and_attack_is_listed():
     from d3_hf.attacks import ATTACKS
 
-    for page, names in (("choose", DEFENCES), ("victims", ATTACKS), ("encoders", ENCODER_DEFENCES)):
+    for page, names in (("choose", DEFENCES), ("victims", ATTACKS), ("encoders", ENCODER_DEFENCES | CLIP_DEFENCES)):
         rows = "\n".join(re.findall(r"^\| (`.*?) \|", TEXTS[DOCS / f"{page}.md"], re.M))
         assert set(names) <= set(re.findall(r"`(\w+)`", rows)), page
 
 
 @pytest.mark.parametrize("file", OWN, ids=named)
 def test_options_exist(file):
-    own = (ProbeArguments, AutoConfig, AuditArguments, BenchmarkArguments, CheckArguments, PushArguments, SetArguments)
+    commands = (AutoConfig, AuditArguments, BenchmarkArguments, CheckArguments, PushArguments, SetArguments)
+    own = (ProbeArguments, PairArguments, *commands)
     known = {f.name for kind in (*OPTIONS, *KINDS, *own) for f in fields(kind)}
-    known |= {f.name for name in DEFENCES for f in fields(defence(name)[0])} | OTHER_OPTIONS
+    known |= {f.name for name in (*DEFENCES, *CLIP_DEFENCES) for f in fields(defence(name)[0])} | OTHER_OPTIONS
     known |= {f.name for name in ENCODER_DEFENCES for f in fields(defence(name, of_encoders=True)[0])}
     spans = re.findall(r"`([^`\n]+)`", OWN[file])
     named = {option for span in spans if "model_signing" not in span for option in re.findall(r"(?<![\w-])--([a-z]\w*)", span)}
