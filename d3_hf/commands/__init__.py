@@ -47,7 +47,7 @@ class Command:
 
 def _listed(what: str, names: Iterable[str]) -> tuple[str, ...]:
     """Lines that say which names there are for it."""
-    return tuple(textwrap.wrap(", ".join(names), 126, initial_indent=f"  {what:<10} ", subsequent_indent=" " * 13))
+    return tuple(textwrap.wrap(", ".join(names), 110, initial_indent=f"  {what:<10} ", subsequent_indent=" " * 13))
 
 
 COMMANDS = {

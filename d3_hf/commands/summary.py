@@ -16,7 +16,7 @@ def refuse_fp16_without_gpu(args: "PurifyConfig") -> None:
 
 def print_summary(trainer: "PurifyTrainer", folder: Path) -> None:
     """Print the rates before and after, the seconds, and that the model lies in ``folder``."""
-    from ..models.kinds import kind_of
+    from ..models.kinds import model_kind
 
     print(f"\n{trainer.report}\n")
     if trainer.report.audit:
@@ -26,4 +26,4 @@ def print_summary(trainer: "PurifyTrainer", folder: Path) -> None:
     print(", ".join(f"{name} {value:.1f} s" for name, value in trainer.report.seconds.items()))
     what = "Rejected" if trainer.report.rejected else "Purified"
     kinds = {"classifier": "model", "encoder": "encoder", "clip": "CLIP"}
-    print(f"{what} {kinds[kind_of(trainer.plain)]}, card and evidence: {folder}")
+    print(f"{what} {kinds[model_kind(trainer.plain)]}, card and evidence: {folder}")

@@ -60,7 +60,7 @@ class Pairs:
                 "name the one with captions by --text_column, or make them of class names (captioned)"
             )
         pixels = stacked(decode_rows(dataset))
-        index = torch.tensor(dataset["index"]) if "index" in dataset.column_names else None
+        index = torch.tensor(list(dataset["index"])) if "index" in dataset.column_names else None
         images = RawImages(pixels, torch.zeros(len(dataset), dtype=torch.int64), ["unknown"], index)
         return cls(images, list(dataset["text"]))
 

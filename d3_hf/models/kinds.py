@@ -17,7 +17,7 @@ def is_clip(model: nn.Module) -> bool:
     return is_encoder(model) and model.config.model_type == "clip"
 
 
-def kind_of(model: nn.Module) -> str:
+def model_kind(model: nn.Module) -> str:
     """``"classifier"``, ``"encoder"`` or ``"clip"``, as manifests and cards say."""
     return "clip" if is_clip(model) else "encoder" if is_encoder(model) else "classifier"
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from .arguments import DataArguments
+from .arguments import NO_IMAGES, RETAIN_FRACTION, DataArguments
 
 if TYPE_CHECKING:  # each takes seconds
     from datasets import Dataset
@@ -38,50 +38,57 @@ class PairArguments:
             ValueError: There are neither captions nor class names; no such column; captions without labels and nothing else to
                 measure on; or see `DataArguments.load`.
         """
-        from ..data import pairs, sources
+        if self.text_column is not None:
+            return self._of_column(data_args)
+        from ..data import pairs
         from ..data.images import RawImages
 
-        if self.text_column is None:
-            if self.zero_shot_dataset is not None:
-                raise ValueError("zero_shot_dataset is for captions without labels: give --text_column, or leave it out")
-            images = data_args.load()
-            names, count = images.retain.features["label"].names, len(images.retain) + len(images.rest)
-            pairs.check_named(names)
-            if 2 * len(names) > count:
-                raise ValueError(
-                    f"{count} images of {len(names)} classes: are the names captions, name their column by --text_column"
-                )
-            return images, pairs.captioned(RawImages.from_dataset(images.retain), data_args.retain_seed)
-        found = sources.open_source(data_args.dataset_name or "", configuration=data_args.dataset_config)
+        if self.zero_shot_dataset is not None:
+            raise ValueError("zero_shot_dataset is for captions without labels: give --text_column, or leave it out")
+        images = data_args.load()
+        names, count = images.retain.features["label"].names, len(images.retain) + len(images.rest)
+        pairs.check_named(names)
+        if 2 * len(names) > count:
+            raise ValueError(
+                f"{count} images of {len(names)} classes: are the names captions, name their column by --text_column"
+            )
+        return images, pairs.captioned(RawImages.from_dataset(images.retain), data_args.retain_seed)
+
+    def _of_column(self, data_args: DataArguments) -> tuple["LoadedImages", "Pairs"]:
+        from ..data import pairs, sources
+
+        if data_args.dataset_name is None:
+            raise ValueError(NO_IMAGES)
+        found = sources.open_source(data_args.dataset_name, configuration=data_args.dataset_config)
         if data_args.train_split not in found:
             raise ValueError(f"{data_args.dataset_name} has no split {data_args.train_split!r}; it has {', '.join(found)}")
-        features = found[data_args.train_split].features
-        text = pairs.text_column(features, self.text_column)
-        if self.zero_shot_dataset is None:
-            if data_args.label_column is None and not sources.has_class_labels(features):
-                raise ValueError(
-                    f"{data_args.dataset_name} has captions and no labels (ClassLabel) to measure by: name labelled images, "
-                    "--zero_shot_dataset, or its label column"
-                )
+        split = found[data_args.train_split]
+        text = pairs.text_column(split.features, self.text_column)
+        if self.zero_shot_dataset is not None:
+            retain = _drawn(data_args, split, sources.image_column(split.features, data_args.image_column), text)
+            images = replace(_measured(data_args, self.zero_shot_dataset), retain=retain, source=data_args.dataset_name)
+        elif data_args.label_column is not None or sources.has_class_labels(split.features):
             images = data_args.load()
-            captions = found[data_args.train_split][text]
-            retain = images.retain.add_column("text", [captions[row] for row in images.retain["index"]])
-            pairs.check_named(images.retain.features["label"].names)
-            return images, pairs.Pairs.from_dataset(retain)
-        retain = _drawn(data_args, found[data_args.train_split], sources.image_column(features, data_args.image_column), text)
-        measured = replace(
-            data_args, dataset_name=self.zero_shot_dataset, dataset_config=None, image_column=None, label_column=None
-        ).load()
-        pairs.check_named(measured.test.class_names)
-        images = replace(measured, retain=retain, rest=retain.select([]), source=data_args.dataset_name)
+            retain = images.retain.add_column("text", list(split.select(list(images.retain["index"]))[text]))
+        else:
+            raise ValueError(
+                f"{data_args.dataset_name} has captions and no labels (ClassLabel) to measure by: name labelled images, "
+                "--zero_shot_dataset, or its label column"
+            )
+        pairs.check_named(images.test.class_names)
         return images, pairs.Pairs.from_dataset(retain)
+
+
+def _measured(data_args: DataArguments, name: str) -> "LoadedImages":
+    """Labelled images to measure on, of a data set of their own, which nothing else is drawn from."""
+    own = {"dataset_config": None, "image_column": None, "label_column": None, "retain_count": None, "retain_fraction": None}
+    return replace(data_args, dataset_name=name, **own).load()
 
 
 def _drawn(data_args: DataArguments, split: "Dataset", image: str, text: str) -> "Dataset":
     """The rows of the retain set, of a split with captions and without labels."""
     from ..data.load import retain_split
     from ..data.pairs import unlabelled_pairs
-    from .arguments import RETAIN_FRACTION
 
     fraction = RETAIN_FRACTION if data_args.is_default_size else data_args.retain_fraction
     retain, _ = retain_split(unlabelled_pairs(split, image, text), fraction, data_args.retain_count, seed=data_args.retain_seed)

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 
 from ..files import atomic_file
-from ..models.kinds import kind_of
+from ..models.kinds import model_kind
 from ..models.source import source_of
 from ..publishing import hub, manifest
 from ..publishing.details import CardDetails
@@ -67,7 +67,7 @@ class PublishingTrainer(DurableTrainer):
             ValueError: It contradicts the run, see `CardDetails.check`.
         """
         details = self.card_details.updated(given)
-        kind = kind_of(self.plain)
+        kind = model_kind(self.plain)
         details.check(manifest.source_facts(self.plain), bool(self.report.results), kind)
         self.card_details = details
 
