@@ -19,6 +19,7 @@ FLOORS = [
     {"recipes": "scripts and configurations that a user copies"},
     {"cli": "the command line: which command, what an error looks like, exit codes"},
     {"commands": "what each command does with its options"},
+    {"zoo": "how often check is right: models of which it is known whether they have a backdoor, read one by one"},
     {"inspection": "check and audit: what can be said of a model from its files and from images without a trigger"},
     {"benchmark": "victims x retain sets x defences x seeds: cells, tables, plots; the blind study of auto"},
     {"auto": "which defence with which settings, chosen without a trigger"},

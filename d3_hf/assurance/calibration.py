@@ -58,11 +58,16 @@ def combined_p(suspect: ArrayLike, twins: ArrayLike) -> float:
         suspect: A statistic for each signal, (S,), S >= 1.
         twins: The same of each twin, (N, S).
     """
+    highest, farthest = (values.max(1) for values in standing(suspect, twins))
+    as_far = (highest > highest[0]) | ((highest == highest[0]) & (farthest >= farthest[0]))
+    return float(as_far.sum() / len(highest))
+
+
+def standing(suspect: ArrayLike, twins: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """``r_ms`` and ``z_ms`` of all models, (1 + N, S) each, the suspect's first; arguments as `combined_p`."""
     suspect = np.asarray(suspect, np.float64)
     values = np.vstack([suspect, np.asarray(twins, np.float64).reshape(-1, len(suspect))])
-    highest, farthest = _ranks(values).max(1), _robust_z(values).max(1)
-    as_far = (highest > highest[0]) | ((highest == highest[0]) & (farthest >= farthest[0]))
-    return float(as_far.sum() / len(values))
+    return _ranks(values), _robust_z(values)
 
 
 def own_classes_p(scores: ArrayLike) -> float | None:

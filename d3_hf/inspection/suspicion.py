@@ -156,7 +156,7 @@ def suspicion_of(
         found = _read(twin, images, wanted, name)
         missing = {key: why for key, why in found.items() if isinstance(why, str)}
         warnings += [f"{key} is left out of p, since it cannot be read on {name}: {why}" for key, why in missing.items()]
-        read.append(_as_twin(name, digest, found))
+        read.append(twin_of(name, digest, found))
     return Suspicion(findings, Null(kind, (null.twins if null else ()) + tuple(read)), alarm_at, warnings)
 
 
@@ -165,7 +165,8 @@ def _read(model: PreTrainedModel, images: RawImages, signals: Mapping[str, Signa
     return {key: read_signal(key, signal, model, images) for key, signal in bar}
 
 
-def _as_twin(name: str, digest: str, found: dict[str, Finding | str]) -> Twin:
+def twin_of(name: str, digest: str, found: Mapping[str, Finding | str]) -> Twin:
+    """A twin by what was found of it: its name, `weights_digest`, and by signal the finding or why there is none."""
     findings = {key: finding for key, finding in found.items() if isinstance(finding, Finding)}
     statistics = {key: finding.statistic for key, finding in findings.items()}
     return Twin(name, digest, statistics, {key: f.class_names[f.suspect_class] for key, f in findings.items()})

@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1]
 KINDS = {
     "configuration file": "configs/*.yaml",
     "grid": "grids/*.yaml",
-    "set of victims": "victims*.yaml",
+    "set of victims": "*.yaml",
     "accelerate configuration": "accelerate/*.yaml",
 }
 

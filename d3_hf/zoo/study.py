@@ -1,0 +1,165 @@
+"""The study behind the hit and false-alarm rates of `check`: every model of a zoo, read as `check` reads a suspicious one.
+
+A zoo is a set of victims and twins in two groups, fixed before anything is measured: twins of the one, ``calibrate``, are the
+null, and models of the other, ``judge``, the suspects. Who chooses a signal or a setting by what a table says looks at the
+first alone. A cell is one model on one set of images and one seed, which draws them: images that no model of the zoo has seen.
+It is read without twins, by the function that `check` calls; what its p would be beside the null follows from the rows
+(`verdicts`). Only when it has been read, ACC and ASR are measured on test images.
+"""
+
+import inspect
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+from ..assurance.finding import Finding
+from ..assurance.signals import SIGNALS, Signal
+from ..attacks import Attack
+from ..benchmark.cells import Cell, Runner, cells_of, network_of
+from ..benchmark.grid import Grid
+from ..benchmark.meters import hardware
+from ..benchmark.study import group_of
+from ..data.images import RawImages
+from ..evaluation.measure import measure, rates
+from ..files import first_line
+from ..inspection.suspicion import finding_facts, suspicion_of, weights_digest
+from ..models.source import preprocessing_of
+from ..options.recipes import find_recipe
+from ..publishing import manifest
+from ..victims.sets import read_set
+
+CHECK = "check"  # what stands in place of a defence
+CALIBRATE, JUDGE = "calibrate", "judge"
+
+
+@dataclass
+class ZooGrid(Grid):
+    """A grid whose cells are models that are read, and not purified.
+
+    Args:
+        victims: Left out: they are the set's, those of the two groups.
+        defences: Left out: there is none.
+        retain: As of `Grid`: the images that are read. `check` takes 500.
+        set: The zoo, a set of victims: a YAML file, or its name in the recipes.
+        calibrate: Group of the set whose twins are the null.
+        judge: Group of the set whose models are the suspects.
+
+    Raises:
+        ValueError: See `Grid` and `read_set`; ``victims``, ``defences``, ``common``, ``watch_images``, ``save_models`` or
+            ``class_map`` are given; the set has no such group, or both are one.
+    """
+
+    victims: list[str] = field(default_factory=list)
+    defences: dict[str, dict[str, Any]] = field(default_factory=dict)
+    set: str = "zoo"
+    calibrate: str = "zoo-calibrate"
+    judge: str = "zoo-judge"
+
+    def __post_init__(self):
+        names = list(read_set(find_recipe(self.set, "set of victims")))
+        groups = dict.fromkeys(map(group_of, names))
+        if self.calibrate == self.judge or not {self.calibrate, self.judge} <= groups.keys():
+            raise ValueError(f"calibrate and judge must be two groups of {self.set}; it has {', '.join(groups)}")
+        names = [name for name in names if group_of(name) in (self.calibrate, self.judge)]
+        if self.victims not in ([], names) or self.defences not in ({}, {CHECK: {}}):
+            raise ValueError(f"models of a zoo are read, and none is purified: leave victims and defences out; set is {self.set}")
+        self.victims, self.defences = names, {CHECK: {}}
+        super().__post_init__()
+        if self.common or self.watch_images is not None or self.save_models or self.class_map is not None:
+            raise ValueError("nothing is trained in a zoo: leave common, watch_images, save_models and class_map out")
+
+    def _check_defences(self) -> None:
+        """There are none."""
+
+    def half_of(self, victim: str) -> str:
+        """``calibrate`` or ``judge``."""
+        return CALIBRATE if group_of(victim) == self.calibrate else JUDGE
+
+
+class ZooRunner(Runner):
+    """Makes the cells of a zoo.
+
+    Args:
+        grid: The zoo's grid.
+    """
+
+    grid: ZooGrid
+    signals: ClassVar[Mapping[str, Signal]] = SIGNALS
+
+    def spec(self, cell: Cell) -> dict[str, Any]:
+        """The model, the images, and the signals with their settings; their code is not compared.
+
+        A model that is not there, or whose record is damaged, is another cell than the same one when it is whole.
+        """
+        shared = {"test_sha256": self.inputs.test_sha256, "signals": settings_of(self.signals)}
+        try:
+            return self.inputs_of(cell) | shared
+        except (OSError, ValueError) as reason:  # of this model alone: images that are not there were found before
+            return asdict(cell) | shared | {"unread": first_line(reason)}
+
+    def purify(self, cell: Cell) -> dict[str, Any]:
+        """Read the model as `check` does, and then measure it, as one flat row.
+
+        ``findings`` is JSON: by signal `finding_facts` and ``seconds``. ``kind`` is `Kind` as JSON. ``attack``, ``label_map``,
+        ``poison_ratio`` and ``target``, the name of the class, are None without a backdoor, the last also of all-to-all ones.
+        """
+        model = self.inputs.model(cell.victim).to(PartialState().device)
+        planted, attack = self.inputs.record(cell.victim)["planted"], self._attack(cell.victim)
+        drawn = self.inputs.retain(cell.retain, cell.seed)
+        images = drawn if isinstance(drawn, RawImages) else RawImages.from_dataset(drawn)
+        started, seconds = time.perf_counter(), dict[str, float]()
+        read = suspicion_of(model, images, signals={key: _timed(key, signal, seconds) for key, signal in self.signals.items()})
+        all_seconds = time.perf_counter() - started
+        findings = {key: finding_facts(found) | {"seconds": seconds.get(key)} for key, found in read.findings.items()}
+        row = asdict(cell) | {"network": network_of(model), "retain_n": len(images), "hardware": hardware()}
+        row |= {f"version_{name}": version for name, version in manifest.versions().items()}
+        row |= {"kind": json.dumps(asdict(read.null.kind)), "weights_sha256": weights_digest(model)}
+        row |= {"findings": json.dumps(findings), "seconds_reading": all_seconds}
+        row |= {"attack": None, "label_map": None, "target": None, "poison_ratio": None}
+        if attack is not None:
+            target = None if attack.label_map == "all-to-all" else images.class_names[attack.target_label]
+            row |= {"attack": attack.name, "label_map": attack.label_map, "target": target}
+            row |= {"poison_ratio": planted["poison_ratio"]}
+        return row | rates(measure(model, self.inputs.test, preprocessing_of(model), attack))
+
+    def _attack(self, victim: str) -> Attack | None:
+        return self.inputs.attack(victim) if self.inputs.record(victim)["planted"] else None
+
+    def summary(self, row: dict[str, Any]) -> str:
+        """What a cell came to, in a line."""
+        findings = json.loads(row["findings"]).items()
+        said = [f"{name} {found['suspect_class']} {found['statistic']:.3g}" for name, found in findings if "scores" in found]
+        truth = "no backdoor" if row["attack"] is None else f"{row['attack']}, ASR {100 * row['asr']:.1f}, target {row['target']}"
+        return f"{truth}: {', '.join(said)}; {row['seconds_reading']:.0f} s"
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """A row for each cell that was made or failed, with the model's ``half``."""
+        for cell in cells_of(self.grid):
+            if row := self.read(cell):
+                yield row | {"half": self.grid.half_of(cell.victim)}
+
+
+def settings_of(signals: Mapping[str, Signal]) -> dict[str, dict[str, Any]]:
+    """By signal the defaults of what it can be told; batches excepted, which only fit memory."""
+    every = {name: inspect.signature(signal).parameters.values() for name, signal in signals.items()}
+    return {
+        name: {one.name: one.default for one in parameters if one.default is not one.empty and one.name != "batch_size"}
+        for name, parameters in every.items()
+    }
+
+
+def _timed(name: str, signal: Signal, seconds: dict[str, float]) -> Signal:
+    """The signal, which leaves its seconds behind where it could be read."""
+
+    def read(model: PreTrainedModel, images: RawImages) -> Finding:
+        started = time.perf_counter()
+        found = signal(model, images)
+        seconds[name] = time.perf_counter() - started
+        return found
+
+    return read
