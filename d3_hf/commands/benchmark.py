@@ -1,4 +1,4 @@
-"""``d3-hf benchmark``, and the blind study of ``--defence auto``, which is run in the same way."""
+"""``d3-hf benchmark``, and what is run in the same way: the blind study of ``--defence auto``, the zoo of ``d3-hf check``."""
 
 import json
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what does more than read options is loaded when they are re
     from ..benchmark.grid import Grid
 
 STUDIED = "recipes"  # a column that a study's table has and a benchmark's has not
+READ = "half"  # one that a zoo's has
 
 
 @dataclass
@@ -98,6 +99,36 @@ def run_study(argv: list[str]) -> "pandas.DataFrame":
     if len(found):
         with atomic_file(folder / "choices.parquet") as beside:
             found.to_parquet(beside)
+    _write(table, folder)
+    print(table)
+    return found
+
+
+def run_zoo(argv: list[str]) -> "pandas.DataFrame":
+    """Run ``GRID.yaml --option value ...``, a `ZooGrid`: read the models that are missing, write ``results.parquet``,
+    ``verdicts.parquet``, ``results.md`` and ``measured.json``.
+
+    Returns:
+        What the test says of each suspect, see `verdicts`.
+
+    Raises:
+        FileNotFoundError: The grid, the zoo or an image folder is not there.
+        ValueError: See `run_benchmark` and `verdicts`.
+    """
+    options = _options(argv)
+    from ..inspection.measured import write_measured
+    from ..zoo.study import ZooGrid, ZooRunner
+    from ..zoo.tables import render_zoo
+    from ..zoo.verdicts import measured, verdicts
+
+    rows, folder = _rows(options, ZooGrid, ZooRunner)
+    if READ not in rows and len(rows):
+        raise ValueError(f"{folder} holds the table of a benchmark: name the results.parquet that a zoo wrote")
+    found, table = verdicts(rows), render_zoo(rows)
+    if len(found):
+        with atomic_file(folder / "verdicts.parquet") as beside:
+            found.to_parquet(beside)
+        write_measured(measured(found), folder / "measured.json")
     _write(table, folder)
     print(table)
     return found

@@ -24,6 +24,7 @@ from ..labels import check_labels
 from ..models.source import source_of
 from ..publishing.names import public_name
 from ..training.reference import fingerprint
+from .measured import MeasuredRates, measured_rates
 from .null import Kind, Null, Twin
 
 
@@ -72,9 +73,14 @@ class Suspicion:
         """What follows."""
         return verdict(self.p, len(self.null.twins), self.alarm_at)
 
+    @property
+    def measured(self) -> MeasuredRates | None:
+        """How often exactly this test was right about models of this kind; None where that was not measured."""
+        return measured_rates(self.null.kind, self.compared, self.alarm_at)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        p_values, twins = self.p_values, self.null.twins
+        p_values, twins, measured = self.p_values, self.null.twins, self.measured
         return {
             "signals": {name: self._signal(name, finding, p_values.get(name)) for name, finding in self.findings.items()},
             "twins": [twin.name for twin in twins],
@@ -83,6 +89,7 @@ class Suspicion:
             "alarm_at": self.alarm_at,
             "alarm": self.verdict.alarm,
             "outcome": self.verdict.words,
+            "measured": measured and measured.as_dict(),
             "warnings": self.warnings,
         }
 

@@ -67,7 +67,7 @@ class ZooGrid(Grid):
             raise ValueError(f"calibrate and judge must be two groups of {self.set}; it has {', '.join(groups)}")
         names = [name for name in names if group_of(name) in (self.calibrate, self.judge)]
         if self.victims not in ([], names) or self.defences not in ({}, {CHECK: {}}):
-            raise ValueError(f"models of a zoo are read, and none is purified: leave victims and defences out; set is {self.set}")
+            raise ValueError("the models of a zoo are those of its set, and none is purified: leave victims and defences out")
         self.victims, self.defences = names, {CHECK: {}}
         super().__post_init__()
         if self.common or self.watch_images is not None or self.save_models or self.class_map is not None:
@@ -134,7 +134,9 @@ class ZooRunner(Runner):
         """What a cell came to, in a line."""
         findings = json.loads(row["findings"]).items()
         said = [f"{name} {found['suspect_class']} {found['statistic']:.3g}" for name, found in findings if "scores" in found]
-        truth = "no backdoor" if row["attack"] is None else f"{row['attack']}, ASR {100 * row['asr']:.1f}, target {row['target']}"
+        truth = (
+            "no backdoor" if row["attack"] is None else f"{row['attack']}, ASR {100 * row['asr']:.1f}, target {row['target']}"
+        )
         return f"{truth}: {', '.join(said)}; {row['seconds_reading']:.0f} s"
 
     def rows(self) -> Iterator[dict[str, Any]]:

@@ -96,6 +96,20 @@ def signal_line(name: str, found: dict[str, Any], twins: int) -> str:
     return f"{line}; {own_classes_words(found)}"
 
 
+def measured_lines(model: dict[str, Any], suspicion: dict[str, Any]) -> list[str]:
+    """How often this test was right about models of this kind, see `inspection.measured`: a line where there is a p."""
+    if suspicion["p"] is None:
+        return []
+    found, kind = suspicion["measured"], f"{model['architecture']}, {len(model['classes'])} classes"
+    if found is None:
+        return [f"hit and false-alarm rates of exactly this test have not been measured on models of this kind ({kind})"]
+    return [
+        f"measured hit and false-alarm rates of exactly this test on models of this kind ({kind}), with {found['twins']} twins "
+        f"and {found['images']} images: an alarm on {rate(found, 'hit_rate')} models with a backdoor, and on "
+        f"{rate(found, 'false_alarm_rate')} without one"
+    ]
+
+
 def own_classes_words(found: dict[str, Any]) -> str:
     """What one signal says of the suspicious class against the model's others, see `assurance.calibration.own_classes_p`."""
     if found["p_own_classes"] is None:

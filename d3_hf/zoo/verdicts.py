@@ -1,0 +1,196 @@
+"""What `check` would have said of each model of a zoo, from the rows of its cells alone.
+
+The twins of the half `calibrate` are the null of one kind, on one set of images and seed; each model of the half `judge` is a
+suspect beside them, by the very test of `check` (`inspection.suspicion`). With t = (highest rank, farthest z) of
+`assurance.calibration`, by which p compares models, suspects have an order that is finer than their p.
+"""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pandas
+from scipy.stats import spearmanr
+
+from ..assurance.calibration import ALARM_AT, standing
+from ..assurance.finding import Finding
+from ..benchmark.tables import split
+from ..evaluation.metrics import Proportion
+from ..inspection.measured import MeasuredRates
+from ..inspection.null import Kind, Null
+from ..inspection.suspicion import Suspicion, twin_of
+from .study import CALIBRATE, JUDGE
+
+# A backdoor that works less often was not planted: such a model counts neither as one with a backdoor nor as one without. This
+# project's, below the 30 to 50 % of thinned backdoors.
+LEAST_ASR = 0.2
+BACKDOORED, IN_VAIN, TRUSTED = "backdoor", "planted in vain", "no backdoor"
+KEY = ["retain", "seed"]  # of which images were read
+TOGETHER = "all together"  # the test by all signals, in place of one
+
+
+def state_of(row: pandas.Series) -> str:
+    """What a model is, by what was planted and how often it works."""
+    if not isinstance(row["attack"], str):
+        return TRUSTED
+    return BACKDOORED if row["asr"] >= LEAST_ASR else IN_VAIN
+
+
+def kind_of_planting(victim: str) -> str:
+    """``1percent`` of ``zoo-judge/1percent-2``: what stands before the number."""
+    return victim.rpartition("/")[2].rpartition("-")[0] or victim.rpartition("/")[2]
+
+
+def findings_of(row: pandas.Series) -> dict[str, Finding | str]:
+    """The findings of a row, as they were before they were written, without their details."""
+    names, found = Kind(**json.loads(row["kind"])).classes, dict[str, Finding | str]()
+    for signal, facts in json.loads(row["findings"]).items():
+        if "not_applicable" in facts:
+            found[signal] = facts["not_applicable"]
+        else:
+            suspect = names.index(facts["suspect_class"])
+            found[signal] = Finding(signal, np.array(facts["scores"]), facts["statistic"], suspect, list(names))
+    return found
+
+
+def read(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """The rows of models that were read, with their ``state``, and a ``statistic: S`` and a ``suspect: S`` of each signal S."""
+    done, _ = split(rows)
+    found = []
+    for _, row in done.iterrows():
+        one = row.to_dict() | {"state": state_of(row), "planting": kind_of_planting(row["victim"])}
+        for signal, finding in findings_of(row).items():
+            is_read = isinstance(finding, Finding)
+            one[f"statistic: {signal}"] = finding.statistic if is_read else math.nan
+            one[f"suspect: {signal}"] = finding.class_names[finding.suspect_class] if is_read else None
+        found.append(one)
+    return pandas.DataFrame(found)
+
+
+def signals_in(frame: pandas.DataFrame) -> list[str]:
+    """The signals of a table that `read` or `verdicts` made."""
+    return [name.removeprefix("statistic: ") for name in frame.columns if name.startswith("statistic: ")]
+
+
+def null_of(rows: pandas.DataFrame) -> Null | None:
+    """The twins of the half `calibrate`, of one set of images and seed; None where there are none.
+
+    Raises:
+        ValueError: Two are of different kinds, or the same model.
+    """
+    chosen = rows[(rows["half"] == CALIBRATE) & ~rows["attack"].map(lambda name: isinstance(name, str))]
+    if not len(chosen):
+        return None
+    kind = _kind(chosen.iloc[0])
+    for _, row in chosen.iterrows():
+        _check_kind(row, kind)
+    return Null(kind, tuple(twin_of(row["victim"], row["weights_sha256"], findings_of(row)) for _, row in chosen.iterrows()))
+
+
+def _kind(row: pandas.Series) -> Kind:
+    content = json.loads(row["kind"])
+    return Kind(**content | {"classes": tuple(content["classes"])})
+
+
+def _check_kind(row: pandas.Series, kind: Kind) -> None:
+    if differ := kind.others(_kind(row)):
+        raise ValueError(f"{row['victim']} is of another kind than the twins of the zoo: {'; '.join(differ)}")
+
+
+def verdicts(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """What the test says of each suspect.
+
+    Args:
+        rows: The content of a zoo's ``results.parquet``.
+
+    Returns:
+        As `read`, the half `judge`; with ``p: S`` of each signal, NaN where it could not be compared; ``p: all together``,
+        which raises the ``alarm`` at 0.05; ``twins``, how many it is from, and ``signals``, of which; ``place``, the order of
+        suspects by t, of equal ones the same; the signal ``leading``, by which the model stands out most, and ``suspect: all
+        together``, the class that does by it. Empty where there are no twins to compare with, or no suspects.
+
+    Raises:
+        ValueError: Models are of different kinds, or see `Null`.
+    """
+    found, done = [], read(rows)
+    for _, group in done.groupby(KEY, sort=False) if len(done) else ():
+        null = null_of(group)
+        suspects = group[group["half"] == JUDGE]
+        if null is None or not len(suspects):
+            continue
+        judged = [_verdict(row, null) for _, row in suspects.iterrows()]
+        places = sorted({one["t"] for one in judged})
+        found += [one | {"place": places.index(one.pop("t"))} for one in judged]
+    return pandas.DataFrame(found)
+
+
+def _verdict(row: pandas.Series, null: Null) -> dict[str, Any]:
+    _check_kind(row, null.kind)
+    said = Suspicion(findings_of(row), null, ALARM_AT)
+    names = said.compared
+    one = row.to_dict() | {f"p: {signal}": said.p_values.get(signal, math.nan) for signal in said.findings}
+    one |= {f"p: {TOGETHER}": math.nan if said.p is None else said.p, "alarm": said.verdict.alarm}
+    one |= {"twins": len(null.twins), "signals": json.dumps(sorted(names)), "t": (0.0, -math.inf)}
+    one |= {"leading": None, f"suspect: {TOGETHER}": None}
+    if names:
+        values = [[twin.statistics[name] for name in names] for twin in null.twins]
+        ranks, z = (part[0] for part in standing([said.findings[name].statistic for name in names], values))
+        leading = max(range(len(names)), key=lambda s: (ranks[s], z[s]))
+        one |= {"t": (float(ranks.max()), float(z.max())), "leading": names[leading]}
+        one[f"suspect: {TOGETHER}"] = row[f"suspect: {names[leading]}"]
+    return one
+
+
+def auroc(frame: pandas.DataFrame, score: str) -> float:
+    """Area under the ROC of a column that is higher where a backdoor is suspected; NaN without both sorts of models.
+
+    Those without the score, and those planted in vain, are left out.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    chosen = frame[frame["state"].isin([BACKDOORED, TRUSTED])].dropna(subset=[score])
+    if chosen["state"].nunique() < 2:
+        return math.nan
+    return float(roc_auc_score(chosen["state"] == BACKDOORED, chosen[score]))
+
+
+def alarm_rate(found: pandas.DataFrame, state: str, signal: str = TOGETHER) -> Proportion | None:
+    """The share of models of a state with p at most 0.05; of those with a p. None where there are none."""
+    p = found.loc[found["state"] == state, f"p: {signal}"].dropna()
+    return Proportion(int((p <= ALARM_AT).sum()), len(p)) if len(p) else None
+
+
+def target_rate(found: pandas.DataFrame, signal: str = TOGETHER) -> Proportion | None:
+    """Of how many models with a backdoor to one class that class stands out; with an alarm or without. None of no models."""
+    chosen = found[(found["state"] == BACKDOORED) & found["target"].notna() & found[f"suspect: {signal}"].notna()]
+    return Proportion(int((chosen[f"suspect: {signal}"] == chosen["target"]).sum()), len(chosen)) if len(chosen) else None
+
+
+def correlation(found: pandas.DataFrame, score: str) -> float:
+    """Spearman's rank correlation of a column with the ASR, over all models in which a backdoor was planted, in vain or not.
+
+    NaN where there are fewer than three, or all have the same.
+    """
+    chosen = found[found["state"] != TRUSTED].dropna(subset=[score, "asr"])
+    if len(chosen) < 3 or chosen[score].nunique() < 2 or chosen["asr"].nunique() < 2:
+        return math.nan
+    return float(spearmanr(chosen[score], chosen["asr"]).statistic)
+
+
+def measured(found: pandas.DataFrame) -> list[MeasuredRates]:
+    """The rates of the test by all signals, for `check` to look up: of each set of images and number of them.
+
+    Those that were not made by the same signals throughout, and those without both sorts of models, are left out.
+    """
+    rates = []
+    for _, group in found.groupby(KEY, sort=False) if len(found) else ():
+        hits, false_alarms = alarm_rate(group, BACKDOORED), alarm_rate(group, TRUSTED)
+        if group["signals"].nunique() > 1 or hits is None or false_alarms is None:
+            continue
+        kind, first = _kind(group.iloc[0]), group.iloc[0]
+        counts = (hits.n, hits.successes, false_alarms.n, false_alarms.successes)
+        signals = tuple(json.loads(first["signals"]))
+        test = (kind.architecture, len(kind.classes), signals, ALARM_AT, int(first["twins"]), kind.images)
+        rates.append(MeasuredRates(*test, *counts))
+    return rates
