@@ -29,6 +29,7 @@ from d3_hf.defenses.d3.trainer import D3Config
 from d3_hf.evaluation.measure import measure
 from d3_hf.models import load_classifier
 from d3_hf.victims.sets import read_set
+from d3_hf.zoo.study import ZooGrid
 
 GRIDS = sorted((RECIPES / "grids").glob("*.yaml"))
 
@@ -390,8 +391,9 @@ def test_a_missing_victim_is_named(grid):
 
 @pytest.mark.parametrize("file", GRIDS, ids=lambda file: file.stem)
 def test_shipped_grids_are_about_shipped_victims(file):
-    grid = read_grid(str(file), StudyGrid if file.stem.startswith("auto") else Grid)
+    kind = StudyGrid if file.stem.startswith("auto") else ZooGrid if file.stem == "zoo" else Grid
+    grid = read_grid(str(file), kind)
     assert cells_of(grid)
     if isinstance(grid.victims, list):
-        shipped = [name for victims in RECIPES.glob("victims*.yaml") for name in read_set(str(victims))]
+        shipped = [name for victims in RECIPES.glob("*.yaml") for name in read_set(str(victims))]
         assert set(grid.victims) <= set(shipped)

@@ -75,7 +75,8 @@ def test_a_check_says_them_with_counts_and_intervals(shipped):
     assert (said["false_alarm_rate"], said["false_alarm_rate_n"], said["twins"], said["images"]) == (0.05, 20, 20, 500)
     line = (
         "measured hit and false-alarm rates of exactly this test on models of this kind (shortcut.Net, 8 classes), with 20 "
-        f"twins and 500 images: an alarm on 87.5 % [{100 * low:.1f}, {100 * high:.1f}] of 24 models with a backdoor, and on 5.0 % ["
+        f"twins and 500 images: an alarm on 87.5 % [{100 * low:.1f}, {100 * high:.1f}] of 24 models with a backdoor, and on "
+        "5.0 % ["
     )
     (shown,) = [text for text in str(found).splitlines() if text.strip().startswith("measured")]
     assert shown.strip().startswith(line) and shown.endswith("of 20 without one")
