@@ -108,18 +108,16 @@ class Runner:
         given = {name: value for name, value in self.options(cell).items() if name in own or value != declared.get(name)}
         named = [n for n in OPTIONS_IN_FILES if isinstance(given.get(n), str) and not given[n].startswith("{")]
         given |= {name: sha256(Path(given[name])) for name in named if Path(given[name]).is_file()}
-        spec = self.inputs_of(cell) | {"options": own | given, "rules": numbers()}
-        return spec | ({"watch_images": self.grid.watch_images} if self.grid.watch_images else {})
-
-    def inputs_of(self, cell: Cell) -> dict[str, Any]:
-        """The part of `spec` that is no method's: names, weights and images."""
         drawn = self.grid.retain[cell.retain].items()
-        return asdict(cell) | {
+        spec = asdict(cell) | {
             "weights": self.inputs.identity(cell.victim),
+            "options": own | given,
+            "rules": numbers(),
             "retain_set": {name: value for name, value in drawn if value is not None and name not in PLACES},
             "retain_sha256": self.inputs.retain_sha256(cell.retain, cell.seed),
             "test_sha256": self.inputs.test_sha256,
         }
+        return spec | ({"watch_images": self.grid.watch_images} if self.grid.watch_images else {})
 
     def folder(self, cell: Cell) -> Path:
         """Where a cell lies; its name ends in a digest of `spec`, so that a changed grid makes new cells beside the old."""

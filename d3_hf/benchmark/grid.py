@@ -84,12 +84,7 @@ class Grid:
             if (count := getattr(self, name)) is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, or left out; got {count}")
         self._check_defences()
-        for name, options in self.retain.items():
-            if unknown := sorted(options.keys() - {f.name for f in fields(RetainSet)}):
-                raise ValueError(f"retain set {name!r} has no option {', '.join(unknown)}")
-            RetainSet(**options)
-            if options.get("dataset_name") is None and options.get("count", 0) > self.held_out:
-                raise ValueError(f"retain set {name!r}: count {options['count']} is more than held_out, {self.held_out}")
+        self._check_retain()
 
     def _check_defences(self) -> None:
         for name, options in self.defences.items():
@@ -99,6 +94,14 @@ class Grid:
             known = {f.name for f in fields(config_class)} | {"defence", "curve"}
             if unknown := sorted((options | self.common).keys() - known):
                 raise ValueError(f"defence {name!r}: {config_class.__name__} has no option {', '.join(unknown)}")
+
+    def _check_retain(self) -> None:
+        for name, options in self.retain.items():
+            if unknown := sorted(options.keys() - {f.name for f in fields(RetainSet)}):
+                raise ValueError(f"retain set {name!r} has no option {', '.join(unknown)}")
+            RetainSet(**options)
+            if options.get("dataset_name") is None and options.get("count", 0) > self.held_out:
+                raise ValueError(f"retain set {name!r}: count {options['count']} is more than held_out, {self.held_out}")
 
     def _check_mappings(self) -> None:
         for kind, entries in (("victim", self.victims), ("defence", self.defences), ("retain set", self.retain)):

@@ -2,9 +2,10 @@
 
 A zoo is a set of victims and twins in two groups, fixed before anything is measured: twins of the one, ``calibrate``, are the
 null, and models of the other, ``judge``, the suspects. Who chooses a signal or a setting by what a table says looks at the
-first alone. A cell is one model on one set of images and one seed, which draws them: images that no model of the zoo has seen.
-It is read without twins, by the function that `check` calls; what its p would be beside the null follows from the rows
-(`verdicts`). Only when it has been read, ACC and ASR are measured on test images.
+first alone. A cell is one model on one set of images and one seed, which draws them: test images, as `check` takes them, since
+even what the models were fine-tuned from has seen those that they hold out. It is read without twins, by the function that
+`check` calls; what its p would be beside the null follows from the rows (`verdicts`). Only when it has been read, ACC and ASR
+are measured.
 """
 
 import inspect
@@ -25,6 +26,7 @@ from ..benchmark.grid import Grid
 from ..benchmark.meters import hardware
 from ..benchmark.study import group_of
 from ..data.images import RawImages
+from ..data.labels import retain_indices
 from ..evaluation.measure import measure, rates
 from ..files import first_line
 from ..inspection.suspicion import finding_facts, suspicion_of, weights_digest
@@ -44,14 +46,15 @@ class ZooGrid(Grid):
     Args:
         victims: Left out: they are the set's, those of the two groups.
         defences: Left out: there is none.
-        retain: As of `Grid`: the images that are read. `check` takes 500.
+        retain: Per name ``count``, how many of the test images are read, and nothing else. `check` takes 500.
         set: The zoo, a set of victims: a YAML file, or its name in the recipes.
         calibrate: Group of the set whose twins are the null.
         judge: Group of the set whose models are the suspects.
 
     Raises:
         ValueError: See `Grid` and `read_set`; ``victims``, ``defences``, ``common``, ``watch_images``, ``save_models`` or
-            ``class_map`` are given; the set has no such group, or both are one.
+            ``class_map`` are given; the set has no such group, or both are one; ``retain`` asks for other images, or for more
+            than ``test_images``.
     """
 
     victims: list[str] = field(default_factory=list)
@@ -76,6 +79,11 @@ class ZooGrid(Grid):
     def _check_defences(self) -> None:
         """There are none."""
 
+    def _check_retain(self) -> None:
+        for name, options in self.retain.items():
+            if options.keys() != {"count"} or options["count"] > (self.test_images or options["count"]):
+                raise ValueError(f"retain set {name!r} of a zoo is a count of test images, at most test_images; got {options}")
+
     def half_of(self, victim: str) -> str:
         """``calibrate`` or ``judge``."""
         return CALIBRATE if group_of(victim) == self.calibrate else JUDGE
@@ -96,11 +104,18 @@ class ZooRunner(Runner):
 
         A model that is not there, or whose record is damaged, is another cell than the same one when it is whole.
         """
-        shared = {"test_sha256": self.inputs.test_sha256, "signals": settings_of(self.signals)}
+        spec = asdict(cell) | {"retain_set": self.grid.retain[cell.retain], "test_sha256": self.inputs.test_sha256}
+        spec |= {"signals": settings_of(self.signals)}
         try:
-            return self.inputs_of(cell) | shared
+            return spec | {"weights": self.inputs.identity(cell.victim)}
         except (OSError, ValueError) as reason:  # of this model alone: images that are not there were found before
-            return asdict(cell) | shared | {"unread": first_line(reason)}
+            return spec | {"unread": first_line(reason)}
+
+    def images(self, cell: Cell) -> RawImages:
+        """What is read: so many test images, drawn by the cell's seed."""
+        test = self.inputs.test
+        drawn = retain_indices(test.labels.numpy(), test.class_names, **self.grid.retain[cell.retain], seed=cell.seed)
+        return test.select(drawn)
 
     def purify(self, cell: Cell) -> dict[str, Any]:
         """Read the model as `check` does, and then measure it, as one flat row.
@@ -110,8 +125,7 @@ class ZooRunner(Runner):
         """
         model = self.inputs.model(cell.victim).to(PartialState().device)
         planted, attack = self.inputs.record(cell.victim)["planted"], self._attack(cell.victim)
-        drawn = self.inputs.retain(cell.retain, cell.seed)
-        images = drawn if isinstance(drawn, RawImages) else RawImages.from_dataset(drawn)
+        images = self.images(cell)
         started, seconds = time.perf_counter(), dict[str, float]()
         read = suspicion_of(model, images, signals={key: _timed(key, signal, seconds) for key, signal in self.signals.items()})
         all_seconds = time.perf_counter() - started
@@ -134,10 +148,8 @@ class ZooRunner(Runner):
         """What a cell came to, in a line."""
         findings = json.loads(row["findings"]).items()
         said = [f"{name} {found['suspect_class']} {found['statistic']:.3g}" for name, found in findings if "scores" in found]
-        truth = (
-            "no backdoor" if row["attack"] is None else f"{row['attack']}, ASR {100 * row['asr']:.1f}, target {row['target']}"
-        )
-        return f"{truth}: {', '.join(said)}; {row['seconds_reading']:.0f} s"
+        planted = f"{row['attack']}, ASR {100 * row['asr']:.1f}, target {row['target']}" if row["attack"] else "no backdoor"
+        return f"{planted}: {', '.join(said)}; {row['seconds_reading']:.0f} s"
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """A row for each cell that was made or failed, with the model's ``half``."""

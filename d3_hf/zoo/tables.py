@@ -5,6 +5,7 @@ import math
 
 import pandas
 
+from ..assurance.calibration import ALARM_AT, twins_needed
 from ..benchmark.tables import MISSING, UNKNOWN, failures, split
 from ..evaluation.metrics import Proportion
 from ..publishing.tables import markdown_table
@@ -72,9 +73,10 @@ def counts(done: pandas.DataFrame, found: pandas.DataFrame) -> str:
     seconds = done["seconds_reading"]
     sorts = [f"{(found['state'] == state).sum()} {words}" for state, words in _SORTS.items()]
     twins, images = int(found["twins"].iloc[0]), json.loads(found["kind"].iloc[0])["images"]
+    enough = "" if twins >= (needed := twins_needed(ALARM_AT)) else f" No alarm is possible: that takes {needed} twins."
     return (
         f"{twins} twins; suspects: {', '.join(sorts)}. {images} images; reading a model took {seconds.mean():.0f} s, at most "
-        f"{seconds.max():.0f}."
+        f"{seconds.max():.0f}.{enough}"
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas
 from scipy.stats import spearmanr
 
-from ..assurance.calibration import ALARM_AT, standing
+from ..assurance.calibration import ALARM_AT, standing, twins_needed
 from ..assurance.finding import Finding
 from ..benchmark.tables import split
 from ..evaluation.metrics import Proportion
@@ -181,14 +181,15 @@ def correlation(found: pandas.DataFrame, score: str) -> float:
 def measured(found: pandas.DataFrame) -> list[MeasuredRates]:
     """The rates of the test by all signals, for `check` to look up: of each set of images and number of them.
 
-    Those that were not made by the same signals throughout, and those without both sorts of models, are left out.
+    Left out are those that were not made by the same signals throughout, those without both sorts of models, and those of too
+    few twins for an alarm. Of several seeds `check` takes the first.
     """
     rates = []
     for _, group in found.groupby(KEY, sort=False) if len(found) else ():
         hits, false_alarms = alarm_rate(group, BACKDOORED), alarm_rate(group, TRUSTED)
-        if group["signals"].nunique() > 1 or hits is None or false_alarms is None:
-            continue
         kind, first = _kind(group.iloc[0]), group.iloc[0]
+        if group["signals"].nunique() > 1 or first["twins"] < twins_needed(ALARM_AT) or hits is None or false_alarms is None:
+            continue
         counts = (hits.n, hits.successes, false_alarms.n, false_alarms.successes)
         signals = tuple(json.loads(first["signals"]))
         test = (kind.architecture, len(kind.classes), signals, ALARM_AT, int(first["twins"]), kind.images)

@@ -14,21 +14,23 @@ from d3_hf.assurance.head_rows import head_rows
 from d3_hf.assurance.latent_shift import latent_shift
 from d3_hf.assurance.signals import SIGNALS
 from d3_hf.attacks import ATTACKS
-from d3_hf.benchmark.cells import CELL, cells_of
+from d3_hf.benchmark.cells import CELL, Cell, cells_of
 from d3_hf.benchmark.grid import read_grid
 from d3_hf.commands.benchmark import run_zoo
-from d3_hf.data.images import RawImages
 from d3_hf.evaluation.measure import measure
 from d3_hf.inspection.measured import read_measured
 from d3_hf.inspection.suspicion import suspicion_of, weights_digest
 from d3_hf.models.source import preprocessing_of
+from d3_hf.options.arguments import DataArguments
 from d3_hf.options.parser import parse_arguments
 from d3_hf.victims.sets import KINDS, make_set, read_set
+from d3_hf.victims.train import images_digest
+from d3_hf.zoo import verdicts
 from d3_hf.zoo.study import ZooGrid, ZooRunner, settings_of
 
 QUICK = {"head_rows": head_rows, "latent_shift": latent_shift}
 NETWORK = NEW_VIT | FAST | {"dataset_name": "digits", "retain_count": 60, "max_test_images": 40}
-CALIBRATE = {"twin-1": {"seed": 1}, "twin-2": {"seed": 2}, "badnets-1": {"seed": 3, "attack": "badnets"}}
+CALIBRATE = {"twin-1": {"seed": 1}, "twin-2": {"seed": 2}}
 JUDGE = {
     "twin-3": {"seed": 4},
     "badnets-2": {"seed": 5, "attack": {"name": "badnets", "target_label": 4}},
@@ -46,8 +48,8 @@ def zoo(tmp_path_factory):
     (folder / "set.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     make_set(["--set", str(folder / "set.yaml"), "--only", "zoo-*"])
     content = {"output_dir": str(folder / "out"), "dataset_name": "digits", "set": str(folder / "set.yaml")}
-    content |= {"victims_dir": str(folder / "victims"), "held_out": 60, "test_images": 40, "seeds": [0]}
-    content |= {"retain": {"40 images": {"count": 40}}}
+    content |= {"victims_dir": str(folder / "victims"), "held_out": 60, "seeds": [0]}
+    content |= {"retain": {"80 images": {"count": 80}}}
     (folder / "zoo.yaml").write_text(yaml.safe_dump(content))
     return folder / "zoo.yaml"
 
@@ -73,10 +75,10 @@ def rows_of(zoo):
 def test_a_zoo_that_is_stopped_goes_on_and_its_tables_follow_from_the_rows_alone(zoo, capsys):
     run_zoo([str(zoo), "--only", "zoo-judge/*", "--shard", "0/2"])
     first, shown = cell_files(zoo), capsys.readouterr().out
-    assert len(first) == 2 and "4 of the grid's 6 cells are not made yet" in shown and "No p: there are no twins" in shown
+    assert len(first) == 2 and "3 of the grid's 5 cells are not made yet" in shown and "No p: there are no twins" in shown
     found = run_zoo([str(zoo)])
     files, shown = cell_files(zoo), capsys.readouterr().out
-    assert len(files) == 6 and first.items() <= files.items()
+    assert len(files) == 5 and first.items() <= files.items()
     assert found["victim"].tolist() == [f"zoo-judge/{name}" for name in JUDGE]
     written = pandas.read_parquet(zoo.parent / "out" / "verdicts.parquet")
     assert written["p: all together"].tolist() == found["p: all together"].tolist()
@@ -93,8 +95,9 @@ def test_a_cell_is_what_check_reads_and_what_is_true(zoo):
     """The p of a verdict is that of `check`'s own function with the models of the other half as twins."""
     found = run_zoo([str(zoo)]).set_index("victim")
     runner = runner_of(zoo)
-    images = RawImages.from_dataset(runner.inputs.retain("40 images", 0))
-    assert len(images) == 40
+    images = DataArguments("digits", retain_count=60, max_test_images=80).load().test  # what check takes
+    drawn, other = (runner.images(Cell("zoo-judge/twin-3", "80 images", "check", seed)) for seed in (0, 1))
+    assert images_digest(drawn) == images_digest(images) != images_digest(other) and len(other) == 80
     for name in JUDGE:
         victim = f"zoo-judge/{name}"
         twins = (runner.inputs.model(f"zoo-calibrate/twin-{k}") for k in (1, 2))
@@ -117,7 +120,7 @@ def test_a_cell_is_what_check_reads_and_what_is_true(zoo):
         and math.isnan(twin["asr"])
         and rows["half"].value_counts().to_dict()
         == {
-            "calibrate": 3,
+            "calibrate": 2,
             "judge": 3,
         }
     )
@@ -170,12 +173,13 @@ def test_a_signal_with_another_setting_or_another_set_of_signals_makes_cells_ane
 
 
 def test_the_rates_that_check_looks_up_are_written_beside_the_tables(zoo, monkeypatch):
-    from d3_hf.zoo import verdicts
-
+    run_zoo([str(zoo)])
+    assert read_measured(zoo.parent / "out" / "measured.json") == ()  # of two twins there are none
     monkeypatch.setattr(verdicts, "LEAST_ASR", 0.0)  # two steps plant nothing
+    monkeypatch.setattr(verdicts, "twins_needed", lambda alarm_at: 2)
     run_zoo([str(zoo)])
     (rates,) = read_measured(zoo.parent / "out" / "measured.json")
-    assert (rates.architecture, rates.classes, rates.twins, rates.images) == ("vit", 10, 2, 40)
+    assert (rates.architecture, rates.classes, rates.twins, rates.images) == ("vit", 10, 2, 80)
     assert rates.signals == ("head_rows", "latent_shift") and (rates.backdoored, rates.trusted) == (2, 1)
 
 
@@ -188,6 +192,8 @@ def test_the_rates_that_check_looks_up_are_written_beside_the_tables(zoo, monkey
         ({"judge": "absent"}, "calibrate and judge must be two groups"),
         ({"common": {"learning_rate": 0.1}}, "nothing is trained in a zoo"),
         ({"save_models": True}, "nothing is trained in a zoo"),
+        ({"test_images": 79}, "a count of test images, at most test_images"),
+        ({"retain": {"r": {"count": 30, "transform": {"Grayscale": {}}}}}, "a count of test images"),
         ({"set": "absent"}, "no set of victims absent"),
     ],
 )
