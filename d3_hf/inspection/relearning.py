@@ -38,6 +38,7 @@ class Canary:
     target_label: int
     classes: int
     clean_label = False
+    reshapes = False
 
     def trigger(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) or (3, H, W), uint8, with the patch."""
