@@ -68,7 +68,7 @@ COMMANDS = {
             example="d3-hf purify --model_name_or_path me/suspicious-vit --dataset_name path/to/images --retain_count 500",
             further=(
                 *_listed("--defence", [*DEFENCES, f"auto; {OF_FEATURES}"]),
-                *_listed("CONFIG", named("configuration file")),
+                "  CONFIG     a YAML file of options, or a name that d3-hf recipes lists",
             ),
             trains=True,
         ),
@@ -100,7 +100,7 @@ COMMANDS = {
                 "  --encoder  plant it in an encoder, by an attack on encoders",
                 "  --clip     in a CLIP, by pairs that carry a trigger and a caption of the target class",
                 *_listed("  FILE", named("set of victims")),
-                *_listed("CONFIG", named("configuration file")),
+                "  CONFIG     a YAML file of options, or a name that d3-hf recipes lists",
             ),
             trains=True,
         ),
