@@ -25,7 +25,7 @@ from d3_hf.models import new_model
 RUN = ("quick-start", "victims", "benchmark", "results")
 TEXTS = [README.read_text(), *((DOCS / f"{page}.md").read_text() for page in RUN)]
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-KEPT = ("twin", "badnets", "blended-sam3")
+KEPT = ("twin", "badnets", "blended-sam3", "twin-1", "twin-21", "badnets-2")
 SMALL = {"max_steps": 2, "use_cpu": True, "disable_tqdm": True}
 
 
@@ -94,9 +94,12 @@ def place(tmp_path_factory):
     for file in (folder / "recipes" / "configs").glob("fire_drill_*.yaml"):
         guard = {} if file.stem.endswith("victim") else {"max_accuracy_drop": 1}
         file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | SMALL | guard))
-    shrink_set(folder / "recipes" / "victims.yaml")
+    for name in ("victims", "zoo"):
+        shrink_set(folder / "recipes" / f"{name}.yaml")
     shrink_grid(folder / "recipes" / "grids" / "cpu.yaml", "cifar10-resnet20/badnets")
     shrink_grid(folder / "recipes" / "grids" / "sam.yaml", "cifar10-resnet20-hardened/blended-sam3")
+    zoo = folder / "recipes" / "grids" / "zoo.yaml"
+    zoo.write_text(yaml.safe_dump(yaml.safe_load(zoo.read_text()) | {"retain": {"40 images": {"count": 40}}, "test_images": 60}))
     return folder
 
 
@@ -104,7 +107,7 @@ def shrink_set(file):
     content = yaml.safe_load(file.read_text())
     for group in content["groups"].values():
         group["base"] |= SMALL
-        group["victims"] = {name: group["victims"][name] for name in KEPT if name in group["victims"]}
+        group["victims"] = {name: group["victims"][name] | SMALL for name in KEPT if name in group["victims"]}
     file.write_text(yaml.safe_dump(content))
 
 
