@@ -1,8 +1,8 @@
-"""Make README's picture and table and the table of model_cards/vit.md from committed rows: run it when they have changed.
+"""Make README's picture and table and the tables of model_cards/vit.md from committed rows: run it when they have changed.
 
     python recipes/vit_results.py
 
-Reads model_cards/results/vit.parquet, draws docs/pictures/acc_asr.png, and rewrites what stands between the two marks in
+Reads model_cards/results/vit.parquet, draws docs/pictures/acc_asr.png, and rewrites what stands between pairs of marks in
 README.md and in model_cards/vit.md.
 """
 
@@ -24,17 +24,19 @@ from d3_hf.publishing.tables import markdown_table
 ROOT = Path(__file__).resolve().parents[1]
 TABLE, PICTURE = ROOT / "model_cards/results/vit.parquet", ROOT / "docs/pictures/acc_asr.png"
 README, CARD = ROOT / "README.md", ROOT / "model_cards/vit.md"
-BLOCK = re.compile(r"(?<=<!-- results: begin -->\n).*?(?=<!-- results: end -->)", re.S)
 
-RETAIN = "1,000 images"  # the grid's retain set that all of this is about
-# Attacks: what they are called, and their marker in the picture.
+BETWEEN = "(?<=<!-- {0}: begin -->\n).*?(?=<!-- {0}: end -->)"
+
+RETAIN = "1,000 images"  # the retain set that all is about but the table of sizes
+# Victims: what their attacks are called; and their markers in the picture.
 ATTACKS = {
-    "badnets": ("BadNets", "o"),
-    "blended": ("Blended", "s"),
-    "lf": ("LF", "^"),
-    "wanet": ("WaNet", "D"),
-    "ssba_lite": ("SSBA-lite", "v"),
+    "cifar10-vit-small/badnets": "BadNets",
+    "cifar10-vit-small/blended": "Blended",
+    "cifar10-vit-small/lf": "LF",
+    "cifar10-vit-small/ssba_lite": "SSBA-lite",
 }
+MARKERS = dict(zip(ATTACKS, "os^v", strict=True))
+FIRST = 0  # the seed that a row is of where nothing else is said
 VICTIM, TWIN = "victim", "twin without backdoor"
 # In the picture, by the names in the grid: what they are called there, and their colour (Okabe and Ito's).
 SHOWN = {
@@ -59,21 +61,25 @@ FONT, DPI, SIZE = 13, 150, (7.2, 5.4)
 
 
 def read(table: Path = TABLE) -> pandas.DataFrame:
-    """What is shown of a table: measured rows of `ATTACKS` and `RETAIN`, ``attack`` filled in for the untouched models too."""
+    """The measured rows about the victims of `ATTACKS`; those that failed are left out."""
     rows, _ = split(pandas.read_parquet(table))
-    rows = rows.assign(attack=rows["victim"].str.rpartition("/")[2])
-    return rows[rows["attack"].isin(ATTACKS) & (rows["retain"].isna() | (rows["retain"] == RETAIN))]
+    return rows[rows["victim"].isin(list(ATTACKS))]
+
+
+def at(rows: pandas.DataFrame, retain: str = RETAIN) -> pandas.DataFrame:
+    """Rows of models that were purified with a retain set, and of the untouched ones."""
+    return rows[rows["retain"].isna() | (rows["retain"] == retain)]
 
 
 def means(rows: pandas.DataFrame) -> dict[tuple[str, str], tuple[float, ...]]:
-    """ACC, ASR, RA and PACC in percent, mean over seeds, by (defence, attack)."""
-    found = 100 * rows.groupby(["defence", "attack"])[RATES].mean()
+    """ACC, ASR, RA and PACC in percent, mean over seeds, by (defence, victim)."""
+    found = 100 * rows.groupby(["defence", "victim"])[RATES].mean()
     return {key: tuple(row) for key, row in found.iterrows()}
 
 
 def attacks_of(rows: pandas.DataFrame) -> dict[str, str]:
-    """Those of `ATTACKS` that were measured, and what they are called."""
-    return {key: name for key, (name, _) in ATTACKS.items() if key in set(rows["attack"])}
+    """Those of `ATTACKS` that have rows."""
+    return {victim: name for victim, name in ATTACKS.items() if victim in set(rows["victim"])}
 
 
 def listed(parts: Iterable[str]) -> str:
@@ -82,68 +88,107 @@ def listed(parts: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def span(values: pandas.Series) -> str:
+def span(values: pandas.Series, digits: int = 0) -> str:
     """A count, or the least and the greatest of several; nothing of none."""
-    return " to ".join(f"{value:,.0f}" for value in sorted({*values.agg(["min", "max"])})) if len(values) else ""
+    return " to ".join(f"{value:,.{digits}f}" for value in sorted({*values.agg(["min", "max"])})) if len(values) else ""
 
 
-def shown(rates: dict, name: str, attack: str, count: int) -> str:
+def shown(rates: dict, name: str, victim: str, count: int) -> str:
     """The first ``count`` of `RATES`, or that there are none."""
-    return " / ".join(f"{rate:.1f}" for rate in rates[name, attack][:count]) if (name, attack) in rates else "not run"
+    return " / ".join(f"{rate:.1f}" for rate in rates[name, victim][:count]) if (name, victim) in rates else "not run"
 
 
 def said(rows: pandas.DataFrame) -> str:
     """On how many images and with which seeds the rows were measured."""
-    done = rows.dropna(subset="seed")
-    seeds = sorted({int(seed) for seed in done["seed"]})
-    several = [
-        f"{name} on {attacks_of(rows)[attack]}"
-        for (name, attack), count in done.groupby(["defence", "attack"])["seed"].nunique().items()
-        if count > 1
-    ]
-    said = f"{span(done['accuracy_after_n'])} test images of CIFAR-10, seed {seeds[0]}"
-    if not several:
-        return said
-    return f"{said}, and the mean of as many as there are of seeds {listed(map(str, seeds))} for {listed(several)}"
+    images, done = f"{span(rows['accuracy_after_n'])} test images", rows.dropna(subset="seed")
+    runs = done.groupby(["defence", "victim"])["seed"].nunique()
+    several = sorted({name for (name, _), count in runs.items() if count > 1})
+    said = f"{images}, seed {FIRST}"
+    return f"{said}; {listed(several)}: means over up to {runs.max()} seeds" if several else said
 
 
 def readme_block(rows: pandas.DataFrame) -> str:
-    """What stands between README's marks: a sentence about the measurement and the table."""
-    rates, attacks = means(rows), attacks_of(rows)
+    """README's table, after a sentence about the measurement."""
+    rows = at(rows)
+    rates, names = means(rows), attacks_of(rows)
     rows = rows[rows["defence"].isin([*ROWS, VICTIM, TWIN])]
     lines = [
-        f"ACC / ASR / RA in percent, on {said(rows)}. Passes: how often the trusted images go through the network, forward and",
-        "backward.",
+        f"ACC / ASR / RA in percent, CIFAR-10, {said(rows)}. Passes: how often the trusted",
+        "images go through the network, forward and backward.",
         "",
-        f"| take | ask for it by | passes | {' | '.join(attacks.values())} |",
-        f"| --- | --- | ---: |{' ---: |' * len(attacks)}",
+        f"| take | ask for it by | passes | {' | '.join(names.values())} |",
+        f"| --- | --- | ---: |{' ---: |' * len(names)}",
     ]
     for name, label in ((VICTIM, "victim, before"), (TWIN, "the floor")):
-        lines.append(f"| {label} | | | {' | '.join(shown(rates, name, attack, 3) for attack in attacks)} |")
+        lines.append(f"| {label} | | | {' | '.join(shown(rates, name, victim, 3) for victim in names)} |")
     for name, (label, purpose, asked) in ROWS.items():
         own = rows[rows["defence"] == name]
         passes = [span((own[f"{way}_images"] / own["retain_n"]).round()) for way in ("forward", "backward")]
         cells = [f"**{label}**: {purpose}", asked, " + ".join(filter(None, passes))]
-        lines.append(f"| {' | '.join([*cells, *(shown(rates, name, attack, 3) for attack in attacks)])} |")
+        lines.append(f"| {' | '.join([*cells, *(shown(rates, name, victim, 3) for victim in names)])} |")
     return "\n".join(lines) + "\n"
 
 
-def card_block(rows: pandas.DataFrame) -> str:
-    """What stands between the card's marks: all rows, in the grid's order."""
-    rates, attacks = means(rows), attacks_of(rows)
-    table = []
+def methods_block(rows: pandas.DataFrame) -> str:
+    """All methods in the grid's order, with their seconds."""
+    rows = at(rows)
+    rates, names, table = means(rows), attacks_of(rows), []
     for name in ordered(rows):
         own = rows[rows["defence"] == name]
         seconds = "" if name in (VICTIM, TWIN) else span(own["seconds_training"].round())
-        table.append((name, *(shown(rates, name, attack, 4) for attack in attacks), seconds))
-    header = ("ACC / ASR / RA / PACC", *attacks.values(), "seconds")
-    return f"On {said(rows)}.\n\n{markdown_table(header, table)}\n"
+        seeds = set(own["seed"].dropna())
+        label = name if not seeds or min(seeds) == FIRST else f"{name}, seed {min(seeds):.0f}"
+        table.append((label, *(shown(rates, name, victim, 4) for victim in names), seconds))
+    header = ("ACC / ASR / RA / PACC", *names.values(), "seconds")
+    return f"{said(rows)}.\n\n{markdown_table(header, table)}\n"
+
+
+def sizes_block(rows: pandas.DataFrame) -> str:
+    """Methods that were run with other sizes of the retain set too, first seed."""
+    rows = rows.dropna(subset="retain")
+    rows = rows[rows["defence"].isin(rows.loc[rows["retain"] != RETAIN, "defence"])]
+    rows = rows[rows["seed"] == rows["seed"].min()]
+    names = attacks_of(rows)
+    tables = [
+        (f"{name}, {retain}", *(shown(means(own), name, victim, 3) for victim in names))
+        for (name, _), own in rows.groupby(["defence", "retain_n"])
+        for retain in own["retain"].unique()
+    ]
+    return f"{said(rows)}.\n\n{markdown_table(('ACC / ASR / RA', *names.values()), tables)}\n"
+
+
+def seeds_block(rows: pandas.DataFrame) -> str:
+    """What was run with several seeds: each rate's least and greatest."""
+    rows = at(rows).dropna(subset="seed")
+    table = []
+    for (name, victim), own in rows.groupby(["defence", "victim"], sort=False):
+        if len(own) > 1:
+            rates = [span((100 * own[rate]).round(1), 1) for rate in RATES[:3]]
+            table.append((name, ATTACKS[victim], str(len(own)), *rates))
+    return f"{markdown_table(('method', 'attack', 'seeds', 'ACC', 'ASR', 'RA'), table)}\n"
+
+
+def card_blocks(rows: pandas.DataFrame) -> dict[str, str]:
+    """What stands between the card's marks, by their names."""
+    return {"results": methods_block(rows), "sizes": sizes_block(rows), "seeds": seeds_block(rows)}
+
+
+def replaced(text: str, name: str, block: str) -> str:
+    """A text with another block between the marks of a name.
+
+    Raises:
+        ValueError: The text has no such marks, or several.
+    """
+    text, count = re.subn(BETWEEN.format(name), lambda _: block, text, flags=re.S)
+    if count != 1:
+        raise ValueError(f"the marks <!-- {name}: begin --> and <!-- {name}: end --> must be there once, not {count} times")
+    return text
 
 
 def points(rows: pandas.DataFrame) -> list[tuple[str, str, float, float]]:
-    """Method, attack, ACC and ASR of each point of the picture."""
-    rates = means(rows)
-    return [(name, attack, *rates[name, attack][:2]) for name in SHOWN for attack in ATTACKS if (name, attack) in rates]
+    """Method, victim, ACC and ASR of each point of the picture."""
+    rates = means(at(rows))
+    return [(name, victim, *rates[name, victim][:2]) for name in SHOWN for victim in ATTACKS if (name, victim) in rates]
 
 
 def draw(rows: pandas.DataFrame) -> Figure:
@@ -153,12 +198,12 @@ def draw(rows: pandas.DataFrame) -> Figure:
 
     figure, axes = pyplot.subplots(figsize=SIZE, layout="constrained")
     style = dict(s=110, edgecolor="black", zorder=3)
-    for name, attack, accuracy, asr in points(rows):
-        axes.scatter(accuracy, asr, color=SHOWN[name][1], marker=ATTACKS[attack][1], **style)
+    for name, victim, accuracy, asr in points(rows):
+        axes.scatter(accuracy, asr, color=SHOWN[name][1], marker=MARKERS[victim], **style)
     methods = [axes.scatter([], [], color=colour, marker="o", label=label, **style) for label, colour in SHOWN.values()]
     attacks = [
-        axes.scatter([], [], color="0.8", marker=ATTACKS[attack][1], label=name, **style)
-        for attack, name in attacks_of(rows).items()
+        axes.scatter([], [], color="0.8", marker=MARKERS[victim], label=name, **style)
+        for victim, name in attacks_of(rows).items()
     ]
     axes.set(ylim=(106, -8), yticks=range(0, 101, 20))
     axes.margins(x=0.08)
@@ -182,8 +227,11 @@ def main(argv: list[str]) -> None:
     rows = read()
     PICTURE.parent.mkdir(exist_ok=True)
     draw(rows).savefig(PICTURE, dpi=DPI, metadata={"Description": digest(rows), "Software": None})
-    for file, block in ((README, readme_block(rows)), (CARD, card_block(rows))):
-        file.write_text(BLOCK.sub(lambda _, block=block: block, file.read_text()))
+    for file, blocks in ((README, {"results": readme_block(rows)}), (CARD, card_blocks(rows))):
+        text = file.read_text()
+        for name, block in blocks.items():
+            text = replaced(text, name, block)
+        file.write_text(text)
 
 
 if __name__ == "__main__":

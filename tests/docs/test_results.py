@@ -1,4 +1,4 @@
-"""README's picture and table, and the ViT card's table, are what the committed rows say."""
+"""README's picture and table, and the ViT card's tables, are what the committed rows say."""
 
 import runpy
 
@@ -7,6 +7,7 @@ from PIL import Image
 from places import RECIPES
 
 RUN = "run python recipes/vit_results.py"
+BADNETS = "cifar10-vit-small/badnets"
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +20,21 @@ def rows(recipe):
     return recipe["read"]()
 
 
-@pytest.mark.parametrize(("place", "block"), [("README", "readme_block"), ("CARD", "card_block")])
-def test_the_blocks_are_those_of_the_rows(recipe, rows, place, block):
-    (found,) = recipe["BLOCK"].findall(recipe[place].read_text())
-    assert found == recipe[block](rows), RUN
+def blocks_of(recipe, rows):
+    """Every block, by file and name."""
+    card = {("CARD", name): block for name, block in recipe["card_blocks"](rows).items()}
+    return {("README", "results"): recipe["readme_block"](rows)} | card
+
+
+def test_the_blocks_are_those_of_the_rows(recipe, rows):
+    for (place, name), block in blocks_of(recipe, rows).items():
+        text = recipe[place].read_text()
+        assert recipe["replaced"](text, name, block) == text, f"{name}: {RUN}"
+
+
+def test_marks_that_are_missing_are_said(recipe):
+    with pytest.raises(ValueError, match="sizes: begin .* not 0 times"):
+        recipe["replaced"]("no marks", "sizes", "a block")
 
 
 def test_the_picture_is_that_of_the_rows(recipe, rows):
@@ -33,32 +45,37 @@ def test_the_picture_is_that_of_the_rows(recipe, rows):
 
 def test_another_measurement_is_another_picture_and_block(recipe, rows):
     changed = rows.copy()
-    changed.loc[changed["defence"] == "D3", "asr_after"] += 0.01
-    for made in ("digest", "readme_block", "card_block"):
-        assert recipe[made](changed) != recipe[made](rows)
+    changed.loc[changed["defence"] == "D3 from the base", ["accuracy_after", "asr_after"]] += 0.01  # which is in every table
+    assert recipe["digest"](changed) != recipe["digest"](rows)
+    before, after = blocks_of(recipe, rows), blocks_of(recipe, changed)
+    assert all(before[name] != after[name] for name in before)
 
 
-def test_seeds_are_averaged_and_named(recipe, rows):
-    one = rows[(rows["defence"] == "D3") & (rows["attack"] == "badnets") & (rows["seed"] == 0)]
+def test_seeds_are_averaged_and_their_range_is_shown(recipe, rows):
+    one = rows[(rows["victim"] == BADNETS) & (rows["defence"] == "D3") & (rows["seed"] == 0)]
     both = recipe["pandas"].concat([one, one.assign(seed=1.0, accuracy_after=one["accuracy_after"] + 0.02)])
-    first, mean = (recipe["means"](table)["D3", "badnets"][0] for table in (one, both))
+    first, mean = (recipe["means"](table)["D3", BADNETS][0] for table in (one, both))
     assert mean == pytest.approx(first + 1)
     assert recipe["said"](one).endswith(", seed 0")
-    assert recipe["said"](both).endswith("of seeds 0 and 1 for D3 on BadNets")
+    assert recipe["said"](both).endswith(", seed 0; D3: means over up to 2 seeds")
+    (line,) = [line for line in recipe["seeds_block"](both).splitlines() if line.startswith("| D3 ")]
+    assert f"| 2 | {first:.1f} to {first + 2:.1f} |" in line
 
 
-def test_other_retain_sets_and_failures_are_left_out(recipe, rows, tmp_path):
+def test_other_retain_sets_are_in_their_own_table_and_failures_in_none(recipe, rows, tmp_path):
     table = recipe["pandas"].read_parquet(recipe["TABLE"])
-    few, failed = table.assign(retain="300 images", asr_after=0.5), table.assign(error="ValueError: x", accuracy_after=None)
-    few = few[~few["defence"].isin([recipe["VICTIM"], recipe["TWIN"]])]
+    few, failed = table.assign(retain="50 images", retain_n=50), table.assign(error="ValueError: x", accuracy_after=None)
+    few = few[few["seed"] == 0]
     recipe["pandas"].concat([table, few, failed]).to_parquet(tmp_path / "more.parquet")
-    assert recipe["card_block"](recipe["read"](tmp_path / "more.parquet")) == recipe["card_block"](rows)
+    before, after = (blocks_of(recipe, rows) for rows in (rows, recipe["read"](tmp_path / "more.parquet")))
+    assert {name for name in before if before[name] != after[name]} == {("CARD", "sizes")}
+    assert "| D3, 50 images |" in after["CARD", "sizes"]
 
 
 def test_what_was_not_run_says_so(recipe, rows):
-    left = rows[~((rows["defence"] == "FT") & (rows["attack"] == "blended"))]
-    for block in ("readme_block", "card_block"):
-        lines = [recipe[block](table).count("not run") for table in (rows, left)]
+    left = rows[~((rows["defence"] == "FT") & (rows["victim"] == BADNETS.replace("badnets", "blended")))]
+    for name in (("README", "results"), ("CARD", "results")):
+        lines = [blocks_of(recipe, table)[name].count("not run") for table in (rows, left)]
         assert lines[1] == lines[0] + 1
 
 

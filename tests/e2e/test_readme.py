@@ -99,7 +99,9 @@ def place(tmp_path_factory):
     shrink_grid(folder / "recipes" / "grids" / "cpu.yaml", "cifar10-resnet20/badnets")
     shrink_grid(folder / "recipes" / "grids" / "sam.yaml", "cifar10-resnet20-hardened/blended-sam3")
     zoo = folder / "recipes" / "grids" / "zoo.yaml"
-    zoo.write_text(yaml.safe_dump(yaml.safe_load(zoo.read_text()) | {"retain": {"40 images": {"count": 40}}, "test_images": 60}))
+    zoo.write_text(
+        yaml.safe_dump(yaml.safe_load(zoo.read_text()) | {"retain": {"40 images": {"count": 40}}, "test_images": 60})
+    )
     return folder
 
 
