@@ -83,9 +83,9 @@ def test_help_and_names_need_no_checkout(installed):
     assert installed("--version") == f"d3_hf {d3_hf.__version__}\n"
     assert "d3-hf drill" in installed("--help")
     shown = installed("purify", "--help")
-    assert "fire_drill_vit" in shown and "--lambda_clean" in shown
+    assert "d3-hf recipes" in shown and "--lambda_clean" in shown
     listed = {line.split()[0] for line in installed("recipes").splitlines()}
-    assert {"grids/cpu.yaml", "slurm/purify.sh", "accelerate/ddp.yaml", "d3_vit.py"} <= listed
+    assert {"configs/fire_drill_vit.yaml", "grids/cpu.yaml", "slurm/purify.sh", "accelerate/ddp.yaml", "d3_vit.py"} <= listed
     place = Path(installed("recipes", "accelerate/ddp").strip())
     assert place.is_relative_to(installed.packages) and place.is_file()
     grids = installed("benchmark", "unheard", code=2)
