@@ -106,6 +106,8 @@ class Grid:
     def _check_mappings(self) -> None:
         for kind, entries in (("victim", self.victims), ("defence", self.defences), ("retain set", self.retain)):
             for name, options in entries.items() if isinstance(entries, dict) else ():
+                if not isinstance(name, str):
+                    raise ValueError(f"the name of {kind} {name!r} must be text: put it in quotes")
                 if not isinstance(options, dict):
                     raise ValueError(f"{kind} {name!r} must be a mapping of options to values; got {options!r}")
         for name, options in self.victims.items() if isinstance(self.victims, dict) else ():

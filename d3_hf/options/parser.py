@@ -249,6 +249,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} is no mapping of option names to values")
+    if no_text := [name for name in options if not isinstance(name, str)]:
+        raise ValueError(f"{path}: {no_text[0]!r} is no name of an option")
     return options
 
 

@@ -349,6 +349,8 @@ def test_peak_memory_is_that_of_what_ran_since():
         ({"defences": {"x": {"defence": "magic"}}}, "unknown defence 'magic'"),
         ({"defences": {"x": {"defence": "d3", "lamda": 1}}}, "defence 'x': D3Config has no option lamda"),
         ({"retain": {"x": {"number": 1}}}, "retain set 'x' has no option number"),
+        ({"retain": {500: {"count": 500}}}, "the name of retain set 500 must be text: put it in quotes"),
+        ({"defences": {1: {"defence": "d3"}}}, "the name of defence 1 must be text"),
         ({"retain": {"x": 30}}, "retain set 'x' must be a mapping of options to values; got 30"),
         ({"defences": {"x": "d3"}}, "defence 'x' must be a mapping of options to values; got 'd3'"),
         ({"victims": {"x": "me/model"}}, "victim 'x' must be a mapping of options to values"),

@@ -23,6 +23,7 @@ def refused(argv, message):
         ("[" * 5000, "o.yaml is no YAML: "),
         ("a: \xff\xfe", "o.yaml is no YAML: "),
         ("", "o.yaml is no mapping of option names to values"),
+        ("1: two", "o.yaml: 1 is no name of an option"),
         ("a: !!python/object/apply:os.mkdir ['ran']", "o.yaml is no YAML: "),
         (LAUGHS, "o.yaml: unknown options a, b0, "),
         ("epsilon: [1, 2]", r"o.yaml: epsilon must be float \| None; got a list"),
