@@ -21,6 +21,7 @@ class Recipe:
         name: What tables call it.
         defence: A key of `DEFENCES`.
         options: Of the defence's configuration; all others have their defaults or what the user gives.
+        rate: > 0, times the learning rate that the network's rule or the user says.
         needs: ``"base"``: only where the user names ``base_model``.
         start: Whether it is tried first.
     """
@@ -28,6 +29,7 @@ class Recipe:
     name: str
     defence: str
     options: dict[str, Any] = field(default_factory=dict)
+    rate: float = 1.0
     needs: str | None = None
     start: bool = False
 
@@ -59,13 +61,15 @@ def read_ladder(file: str | Path | None = None) -> list[Recipe]:
 
 def _recipe(entry: Any, where: str) -> Recipe:
     if not isinstance(entry, dict) or not {"name", "defence"} <= entry.keys() <= {f.name for f in fields(Recipe)}:
-        raise ValueError(f"{where} must be a mapping with name and defence, and perhaps options, needs and start")
+        raise ValueError(f"{where} must be a mapping with name and defence, and perhaps options, rate, needs and start")
     check_types([Recipe], entry, where)
     recipe = Recipe(**entry)
     if recipe.defence not in DEFENCES:
         raise ValueError(f"{where}: unknown defence {recipe.defence!r}; known: {', '.join(DEFENCES)}")
     if recipe.needs not in (None, *NEEDS):
         raise ValueError(f"{where}: needs must be {' or '.join(NEEDS)}, or be left out; got {recipe.needs!r}")
+    if isinstance(recipe.rate, str) or not 0 < recipe.rate < float("inf"):
+        raise ValueError(f"{where}: rate must be a number above 0; got {recipe.rate!r}")
     config_class, _ = defence(recipe.defence)
     hints = get_type_hints(config_class)
     known = {f.name for f in fields(config_class)}

@@ -50,7 +50,8 @@ class Rung:
     def described(self) -> dict[str, Any]:
         """JSON-able."""
         recipe = self.recipe
-        return {"name": recipe.name, "defence": recipe.defence, "options": recipe.options, "updates": self.updates}
+        described = {"name": recipe.name, "defence": recipe.defence, "options": recipe.options, "rate": recipe.rate}
+        return described | {"updates": self.updates}
 
 
 @dataclass(eq=False)
@@ -207,6 +208,10 @@ def _rung(plan: Plan, place: int, recipe: Recipe) -> Rung:
     counts = len(plan.split.tune), len(plan.split.retained)
     mixes = "cutmix" in trainer_class.additions
     (trial, schedule), (final, _) = (resolved(config, plan.model, count, mixes) for count in counts)
+    if recipe.rate != 1:
+        options["learning_rate"] = float(f"{recipe.rate * trial.learning_rate:.2g}")
+        if "learning_rate" in schedule.get("options", {}):
+            schedule["options"]["learning_rate"] = options["learning_rate"]
     return Rung(place, recipe, options, schedule, updates_of(trial, counts[0]), updates_of(final, counts[1]))
 
 

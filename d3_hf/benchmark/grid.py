@@ -46,6 +46,8 @@ class Grid:
         victims_dir: See ``victims``.
         retain: Per name one retain set, see `RetainSet`. Default 5 % of CIFAR-10, 2,500 images.
         held_out: Training images that no victim has seen, from which every retain set is drawn: the victims' ``retain_count``.
+        retain_from_test: Draw retain sets from so many test images instead and measure on the others only: where the network
+            that the victims continue has seen all training images, and so knows those that are held out by heart.
         seeds: Each draws a retain set and seeds the defence.
         test_images: Measure on so many test images, drawn as ``max_test_images`` of `DataArguments`; all if null.
         common: Options that all defences share.
@@ -69,6 +71,7 @@ class Grid:
     victims_dir: str = "outputs/victims"
     retain: dict[str, dict[str, Any]] = field(default_factory=lambda: {"5 %": {"count": 2500}})
     held_out: int = 7500
+    retain_from_test: int | None = None
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     test_images: int | None = None
     common: dict[str, Any] = field(default_factory=dict)
@@ -80,7 +83,7 @@ class Grid:
             if not getattr(self, name):
                 raise ValueError(f"the grid has no {name}")
         self._check_mappings()
-        for name in ("test_images", "watch_images"):
+        for name in ("test_images", "watch_images", "retain_from_test"):
             if (count := getattr(self, name)) is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, or left out; got {count}")
         self._check_defences()
@@ -96,12 +99,14 @@ class Grid:
                 raise ValueError(f"defence {name!r}: {config_class.__name__} has no option {', '.join(unknown)}")
 
     def _check_retain(self) -> None:
+        source = "held_out" if self.retain_from_test is None else "retain_from_test"
+        most = getattr(self, source)
         for name, options in self.retain.items():
             if unknown := sorted(options.keys() - {f.name for f in fields(RetainSet)}):
                 raise ValueError(f"retain set {name!r} has no option {', '.join(unknown)}")
             RetainSet(**options)
-            if options.get("dataset_name") is None and options.get("count", 0) > self.held_out:
-                raise ValueError(f"retain set {name!r}: count {options['count']} is more than held_out, {self.held_out}")
+            if options.get("dataset_name") is None and options.get("count", 0) > most:
+                raise ValueError(f"retain set {name!r}: count {options['count']} is more than {source}, {most}")
 
     def _check_mappings(self) -> None:
         for kind, entries in (("victim", self.victims), ("defence", self.defences), ("retain set", self.retain)):
@@ -175,15 +180,24 @@ class GridInputs:
             raise ValueError(f"{self.grid.dataset_name} has no test or validation split, and victims were trained on the rest")
         return images
 
+    @cached_property
+    def _unseen(self) -> LoadedImages:
+        count = self.grid.retain_from_test
+        if count is None:
+            return self._images
+        test = replace(self.data, train_split=self._images.split, retain_count=count)
+        return test.load(self.model(next(iter(self.grid.victims))).config if self.grid.class_map else None)
+
     @property
     def held_out(self) -> Dataset:
-        """The training images that no victim has seen: those that ``make_victim`` leaves out with ``retain_count`` as many."""
-        return self._images.retain
+        """The images that retain sets are drawn from: training images that ``make_victim`` leaves out with ``retain_count`` as
+        many, which no victim has seen, or test images."""
+        return self._unseen.retain
 
     @property
     def test(self) -> RawImages:
         """The images to measure on."""
-        return self._images.test
+        return self._unseen.test
 
     @cached_property
     def watched(self) -> RawImages | None:

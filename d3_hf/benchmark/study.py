@@ -74,9 +74,13 @@ class StudyGrid(Grid):
         """The ladder."""
         return read_ladder(self.ladder)
 
+    def recipe_of(self, cell: Cell) -> Recipe:
+        """The recipe that a cell tries."""
+        return next(recipe for recipe in self.recipes if recipe.name == cell.defence)
+
     def base_of(self, cell: Cell) -> str | None:
         """The base that a cell's recipe needs, if it does and there is one."""
-        recipe = next(recipe for recipe in self.recipes if recipe.name == cell.defence)
+        recipe = self.recipe_of(cell)
         known = self.bases.get(cell.victim) or self.bases.get(group_of(cell.victim))
         return known if recipe.needs == "base" else None
 
@@ -101,7 +105,7 @@ class StudyRunner(Runner):
         Nor is the place on the ladder: a ladder in another order makes no cell anew.
         """
         base = self.grid.base_of(cell)
-        spec = super().spec(cell) | {"split": PATTERN.tolist()}
+        spec = super().spec(cell) | {"split": PATTERN.tolist(), "rate": self.grid.recipe_of(cell).rate}
         return spec | ({"base": self._bases[base]} if base else {})
 
     @cached_property

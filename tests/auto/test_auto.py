@@ -37,6 +37,7 @@ from d3_hf.evaluation.paired import PairedTable, paired_table
 from d3_hf.options.parser import parse_arguments
 from d3_hf.publishing.tables import audit_line
 from d3_hf.training.reference import fingerprint
+from d3_hf.training.schedule import rule_of
 
 COMMON = SGD | {"max_steps": 4, "per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True}
 RECIPES = {
@@ -46,6 +47,8 @@ RECIPES = {
     "harsh": {"defence": "d3", "options": {"warm_start": "far", "learning_rate": 1e-4}},
     "harsher": {"defence": "d3", "options": {"warm_start": "far", "learning_rate": 2e-4}},
     "diverging": {"defence": "fine_tuning", "options": {"learning_rate": 1e30}},
+    "half": {"defence": "fine_tuning", "rate": 0.5},
+    "whole": {"defence": "fine_tuning"},
     "rooted": {"defence": "base_tuning", "options": {"learning_rate": 0.1}, "needs": "base"},
 }
 WHOLE = ("gentle", "firm*", "unfit", "harsh", "harsher", "rooted")
@@ -123,6 +126,17 @@ def test_one_more_severe_while_the_floor_holds(planned, tmp_path, capsys):
     assert "1/8 looking at the suspicious model on 80 images" in shown and "\n2/8 trying firm\n" in shown
     assert "\n3/8 trying harsh (less than a minute left)\n" in shown and "broken: stopped at 50 % of its updates" in shown
     assert "\nchosen: firm, the most thorough above the floor; it purifies on 80 images (less than a minute left)\n" in shown
+
+
+def test_a_rate_is_times_that_of_the_rule_or_the_users(planned, tmp_path):
+    by_rule = planned(("half", "whole"), **dict.fromkeys(SGD))
+    given = planned(("half", "whole"), learning_rate=0.04)
+    of_rule = rule_of(by_rule.model).options(by_rule.args, by_rule.model)["learning_rate"]
+    for plan, rate in ((by_rule, of_rule), (given, 0.04)):
+        rates = [plan.trial_trainer(rung, plan.model, str(tmp_path / "trial")).args.learning_rate for rung in plan.rungs]
+        assert rates == [pytest.approx(rate / 2, rel=0.05), rate]  # of two digits
+    assert by_rule.rungs[0].schedule["options"]["learning_rate"] == pytest.approx(of_rule / 2, rel=0.05)
+    assert [recipe["rate"] for recipe in by_rule.described()["recipes"]] == [0.5, 1]
 
 
 def test_one_gentler_where_it_breaks_and_the_gentlest_where_none_holds(planned):

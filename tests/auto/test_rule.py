@@ -222,6 +222,8 @@ FT = {"name": "FT", "defence": "fine_tuning"}
         ({"recipes": [FT | {"rung": 1}]}, "recipe 1 must be a mapping"),
         ({"recipes": [FT | {"name": 1}]}, "recipe 1: name must be str; got 1, a int"),
         ({"recipes": [FT | {"defence": "unheard"}]}, "unknown defence 'unheard'; known: d3, "),
+        ({"recipes": [FT | {"rate": 0}]}, "recipe 1: rate must be a number above 0; got 0"),
+        ({"recipes": [FT | {"rate": "half"}]}, "recipe 1: rate must be a number above 0; got 'half'"),
         ({"recipes": [FT | {"needs": "luck"}]}, "needs must be base, or be left out; got 'luck'"),
         ({"recipes": [FT | {"options": {"lambda_clean": 1}}]}, "fine_tuning has no option lambda_clean"),
         ({"recipes": [FT | {"options": {"push_to_hub": True}}]}, "push_to_hub is no recipe's: give it to the command"),

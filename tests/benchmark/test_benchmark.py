@@ -54,6 +54,20 @@ def test_a_row_holds_rates_costs_and_how_they_came_about(rows):
     assert json.loads(row["arguments"])["lambda_clean"] == 4
 
 
+def test_retain_sets_of_test_images_are_not_measured_on(grid):
+    usual = GridInputs(replace(grid, test_images=None))
+    drawn = GridInputs(replace(grid, retain={"x": {"count": 20}}, retain_from_test=30, test_images=None))
+    kept, measured, everything = (
+        [image.numpy().tobytes() for image in images.images]
+        for images in (RawImages.from_dataset(drawn.held_out), drawn.test, usual.test)
+    )
+    assert len(kept) == 30 and sorted(kept + measured) == sorted(everything) and not set(kept) & set(measured)
+    assert drawn.rest_sha256 == usual.rest_sha256  # of what victims may have seen
+    grid = replace(drawn.grid, victims=grid.victims[:1], seeds=[0], test_images=10)
+    row = Runner(grid).make(cells_of(grid)[0])
+    assert (row["retain_n"], row["accuracy_after_n"]) == (20, 10)
+
+
 def test_passes_through_a_teacher_are_counted(grid):
     distilled = {"FT distilled": {"defence": "fine_tuning", "distillation": 1.0}}
     grid = replace(grid, defences=distilled, victims=grid.victims[:1], seeds=[0])
@@ -358,6 +372,8 @@ def test_peak_memory_is_that_of_what_ran_since():
         ({"victims": {"x": {"model_name_or_path": "y", "attack": {}, "arch": 1}}}, "victim 'x' has no option arch"),
         ({"retain": {"x": {"classes": {"3": "5"}}}}, "needs both dataset_name and classes"),
         ({"retain": {"x": {"count": 61}}}, "count 61 is more than held_out, 60"),
+        ({"retain": {"x": {"count": 21}}, "retain_from_test": 20}, "count 21 is more than retain_from_test, 20"),
+        ({"retain_from_test": 0}, "retain_from_test must be at least 1, or left out; got 0"),
     ],
 )
 def test_a_wrong_grid_is_refused(grid, change, message):
