@@ -9,18 +9,33 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..assurance.latent_shift import latent_shift
+from ..data.images import RawImages
 from ..models.evaluating import evaluating
 from ..models.features import recorded_input
 from ..training.features import feature_distances
 
 # What each score says of the recipe that has most of it.
-SCORES = {"place": "that is farthest up the ladder", "feature_distance": "that moved the features most"}
+SCORES = {
+    "place": "that is farthest up the ladder",
+    "feature_distance": "that moved the features most",
+    "evenness": "that leaves no class standing out",
+}
 RULE = "place"  # the score that decides. Until the scores are measured against the truth: it is there for every network
 
 
 def place(rung: int) -> float:
     """The rung on the ladder, 1 the gentlest: what its order claims."""
     return float(rung)
+
+
+def evenness(purified: PreTrainedModel, images: RawImages) -> float:
+    """Minus the statistic of `latent_shift`: how little a class stands out that a short shift of the features reaches; <= 0.
+
+    Raises:
+        ValueError: See `latent_shift`.
+    """
+    return -latent_shift(purified, images).statistic
 
 
 @torch.no_grad()  # no inference mode: weights that are moved to the device inside would stay inference tensors

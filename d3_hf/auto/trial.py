@@ -4,7 +4,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..training.trainer import PurifyTrainer
 from .choose import Tried
 from .early import EarlyStop, GivenUp
 from .plan import Plan, Rung
-from .thoroughness import feature_distance, place
+from .thoroughness import evenness, feature_distance, place
 
 
 class Refused(ValueError):
@@ -122,6 +122,8 @@ def _try_recipe(
 
 def _scores(plan: Plan, rung: Rung, model: PreTrainedModel) -> dict[str, float]:
     found = {"place": place(rung.place)}
+    with suppress(ValueError):  # a network or images that the signal is not for
+        found["evenness"] = evenness(model, plan.images.select(plan.split.retained))
     try:
         head = find_head(plan.model, plan.preprocessing.size)
     except NoOneHead:

@@ -54,20 +54,6 @@ def test_a_row_holds_rates_costs_and_how_they_came_about(rows):
     assert json.loads(row["arguments"])["lambda_clean"] == 4
 
 
-def test_retain_sets_of_test_images_are_not_measured_on(grid):
-    usual = GridInputs(replace(grid, test_images=None))
-    drawn = GridInputs(replace(grid, retain={"x": {"count": 20}}, retain_from_test=30, test_images=None))
-    kept, measured, everything = (
-        [image.numpy().tobytes() for image in images.images]
-        for images in (RawImages.from_dataset(drawn.held_out), drawn.test, usual.test)
-    )
-    assert len(kept) == 30 and sorted(kept + measured) == sorted(everything) and not set(kept) & set(measured)
-    assert drawn.rest_sha256 == usual.rest_sha256  # of what victims may have seen
-    grid = replace(drawn.grid, victims=grid.victims[:1], seeds=[0], test_images=10)
-    row = Runner(grid).make(cells_of(grid)[0])
-    assert (row["retain_n"], row["accuracy_after_n"]) == (20, 10)
-
-
 def test_passes_through_a_teacher_are_counted(grid):
     distilled = {"FT distilled": {"defence": "fine_tuning", "distillation": 1.0}}
     grid = replace(grid, defences=distilled, victims=grid.victims[:1], seeds=[0])

@@ -15,6 +15,7 @@ from d3_hf.benchmark import grid as grid_module
 from d3_hf.benchmark import read_grid, render, run_grid
 from d3_hf.benchmark.cells import CELL, Runner, _verified, _write, cells_of
 from d3_hf.benchmark.grid import GridInputs
+from d3_hf.data.images import RawImages
 from d3_hf.data.labels import retain_indices
 from d3_hf.data.load import load_images
 from d3_hf.evaluation.measure import Measurement
@@ -320,3 +321,17 @@ def test_nothing_is_measured_on_what_victims_were_trained_on(grid, tmp_path):
     load_images("digits")["train"].to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match="has no test or validation split"):
         run_grid(replace(grid, dataset_name=str(tmp_path / "train.parquet")))
+
+
+def test_retain_sets_of_test_images_are_not_measured_on(grid):
+    usual = GridInputs(replace(grid, test_images=None))
+    drawn = GridInputs(replace(grid, retain={"x": {"count": 20}}, retain_from_test=30, test_images=None))
+    kept, measured, everything = (
+        [image.numpy().tobytes() for image in images.images]
+        for images in (RawImages.from_dataset(drawn.held_out), drawn.test, usual.test)
+    )
+    assert len(kept) == 30 and sorted(kept + measured) == sorted(everything) and not set(kept) & set(measured)
+    assert drawn.rest_sha256 == usual.rest_sha256  # of what victims may have seen
+    grid = replace(drawn.grid, victims=grid.victims[:1], seeds=[0], test_images=10)
+    row = Runner(grid).make(cells_of(grid)[0])
+    assert (row["retain_n"], row["accuracy_after_n"]) == (20, 10)
