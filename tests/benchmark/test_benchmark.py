@@ -329,8 +329,7 @@ def test_passes_count_the_copies_too():
 
 
 def test_peak_memory_is_that_of_what_ran_since():
-    block = torch.zeros(200 * 2**18)  # 200 MiB
-    del block
+    torch.zeros(200 * 2**18)  # 200 MiB
     reset_peak_memory()
     low = peak_memory()
     block = torch.ones(200 * 2**18)
@@ -350,7 +349,6 @@ def test_peak_memory_is_that_of_what_ran_since():
         ({"defences": {"x": {"defence": "d3", "lamda": 1}}}, "defence 'x': D3Config has no option lamda"),
         ({"retain": {"x": {"number": 1}}}, "retain set 'x' has no option number"),
         ({"retain": {500: {"count": 500}}}, "the name of retain set 500 must be text: put it in quotes"),
-        ({"defences": {1: {"defence": "d3"}}}, "the name of defence 1 must be text"),
         ({"retain": {"x": 30}}, "retain set 'x' must be a mapping of options to values; got 30"),
         ({"defences": {"x": "d3"}}, "defence 'x' must be a mapping of options to values; got 'd3'"),
         ({"victims": {"x": "me/model"}}, "victim 'x' must be a mapping of options to values"),
@@ -359,7 +357,6 @@ def test_peak_memory_is_that_of_what_ran_since():
         ({"retain": {"x": {"classes": {"3": "5"}}}}, "needs both dataset_name and classes"),
         ({"retain": {"x": {"count": 61}}}, "count 61 is more than held_out, 60"),
         ({"retain": {"x": {"count": 21}}, "retain_from_test": 20}, "count 21 is more than retain_from_test, 20"),
-        ({"retain_from_test": 0}, "retain_from_test must be at least 1, or left out; got 0"),
     ],
 )
 def test_a_wrong_grid_is_refused(grid, change, message):
