@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..training.config import PurifyConfig
+from ..training.config import PurifyConfig, on_cnns
 from ..training.reference import UNMOVED
 from ..training.trainer import PurifyTrainer
 from .shared import geometry
@@ -51,7 +51,7 @@ class FSTConfig(PurifyConfig):
         default=0.2, metadata={"help": "alpha: weight of the inner product with the old head.", "range": ">= 0 and finite"}
     )
 
-    published = {"learning_rate": 0.01, "num_train_epochs": 10, "per_device_train_batch_size": 128}
+    by_network = on_cnns(learning_rate=0.01, num_train_epochs=10, per_device_train_batch_size=128)
 
 
 def inner_product(weight: Tensor, original: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..training.config import BATCH_NORM_POLICIES, PurifyConfig
+from ..training.config import BATCH_NORM_POLICIES, PurifyConfig, on_cnns
 from ..training.trainer import PurifyTrainer
 
 Logits = Callable[[Tensor], Tensor]
@@ -95,7 +95,7 @@ class SAUConfig(PurifyConfig):
     )
     pgd_steps: int = field(default=5, metadata={"help": "Number of sign-gradient steps.", "range": ">= 1"})
 
-    published = {"num_train_epochs": 100, "per_device_train_batch_size": 256}
+    by_network = on_cnns(num_train_epochs=100, per_device_train_batch_size=256)
 
     def __post_init__(self):
         super().__post_init__()

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.neurons import neuron_layers
+from ..training.config import on_cnns
 from .shared.staged import StagedConfig, StagedTrainer, check_functional
 from .shared.unlearning import unlearned_copy
 
@@ -132,7 +133,7 @@ class TSBDConfig(StagedConfig):
     gradient_mix: float = field(default=0.7, metadata={"help": "alpha: weight of the second gradient.", "range": "in [0, 1]"})
     max_validation_drop: float = field(default=0.3, metadata={"help": "Relative loss of retain validation accuracy allowed."})
 
-    published = {"learning_rate": 0.01, "num_train_epochs": 20, "per_device_train_batch_size": 256}
+    by_network = on_cnns(learning_rate=0.01, num_train_epochs=20, per_device_train_batch_size=256)
 
     def __post_init__(self):
         check_functional(self)

@@ -82,6 +82,11 @@ def check_declared(args: TrainingArguments) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
 
 
+def on_cnns(**options: Any) -> dict[str, dict[str, Any]]:
+    """The ``by_network`` of a method that was published, with these, on convolutions: on LayerNorm they do not fit."""
+    return {"BatchNorm": options, "no normalisation": options}
+
+
 def launched_precision(given: Mapping[str, Any]) -> dict[str, bool]:
     """``bf16`` or ``fp16`` where ``accelerate launch --mixed_precision`` asks for it and none of the two options is given."""
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION")
@@ -222,8 +227,9 @@ class PurifyConfig(TrainingArguments):
 
     # Without annotation, which would make them options.
     hidden_options = HIDDEN
-    # The method's own schedule, in place of the rule's on the kind of networks that it was published on.
-    published = {}
+    # The method's own options, which go before those of the network's rule, by the rule's name; see `on_cnns`. A
+    # function says it of how many images there are.
+    by_network = {}
 
     def __post_init__(self):
         check_declared(self)

@@ -1,7 +1,8 @@
 """The schedule that fits a network: which optimizer, learning rate, batch and how many updates, where the user says nothing.
 
-`RULES` is the whole of it. It looks at the network's layers only, never at what a defender cannot see; an option that is given
-always wins. Epochs follow from updates, so that few images get as many as many do.
+`RULES` is the whole of it, but for what a method says of itself (`PurifyConfig.by_network`). It looks at the network's layers
+only, never at what a defender cannot see; an option that is given always wins. Epochs follow from updates, so that few images
+get as many as many do.
 """
 
 import copy
@@ -38,7 +39,6 @@ class Rule:
         updates_from_base: The same of a run that starts near the public base, and has further to go.
         passes_from_base: Over the images that such a run makes at least: many images are worth more updates to it.
         cutmix: Its alpha, for methods whose loss fits it.
-        is_publications: Whether the methods were published on such networks: what a publication says goes before the row.
     """
 
     name: str
@@ -54,10 +54,9 @@ class Rule:
     updates_from_base: int
     passes_from_base: int
     cutmix: float
-    is_publications: bool
 
-    def options(self, args: PurifyConfig, model: nn.Module) -> dict[str, Any]:
-        """What the row says of each option but those that count updates."""
+    def options(self, args: PurifyConfig, model: nn.Module, count: int | None = None) -> dict[str, Any]:
+        """What the row, and before it the method, says of each option but those that count updates, for so many images."""
         scale = self.width / (width_of(model) or self.width) if self.width else 1.0
         shared_by = args.world_size * args.gradient_accumulation_steps
         row = {
@@ -67,7 +66,8 @@ class Rule:
             "per_device_train_batch_size": math.ceil(self.images / shared_by),
             "cutmix": self.cutmix,
         }
-        return row | args.published if self.is_publications else row
+        own = args.by_network.get(self.name, {})
+        return row | {name: value(count) if callable(value) else value for name, value in own.items()}
 
 
 def other_norms(model: nn.Module) -> list[nn.Module]:
@@ -100,7 +100,6 @@ RULES = (
         updates_from_base=400,
         passes_from_base=10,
         cutmix=1.0,
-        is_publications=False,
     ),
     # ResNet-20 and WideResNet-16-1: at 0.01 a trigger that no longer yields the target still destroys the prediction.
     Rule(
@@ -117,7 +116,6 @@ RULES = (
         updates_from_base=300,
         passes_from_base=1,
         cutmix=0.0,
-        is_publications=True,
     ),
     # Not measured; 0.01 is BackdoorBench's for every network.
     Rule(
@@ -134,7 +132,6 @@ RULES = (
         updates_from_base=300,
         passes_from_base=1,
         cutmix=0.0,
-        is_publications=True,
     ),
 )
 
@@ -183,7 +180,7 @@ def updates_of(args: PurifyConfig, count: int) -> int:
 def resolved(
     args: PurifyConfig, model: nn.Module, count: int | None, mixes: bool = False
 ) -> tuple[PurifyConfig, dict[str, Any]]:
-    """Settle the options of `BY_RULE` that are still None.
+    """Settle the options of `BY_RULE`, and those that the method says something of, that are still None.
 
     Args:
         args: As given; not changed.
@@ -199,11 +196,13 @@ def resolved(
         ValueError: Another optimizer than the rule's is given without its learning rate, or arguments without the optimizer
             that they are for.
     """
-    left = [name for name in BY_RULE if getattr(args, name) is None]
+    rule = rule_of(model)
+    names = dict.fromkeys([*BY_RULE, *args.by_network.get(rule.name, {})])
+    left = [name for name in names if getattr(args, name) is None]
     if not left:
         return args, {}
-    rule, args = rule_of(model), copy.copy(args)
-    row = rule.options(args, model)
+    args = copy.copy(args)
+    row = rule.options(args, model, count)
     if args.optim is None and args.optim_args is not None:
         raise ValueError(
             f"optim_args={args.optim_args!r} is for one optimizer, and the network's rule may name another: give optim"

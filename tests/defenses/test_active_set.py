@@ -37,6 +37,7 @@ def build(folder, model, count=22, **options):
     common = dict(
         per_device_train_batch_size=4, max_steps=12, logging_steps=1, disable_tqdm=True, use_cpu=True, epsilon=1.1,
         learning_rate=0.01, weight_decay=0.1, target_modules="all-linear", warm_start="near", overwrite_output_dir=True,
+        lambda_clean=4.0, sam_rho=0.0,
     )  # fmt: skip
     return Watched(model, D3Config(str(folder), **(common | SGD | options)), tiny_samples(count))
 

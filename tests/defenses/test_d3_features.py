@@ -9,6 +9,7 @@ from raising import D3, build, same_weights
 from tiny import tiny_resnet, tiny_samples, tiny_timm_vit, tiny_vit
 from transformers import TrainerCallback
 
+from d3_hf.defenses.d3.config import BY_NETWORK, rate_on_cnns
 from d3_hf.models.features import recorded_input
 from d3_hf.models.head import find_head
 from d3_hf.training.features import cut_off, feature_distances
@@ -79,6 +80,7 @@ def features_of(model, pixels):
 def test_the_objective(tmp_path, make, distance):
     suspicious, samples = make(), tiny_samples(8)
     options = dict(per_device_train_batch_size=8, max_steps=1, distance=distance, feature_weight=0.7)
+    options |= dict(lambda_clean=4.0, sam_rho=0.0)
     made = build(D3, tmp_path, make(), samples, feature_threshold=0.05, **options)
     recorder = Recorder()
     made.add_callback(recorder)
@@ -145,11 +147,17 @@ def test_what_does_not_fit_is_refused(tmp_path):
         build(D3, tmp_path, tiny_vit(), distance="both", feature_threshold=5)
 
 
-@pytest.mark.parametrize(("make", "start"), [(tiny_vit, "near"), (tiny_resnet, "random")])
-def test_the_start_follows_the_network_and_a_rate_of_zero_moves_nothing_from_it(tmp_path, make, start):
+@pytest.mark.parametrize(("make", "network"), [(tiny_vit, "LayerNorm"), (tiny_resnet, "BatchNorm")])
+def test_what_is_left_open_follows_the_network_and_a_rate_of_zero_moves_nothing(tmp_path, make, network):
     config_class, trainer_class = D3
     args = config_class(str(tmp_path), max_steps=2, use_cpu=True, disable_tqdm=True, learning_rate=0.0)
     made = trainer_class(make(), args, tiny_samples())
-    assert made.warm_start == start and made.facts()["warm_start"] == start
+    said = BY_NETWORK[network] | {"learning_rate": 0.0}  # what is given wins
+    assert {name: getattr(made.args, name) for name in said} == said and made.args.warm_start == "near"
+    assert args.lambda_clean is args.sam_rho is None
+    rates = [rate_on_cnns(count) for count in (300, 500, 2500, 50_000, None)]
+    assert rates == [0.035, 0.045, 0.1, 0.1, 0.1]
+    free = trainer_class(make(), config_class(str(tmp_path), use_cpu=True), tiny_samples(25))
+    assert free.args.learning_rate == rate_on_cnns(25) == 0.01 or network == "LayerNorm"
     with pytest.raises(RuntimeError, match="no selected weight moved"):
         made.train()

@@ -31,7 +31,7 @@ def config(folder, **options):
         learning_rate=0.01,
         **SGD,
     )
-    return D3Config(**({"warm_start": "random"} | defaults | options))
+    return D3Config(**({"warm_start": "random", "lambda_clean": 4.0, "sam_rho": 0.0} | defaults | options))
 
 
 class Recorder(D3Trainer):

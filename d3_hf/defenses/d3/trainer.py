@@ -21,7 +21,6 @@ from ...models.features import recorded_input
 from ...models.head import NoOneHead, find_head
 from ...training.features import cut_off, feature_distances
 from ...training.reference import UNMOVED
-from ...training.schedule import rule_of
 from ...training.trainer import PurifyTrainer
 from ..shared import geometry
 from ..shared.base_start import BaseStart, between
@@ -81,14 +80,14 @@ class D3Trainer(PurifyTrainer):
         args, self.beginning = self.args, None
         if args.base_model:
             self.beginning = BaseStart(self.plain, args.base_model, self.preprocessing.size, args.base_revision, args.keep)
+        if args.sam_rho and (args.gradient_accumulation_steps > 1 or args.fp16):  # which the network's rule may have brought
+            raise ValueError(
+                "D3 takes sharpness-aware steps on this network, which need whole, unscaled gradients: leave "
+                "gradient_accumulation_steps at 1 and fp16 off, or set sam_rho to 0"
+            )
         self.epsilon = args.epsilon
         self._begin_lambda(args.lambda_clean)
         self.active_set = self._active_set()
-
-    @functools.cached_property
-    def warm_start(self) -> str:
-        """Where theta_s starts: as given, or by the network's layers."""
-        return self.args.warm_start or ("near" if rule_of(self.plain).name == "LayerNorm" else "random")
 
     def weights(self) -> list[Tensor]:
         """The selected weights ``W_k`` as detached views that share memory with the plain model."""
@@ -250,7 +249,7 @@ class D3Trainer(PurifyTrainer):
             if (name := names[id(segment.parameter)]) in base:
                 starts += between([segment.of(base[name]).to(reference)], [reference], self.args.keep)
             else:
-                starts.append(geometry.warm_start(reference.cpu(), self.warm_start, generator).to(reference))
+                starts.append(geometry.warm_start(reference.cpu(), self.args.warm_start, generator).to(reference))
         return starts
 
     def announce(self, resumed: bool) -> None:
@@ -262,7 +261,7 @@ class D3Trainer(PurifyTrainer):
             self.accelerator.print(f"D3 {self.beginning.said(resumed)}")
         self.accelerator.print(
             f"D3 moves {len(self.segments)} {weights} ({names}); "
-            f"{'resumed' if resumed else self.warm_start + ' start'} at relative distance "
+            f"{'resumed' if resumed else self.args.warm_start + ' start'} at relative distance "
             f"{sum(relative.values()) / len(relative):.3f} of at most 2 on the sphere"
         )
 
@@ -303,7 +302,7 @@ class D3Trainer(PurifyTrainer):
         return {"lambda": self.multiplier.item()} if self.args.dual_rate else {}
 
     def facts(self) -> dict[str, Any]:
-        """Adds the selected weights with radius and relative distance, and lambda, epsilon and start where they were found."""
+        """Adds the selected weights with radius and relative distance, and lambda and epsilon where they were found."""
         distances = self.relative_distances()
         selected = [
             {"name": segment.name, "initial_norm": radius.item(), "relative_distance": distances[segment.name]}
@@ -311,7 +310,6 @@ class D3Trainer(PurifyTrainer):
         ]
         found = self._found_lambda() | ({"epsilon": self.epsilon} if self.args.epsilon is None else {})
         found |= {"base": self.beginning.facts()} if self.beginning else {}
-        found |= {"warm_start": self.warm_start} if self.args.warm_start is None else {}
         return super().facts() | {"selected_weights": selected} | found
 
     def resume_state(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ...data.retain import retain_batches
 from ...data.views import view
+from ...training.config import on_cnns
 from ...training.encoder_losses import nt_xent
 from ...training.encoders import EncoderConfig, EncoderTrainer
 from ..tsc.trainer import TSCConfig, TSCTrainer
@@ -69,7 +70,7 @@ class EncoderTSCConfig(TSCConfig, EncoderConfig):
     )
     crop_padding: int = field(default=0, metadata={"help": "Not for encoders, which see views.", "range": ">= 0 and finite"})
 
-    published = {"optim": "adamw_torch", "optim_args": None, "learning_rate": 2e-3}
+    by_network = on_cnns(optim="adamw_torch", optim_args=None, learning_rate=2e-3)
 
 
 class EncoderTSCTrainer(TSCTrainer, EncoderTrainer):

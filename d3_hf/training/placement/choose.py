@@ -30,7 +30,7 @@ def placement_of(trainer: Trainer, model: nn.Module, runs_sharded: bool) -> InPl
     if not runs_sharded:
         raise ValueError(f"{type(trainer).__name__} does not run under FSDP, only D3 and fine-tuning do: {USE_DDP}")
     if whole := [option for option in ("average_last", "sam_rho") if getattr(trainer.args, option)]:
-        raise ValueError(f"{whole[0]} does not run under FSDP: leave it out, or {USE_DDP}")
+        raise ValueError(f"{whole[0]} does not run under FSDP: set it to 0, or {USE_DDP}")
     if shared := shared_names(model):
         raise ValueError(f"FSDP takes no network with one tensor under two names ({' and '.join(shared[0][:2])}): {USE_DDP}")
     plugin = trainer.accelerator.state.fsdp_plugin
