@@ -84,7 +84,8 @@ def random_images(count: int) -> RawImages:
 def train(trainer_class, config_class, bench: BenchArguments, images: RawImages) -> tuple[list[float], float]:
     """Train one round; the seconds of its steps, the first ones left out, and the peak memory in MiB."""
     model = new_model(images.class_names, bench.architecture, [0.5] * 3, [0.5] * 3, 32)
-    args = config_class(output_dir="outputs/bench", max_steps=bench.steps, disable_tqdm=True, logging_steps=10**6)
+    common = dict(output_dir="outputs/bench", max_steps=bench.steps, disable_tqdm=True, logging_steps=10**6)
+    args = config_class(**common, sam_rho=0.0)  # the distance alone, without what doubles the passes
     times = StepTimes()
     trainer = trainer_class(model=model, args=args, train_dataset=images, callbacks=[times])
     reset_peak_memory()

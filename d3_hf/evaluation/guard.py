@@ -15,7 +15,7 @@ from .measure import Measurement
 from .metrics import accuracy
 from .paired import PairedTable, paired_table
 
-LOSE_LESS = "give more images, with D3 a larger --lambda_clean or --sam_rho 2, or a larger --max_accuracy_drop"
+LOSE_LESS = "give more images, with D3 a smaller --learning_rate, or a larger --max_accuracy_drop"
 
 
 @dataclass(frozen=True)

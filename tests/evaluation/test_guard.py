@@ -98,7 +98,7 @@ def test_every_broken_rail_is_named():
 def test_what_a_lost_accuracy_advises_can_be_given():
     (reason,) = broken_rails(GuardArguments(), measured(wrong(0)), measured(wrong(4)), LABELS, NAMES)
     advised = set(re.findall(r"--(\w+)", reason))
-    assert "more images" in reason and advised == {"lambda_clean", "sam_rho", "max_accuracy_drop"}
+    assert "more images" in reason and advised == {"learning_rate", "max_accuracy_drop"}
     assert advised <= {option.name for kind in (GuardArguments, D3Config) for option in fields(kind)}
 
 

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tiny import SGD, tiny_samples
 
 from d3_hf.defenses.fine_tuning import FineTuningConfig, FineTuningTrainer
@@ -35,7 +36,10 @@ def base_of(make):
     """A folder with the model before those steps: the base of the trained one."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
-    make().save_pretrained(folder / "base")
+    model = make()
+    model.config.save_pretrained(folder / "base")
+    # Of two processes `save_pretrained` writes the weights in the first alone, and each has a folder of its own here.
+    save_file(model.state_dict(), folder / "base" / "model.safetensors", {"format": "pt"})
     return str(folder / "base")
 
 

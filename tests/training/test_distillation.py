@@ -41,7 +41,7 @@ class Recorder(TrainerCallback):
 @pytest.mark.parametrize("defence", [D3, FT])
 def test_distillation_in_the_objective(tmp_path, make, defence):
     suspicious, samples = make(), tiny_samples(8)
-    start = {"warm_start": "random"} if defence is D3 else {}
+    start = {"warm_start": "random", "lambda_clean": 4.0, "sam_rho": 0.0} if defence is D3 else {}
     made = build(defence, tmp_path, make(), samples, per_device_train_batch_size=8, max_steps=1, distillation=0.7, **start)
     recorder = Recorder()
     made.add_callback(recorder)

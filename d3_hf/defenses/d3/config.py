@@ -13,7 +13,7 @@ MANY = 2500  # images, 5 % of CIFAR-10
 
 
 def rate_on_cnns(count: int | None) -> float:
-    """D3's learning rate on a network with BatchNorm: 0.1 for 2,500 images or more, for fewer less, by the root of their number.
+    """D3's learning rate on a network with BatchNorm: 0.1 from 2,500 images on, of fewer by their root.
 
     With 500 images 0.1 costs three points of ACC more than 0.05, with 2,500 images 0.05 leaves a quarter of SSBA-lite
     (model_cards/few_images.md). Of an unknown number: 0.1.
@@ -119,7 +119,7 @@ class D3Config(PurifyConfig):
     warm_start: str | None = field(
         default=None,
         metadata={
-            "help": "Start of the selected weights; default: near, or random without normalisation.",
+            "help": "Start of the selected weights; near, or random without normalisation.",
             "choices": geometry.WARM_STARTS,
         },
     )
