@@ -1,6 +1,6 @@
 """Thoroughness: how far a recipe went from the suspicious model, as far as that can be told without a trigger; larger is more.
 
-Not measured against the truth yet: neither says that a backdoor is gone.
+None says that a backdoor is gone. On one victim all three ranked four recipes as their ASR does (model_cards/few_images.md).
 """
 
 from collections.abc import Iterable

@@ -6,9 +6,10 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_resnet, tiny_vit
+from tiny import CLASSES, SIZE, tiny_resnet, tiny_vit
 from tiny_trained import base_of
 
+from d3_hf.assurance.latent_shift import latent_shift
 from d3_hf.auto.choose import Tried, choose, walked
 from d3_hf.auto.early import LEAST, checks_at, is_hopeless
 from d3_hf.auto.floor import STANDARD_ERRORS, images_needed, keeps_floor, standard_error
@@ -16,7 +17,8 @@ from d3_hf.auto.ladder import MOST, read_ladder
 from d3_hf.auto.plan import Rung
 from d3_hf.auto.run import minutes_said, seconds_left
 from d3_hf.auto.split import split
-from d3_hf.auto.thoroughness import RULE, SCORES, feature_distance
+from d3_hf.auto.thoroughness import RULE, SCORES, evenness, feature_distance
+from d3_hf.data.images import RawImages
 from d3_hf.defenses import defence
 from d3_hf.evaluation.paired import PairedTable
 from d3_hf.models.head import find_head
@@ -193,6 +195,14 @@ def test_the_distance_of_features_is_that_of_images_one_by_one(make):
     slow = [(feature(purified, image) - feature(suspect, image)).square().sum().item() for image in pixels]
     assert found == pytest.approx(np.mean(slow), rel=1e-4)
     assert feature_distance(suspect, suspect, head, [pixels]) == 0
+
+
+def test_evenness_is_how_little_a_class_stands_out():
+    labels = torch.arange(60) % CLASSES
+    pixels = torch.randint(0, 256, (60, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = RawImages(pixels, labels, [f"LABEL_{k}" for k in range(CLASSES)])
+    model = tiny_vit()
+    assert evenness(model, images) == -latent_shift(model, images).statistic <= 0
 
 
 # The ladder ------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ test = RawImages.from_dataset(images["test"])
 assert_type(test, RawImages)
 
 args = D3Config(output_dir="out", lambda_clean=4.0)
-assert_type(args.lambda_clean, float)
+assert_type(args.lambda_clean, float | None)
 assert_type(args.learning_rate, float | None)
 trainer = D3Trainer(model=model, args=args, train_dataset=retain)
 assert_type(trainer, D3Trainer)
