@@ -178,7 +178,7 @@ class Runner:
         row |= {"forward_images": meter.forward, "backward_images": meter.backward}
         row |= {"clean_loss": last.get("clean_loss"), "distance": last.get("distance"), "hardware": hardware()}
         versions = {f"version_{name}": version for name, version in manifest.versions().items()}
-        row |= versions | {"arguments": json.dumps(manifest.arguments_of(args))}
+        row |= versions | {"arguments": json.dumps(manifest.arguments_of(trainer.args))}
         row |= {"execution": json.dumps(trainer.execution), "source": json.dumps(manifest.source_facts(model))}
         if self.grid.save_models:
             trainer.record(Report(results=found, trigger=attack.describe(), n_images=len(self.inputs.test)))

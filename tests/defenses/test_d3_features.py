@@ -161,3 +161,12 @@ def test_what_is_left_open_follows_the_network_and_a_rate_of_zero_moves_nothing(
     assert free.args.learning_rate == rate_on_cnns(25) == 0.01 or network == "LayerNorm"
     with pytest.raises(RuntimeError, match="no selected weight moved"):
         made.train()
+
+
+def test_steps_that_the_rule_brings_need_whole_gradients_and_do_not_join_dual_ascent(tmp_path):
+    config_class, trainer_class = D3
+    accumulating = config_class(str(tmp_path), use_cpu=True, gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match="leave gradient_accumulation_steps at 1 and fp16 off, or set sam_rho to 0"):
+        trainer_class(tiny_resnet(), accumulating, tiny_samples())
+    assert trainer_class(tiny_vit(), accumulating, tiny_samples()).args.sam_rho == 0
+    assert trainer_class(tiny_resnet(), config_class(str(tmp_path), use_cpu=True, dual_rate=0.1), tiny_samples()).sam_rho == 0

@@ -27,7 +27,7 @@ def refused(argv, message):
         ("a: !!python/object/apply:os.mkdir ['ran']", "o.yaml is no YAML: "),
         (LAUGHS, "o.yaml: unknown options a, b0, "),
         ("epsilon: [1, 2]", r"o.yaml: epsilon must be float \| None; got a list"),
-        ("lambda_clean: null", "o.yaml: lambda_clean must be float; got None"),
+        ("dual_rate: null", "o.yaml: dual_rate must be float; got None"),
         ("epsilon: many", "argument --epsilon: invalid float value: 'many'"),
         ("retain_count: 2.5", r"o.yaml: retain_count must be int \| None; got 2.5, a float"),
         ("save_strategy: no", "o.yaml: save_strategy must be str; got False, a bool"),

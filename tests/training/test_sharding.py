@@ -140,6 +140,8 @@ def pretended(monkeypatch):
 def test_other_defences_refuse_shards(pretended, tmp_path, name):
     config_class, trainer_class = defence(name)
     args = config_class(output_dir=str(tmp_path / "run"), use_cpu=True, **required(name))
+    if name == "d3":
+        args.sam_rho = 0.0  # which on this network it has by rule
     pretended(**PLUGIN)
     if name in ("d3", "fine_tuning"):
         trainer = trainer_class(tiny_resnet(), args, tiny_samples())
@@ -158,11 +160,12 @@ def test_other_defences_refuse_shards(pretended, tmp_path, name):
         ({"cpu_offload": CPUOffloadPolicy()}, {}, "set fsdp_offload_params to false"),
         ({}, {"active_set": True}, "active_set does not fit: on shards every process"),
         ({}, {"average_last": 0.5}, "average_last does not run under FSDP"),
+        ({}, {"sam_rho": None}, "sam_rho does not run under FSDP: set it to 0, or launch with DDP"),  # by rule
     ],
 )
 def test_launches_that_are_refused(pretended, tmp_path, changed, options, message):
     config_class, trainer_class = defence("d3")
-    args = config_class(output_dir=str(tmp_path / "run"), use_cpu=True, **options)
+    args = config_class(output_dir=str(tmp_path / "run"), use_cpu=True, **{"sam_rho": 0.0} | options)
     pretended(**PLUGIN | changed)
     with pytest.raises(ValueError, match=message):
         trainer_class(tiny_resnet(), args, tiny_samples())
