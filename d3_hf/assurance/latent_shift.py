@@ -38,6 +38,7 @@ from .features import read_standard_head
 from .finding import Finding
 
 SHARE = 0.95  # of the images, to be moved; this project's
+MOST_CLASSES = 200  # more take hours
 UNREACHABLE = 1e-12  # of the programme's residual: below this it is rounding, and s would be a million times its scale
 
 

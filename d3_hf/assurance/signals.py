@@ -10,6 +10,7 @@ from .anti_learning import anti_learning
 from .canary import canary
 from .finding import Finding
 from .head_rows import head_rows
+from .latent_shift import MOST_CLASSES as MOST_TO_SHIFT
 from .latent_shift import latent_shift
 from .maximum_margin import maximum_margin
 
@@ -24,7 +25,7 @@ SIGNALS: dict[str, Signal] = {
     "canary": canary,
 }
 # Classes beyond which a signal takes hours.
-MOST_CLASSES = {"latent_shift": 200, "maximum_margin": 200, "canary": 500}
+MOST_CLASSES = {"latent_shift": MOST_TO_SHIFT, "maximum_margin": 200, "canary": 500}
 
 # What stands in every report beside the findings.
 LIMITS = (

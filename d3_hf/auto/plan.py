@@ -18,6 +18,7 @@ from ..models.source import preprocessing_of, source_of
 from ..publishing import hub
 from ..publishing.manifest import MANIFEST, source_facts
 from ..training.checkpoints import check_output
+from ..training.config import two_digits
 from ..training.schedule import resolved, updates_of
 from ..training.trainer import PurifyTrainer
 from .choose import next_place, walked
@@ -209,7 +210,7 @@ def _rung(plan: Plan, place: int, recipe: Recipe) -> Rung:
     mixes = "cutmix" in trainer_class.additions
     (trial, schedule), (final, _) = (resolved(config, plan.model, count, mixes) for count in counts)
     if recipe.rate != 1:
-        options["learning_rate"] = float(f"{recipe.rate * trial.learning_rate:.2g}")
+        options["learning_rate"] = two_digits(recipe.rate * trial.learning_rate)
         if "learning_rate" in schedule.get("options", {}):
             schedule["options"]["learning_rate"] = options["learning_rate"]
     return Rung(place, recipe, options, schedule, updates_of(trial, counts[0]), updates_of(final, counts[1]))

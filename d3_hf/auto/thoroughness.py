@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..assurance.latent_shift import latent_shift
+from ..assurance.latent_shift import MOST_CLASSES, latent_shift
 from ..data.images import RawImages
 from ..models.evaluating import evaluating
 from ..models.features import recorded_input
@@ -33,8 +33,11 @@ def evenness(purified: PreTrainedModel, images: RawImages) -> float:
     """Minus the statistic of `latent_shift`: how little a class stands out that a short shift of the features reaches; <= 0.
 
     Raises:
-        ValueError: See `latent_shift`.
+        ValueError: There are more than `MOST_CLASSES`, or see `latent_shift`.
+        FloatingPointError, RuntimeError: Of its solver.
     """
+    if (classes := purified.config.num_labels) > MOST_CLASSES:
+        raise ValueError(f"with {classes} classes it takes hours: it is found with at most {MOST_CLASSES}")
     return -latent_shift(purified, images).statistic
 
 

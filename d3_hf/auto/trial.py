@@ -122,7 +122,7 @@ def _try_recipe(
 
 def _scores(plan: Plan, rung: Rung, model: PreTrainedModel) -> dict[str, float]:
     found = {"place": place(rung.place)}
-    with suppress(ValueError):  # a network or images that the signal is not for
+    with suppress(ValueError, FloatingPointError, RuntimeError):  # where the signal cannot be read, as `read_signal` has it
         found["evenness"] = evenness(model, plan.images.select(plan.split.retained))
     try:
         head = find_head(plan.model, plan.preprocessing.size)

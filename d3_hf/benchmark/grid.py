@@ -175,7 +175,7 @@ class GridInputs:
 
     @cached_property
     def _images(self) -> LoadedImages:
-        images = self.data.load(self.model(next(iter(self.grid.victims))).config if self.grid.class_map else None)
+        images = self._load(self.data)
         if images.split == f"rest of {self.data.train_split}":
             raise ValueError(f"{self.grid.dataset_name} has no test or validation split, and victims were trained on the rest")
         return images
@@ -185,8 +185,10 @@ class GridInputs:
         count = self.grid.retain_from_test
         if count is None:
             return self._images
-        test = replace(self.data, train_split=self._images.split, retain_count=count)
-        return test.load(self.model(next(iter(self.grid.victims))).config if self.grid.class_map else None)
+        return self._load(replace(self.data, train_split=self._images.split, retain_count=count))
+
+    def _load(self, data: DataArguments) -> LoadedImages:
+        return data.load(self.model(next(iter(self.grid.victims))).config if self.grid.class_map else None)
 
     @property
     def held_out(self) -> Dataset:

@@ -47,7 +47,7 @@ class FTSAMConfig(PurifyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.gradient_accumulation_steps > 1 or self.fp16:
+        if not self.has_whole_gradients:
             raise ValueError("FT-SAM needs whole, unscaled gradients: leave gradient_accumulation_steps at 1 and fp16 off")
 
 

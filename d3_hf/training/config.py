@@ -82,6 +82,11 @@ def check_declared(args: TrainingArguments) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
 
 
+def two_digits(rate: float) -> float:
+    """A learning rate that a rule computes, as people write it."""
+    return float(f"{rate:.2g}")
+
+
 def on_cnns(**options: Any) -> dict[str, dict[str, Any]]:
     """The ``by_network`` of a method that was published, with these, on convolutions: on LayerNorm they do not fit."""
     return {"BatchNorm": options, "no normalisation": options}
@@ -256,8 +261,13 @@ class PurifyConfig(TrainingArguments):
         self._take_one_gpu()
         if self.average_last and self.save_strategy != SaveStrategy.NO:
             raise ValueError("average_last with checkpoints: they would not hold the mean; leave save_strategy at 'no'")
-        if self.sam_rho and (self.gradient_accumulation_steps > 1 or self.fp16):
+        if self.sam_rho and not self.has_whole_gradients:
             raise ValueError("sam_rho needs whole, unscaled gradients: leave gradient_accumulation_steps at 1 and fp16 off")
+
+    @property
+    def has_whole_gradients(self) -> bool:
+        """Whether each backward pass is of a whole update, unscaled, as sharpness-aware steps need it."""
+        return self.gradient_accumulation_steps == 1 and not self.fp16
 
     def _take_one_gpu(self) -> None:
         """Use one of several GPUs where no processes were launched: nn.DataParallel would cut batches and their loss apart."""

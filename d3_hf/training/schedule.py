@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from ..models.batch_norm import batch_norms
 from ..publishing.execution import plain
-from .config import BY_RULE, SGD_ARGUMENTS, PurifyConfig
+from .config import BY_RULE, SGD_ARGUMENTS, PurifyConfig, two_digits
 
 # By name: norms of timm and of transformers are classes of their own.
 OTHER_NORMS = ("LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
@@ -62,7 +62,7 @@ class Rule:
         row = {
             "optim": self.optim,
             "optim_args": self.optim_args,
-            "learning_rate": float(f"{self.learning_rate * scale:.2g}"),
+            "learning_rate": two_digits(self.learning_rate * scale),
             "per_device_train_batch_size": math.ceil(self.images / shared_by),
             "cutmix": self.cutmix,
         }

@@ -10,6 +10,7 @@ from tiny import CLASSES, SIZE, tiny_resnet, tiny_vit
 from tiny_trained import base_of
 
 from d3_hf.assurance.latent_shift import latent_shift
+from d3_hf.auto import thoroughness
 from d3_hf.auto.choose import Tried, choose, walked
 from d3_hf.auto.early import LEAST, checks_at, is_hopeless
 from d3_hf.auto.floor import STANDARD_ERRORS, images_needed, keeps_floor, standard_error
@@ -197,12 +198,15 @@ def test_the_distance_of_features_is_that_of_images_one_by_one(make):
     assert feature_distance(suspect, suspect, head, [pixels]) == 0
 
 
-def test_evenness_is_how_little_a_class_stands_out():
+def test_evenness_is_how_little_a_class_stands_out(monkeypatch):
     labels = torch.arange(60) % CLASSES
     pixels = torch.randint(0, 256, (60, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images = RawImages(pixels, labels, [f"LABEL_{k}" for k in range(CLASSES)])
     model = tiny_vit()
     assert evenness(model, images) == -latent_shift(model, images).statistic <= 0
+    monkeypatch.setattr(thoroughness, "MOST_CLASSES", CLASSES - 1)
+    with pytest.raises(ValueError, match=f"with {CLASSES} classes it takes hours"):
+        evenness(model, images)
 
 
 # The ladder ------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...training.config import PurifyConfig
+from ...training.config import PurifyConfig, two_digits
 from ..shared import geometry
 
 HINGES = ("sample", "batch")
@@ -18,7 +18,7 @@ def rate_on_cnns(count: int | None) -> float:
     With 500 images 0.1 costs three points of ACC more than 0.05, with 2,500 images 0.05 leaves a quarter of SSBA-lite
     (model_cards/few_images.md). Of an unknown number: 0.1.
     """
-    return float(f"{0.1 * min(1, (count or MANY) / MANY) ** 0.5:.2g}")
+    return two_digits(0.1 * min(1, (count or MANY) / MANY) ** 0.5)
 
 
 # By the name of the network's rule, see `training.schedule`. As published, with a random head and lambda 4, D3 on a CNN with a

@@ -80,7 +80,7 @@ class D3Trainer(PurifyTrainer):
         args, self.beginning = self.args, None
         if args.base_model:
             self.beginning = BaseStart(self.plain, args.base_model, self.preprocessing.size, args.base_revision, args.keep)
-        if args.sam_rho and (args.gradient_accumulation_steps > 1 or args.fp16):  # which the network's rule may have brought
+        if args.sam_rho and not args.has_whole_gradients:  # which the network's rule may have brought
             raise ValueError(
                 "D3 takes sharpness-aware steps on this network, which need whole, unscaled gradients: leave "
                 "gradient_accumulation_steps at 1 and fp16 off, or set sam_rho to 0"
