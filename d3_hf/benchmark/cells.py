@@ -103,7 +103,7 @@ class Runner:
         are written into the row and not compared: each release of a package would throw away weeks of work, and which of them
         matters nobody knows beforehand.
         """
-        config_class, _ = load_defence(self.grid.defences[cell.defence]["defence"])
+        config_class, _ = load_defence(self.grid.defences[cell.defence]["defence"], self.grid.of_encoders)
         own, declared = manifest.own_defaults(config_class), {f.name: f.default for f in fields(config_class)}
         given = {name: value for name, value in self.options(cell).items() if name in own or value != declared.get(name)}
         named = [n for n in OPTIONS_IN_FILES if isinstance(given.get(n), str) and not given[n].startswith("{")]

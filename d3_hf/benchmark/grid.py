@@ -3,7 +3,7 @@
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from datasets import Dataset
 from transformers import PreTrainedModel
@@ -62,6 +62,8 @@ class Grid:
             larger than ``held_out``, or see `RetainSet`.
     """
 
+    of_encoders: ClassVar[bool] = False  # which form of a defence's name is meant
+
     output_dir: str
     dataset_name: str
     victims: list[str] | dict[str, dict[str, Any]]
@@ -93,7 +95,7 @@ class Grid:
         for name, options in self.defences.items():
             if name in UNTOUCHED:
                 raise ValueError(f"a defence cannot be called {name!r}: the tables call an untouched model so")
-            config_class, _ = load_defence(options.get("defence", ""))
+            config_class, _ = load_defence(options.get("defence", ""), self.of_encoders)
             known = {f.name for f in fields(config_class)} | {"defence", "curve"}
             if unknown := sorted((options | self.common).keys() - known):
                 raise ValueError(f"defence {name!r}: {config_class.__name__} has no option {', '.join(unknown)}")

@@ -1,4 +1,5 @@
-"""``d3-hf benchmark``, and what is run in the same way: the blind study of ``--defence auto``, the zoo of ``d3-hf check``."""
+"""``d3-hf benchmark``, and what is run in the same way: the blind study of ``--defence auto``, the zoo of ``d3-hf check``, the
+grids of encoders."""
 
 import json
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ if TYPE_CHECKING:  # what does more than read options is loaded when they are re
     from ..benchmark.cells import Runner
     from ..benchmark.grid import Grid
 
-STUDIED = "recipes"  # a column that a study's table has and a benchmark's has not
-READ = "half"  # one that a zoo's has
+# A column by which each kind of table is known, once a cell was measured.
+MEASURED, STUDIED, READ, PROBED = "accuracy_after", "recipes", "half", "accuracy_linear"
 
 
 @dataclass
@@ -70,6 +71,7 @@ def run_benchmark(argv: list[str]) -> "pandas.DataFrame":
     from ..benchmark.tables import render
 
     rows, folder = _rows(options, Grid, Runner)
+    _check_kind(rows, folder, MEASURED, "a benchmark")
     table = render(rows)
     _write(table, folder)
     draw(rows, folder)
@@ -93,8 +95,7 @@ def run_study(argv: list[str]) -> "pandas.DataFrame":
     from ..benchmark.study_tables import choices, render_study
 
     rows, folder = _rows(options, StudyGrid, StudyRunner)
-    if STUDIED not in rows and len(rows):
-        raise ValueError(f"{folder} holds the table of a benchmark: name the results.parquet that a study wrote")
+    _check_kind(rows, folder, STUDIED, "a study")
     found, table = choices(rows), render_study(rows)
     if len(found):
         with atomic_file(folder / "choices.parquet") as beside:
@@ -122,8 +123,7 @@ def run_zoo(argv: list[str]) -> "pandas.DataFrame":
     from ..zoo.verdicts import measured, verdicts
 
     rows, folder = _rows(options, ZooGrid, ZooRunner)
-    if READ not in rows and len(rows):
-        raise ValueError(f"{folder} holds the table of a benchmark: name the results.parquet that a zoo wrote")
+    _check_kind(rows, folder, READ, "a zoo")
     found, table = verdicts(rows), render_zoo(rows)
     if len(found):
         with atomic_file(folder / "verdicts.parquet") as beside:
@@ -132,6 +132,29 @@ def run_zoo(argv: list[str]) -> "pandas.DataFrame":
     _write(table, folder)
     print(table)
     return found
+
+
+def run_encoders(argv: list[str]) -> "pandas.DataFrame":
+    """Run ``GRID.yaml --option value ...``, an `EncoderGrid`: make the missing cells, write ``results.parquet`` and
+    ``results.md``.
+
+    Returns:
+        The rows.
+
+    Raises:
+        FileNotFoundError: See `run_benchmark`.
+        ValueError: See `run_benchmark`.
+    """
+    options = _options(argv)
+    from ..benchmark.encoder_tables import render_encoders
+    from ..benchmark.encoders import EncoderGrid, EncoderRunner
+
+    rows, folder = _rows(options, EncoderGrid, EncoderRunner)
+    _check_kind(rows, folder, PROBED, "a grid of encoders")
+    table = render_encoders(rows)
+    _write(table, folder)
+    print(table)
+    return rows
 
 
 def _options(argv: list[str]) -> BenchmarkArguments:
@@ -155,6 +178,13 @@ def _rows(options: BenchmarkArguments, kind: "type[Grid]", runner_class: "type[R
     if options.model_name_or_path:
         grid.checkpoint_at(options.model_name_or_path)
     return run_grid(grid, options.shard, options.only, runner_class), Path(grid.output_dir)
+
+
+def _check_kind(rows: "pandas.DataFrame", folder: Path, column: str, kind: str) -> None:
+    """Refuse the table of another kind of run. One whose cells all failed is of any."""
+    is_measured = len(rows) and not ("error" in rows and rows["error"].notna().all())
+    if is_measured and column not in rows:
+        raise ValueError(f"{folder} holds the table of another kind of run: name the results.parquet that {kind} wrote")
 
 
 def _write(table: str, folder: Path) -> None:

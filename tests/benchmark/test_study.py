@@ -234,5 +234,5 @@ def test_a_wrong_study_is_refused(study, change, message):
 
 def test_the_table_of_a_benchmark_is_none_of_a_study(tmp_path):
     pandas.DataFrame([{"victim": "v", "retain": "30", "defence": "FT"}]).to_parquet(tmp_path / "results.parquet")
-    with pytest.raises(ValueError, match="holds the table of a benchmark"):
+    with pytest.raises(ValueError, match="holds the table of another kind of run"):
         run_study([str(tmp_path / "results.parquet")])
