@@ -146,7 +146,11 @@ def make_set(argv: list[str] | None = None) -> list[str]:
     root = Path(chosen.output_dir or read_yaml(file)["output_dir"])
     names = [name for name in victims if any(fnmatch(name, pattern) for pattern in chosen.only)]
     if not names:
-        raise ValueError(f"--only {' '.join(chosen.only)} matches no victim of {chosen.set}; it has {', '.join(victims)}")
+        groups = dict.fromkeys(f"'{name.rpartition('/')[0]}/*'" for name in victims)
+        raise ValueError(
+            f"--only {' '.join(chosen.only)} matches no victim of {chosen.set}: give GROUP/VICTIM, or a whole group, as "
+            f"{' or '.join(groups)}; {file} names them all"
+        )
     started = time.perf_counter()
     for number, name in enumerate(names, 1):
         options = victims[name] | {"output_dir": str(root / name)}

@@ -124,7 +124,7 @@ def test_an_interrupted_victim_goes_on_from_its_checkpoint(victim_set, tmp_path,
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--only", "other/*"], "matches no victim of .*; it has toy/clean, toy/badnets, toy/b"),
+        (["--only", "other/*"], "matches no victim of .*, or a whole group, as 'toy/.'; .*set.yaml names them all"),
         (
             ["--only", "toy/blended", "--poison_ratio", "0.2", "--learning_rate", "0.5"],
             "made with other learning_rate, poison_ratio; delete",
