@@ -5,6 +5,7 @@ import json
 import pandas
 
 from ..evaluation.encoders import PROBES
+from ..publishing.tables import PROBES as NAMES
 from ..publishing.tables import markdown_table
 from .tables import MISSING, UNTOUCHED, failures, interval, ordered, split
 
@@ -13,7 +14,6 @@ LEGEND = (
     "them. Images of the target class are in none of ASR and RA. Of several seeds of a defence: the mean of all draws."
 )
 SHOWN = {"ACC": "accuracy", "ASR": "asr", "RA": "ra"}
-PROBE_NAMES = {"linear": "linear probe", "knn": "nearest neighbours"}
 
 
 def render_encoders(rows: pandas.DataFrame) -> str:
@@ -52,7 +52,7 @@ def table(rows: pandas.DataFrame) -> str:
             rates = [" / ".join(_rate(chosen, f"{rate}_{probe}") for rate in SHOWN.values()) for probe in PROBES]
             seconds = "" if defence in UNTOUCHED else f"{chosen['seconds_training'].mean():.0f}"
             lines.append([victim, defence, *rates, seconds])
-    head = ["victim", "defence", *(f"{PROBE_NAMES[probe]}: {' / '.join(SHOWN)}" for probe in PROBES), "seconds"]
+    head = ["victim", "defence", *(f"{NAMES[probe]}: {' / '.join(SHOWN)}" for probe in PROBES), "seconds"]
     return markdown_table(head, lines)
 
 

@@ -1,5 +1,5 @@
 """``d3-hf benchmark``, and what is run in the same way: the blind study of ``--defence auto``, the zoo of ``d3-hf check``, the
-grids of encoders."""
+grids of encoders and of relearning."""
 
 import json
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # what does more than read options is loaded when they are re
     from ..benchmark.grid import Grid
 
 # A column by which each kind of table is known, once a cell was measured.
-MEASURED, STUDIED, READ, PROBED = "accuracy_after", "recipes", "half", "accuracy_linear"
+MEASURED, STUDIED, READ, PROBED, RELEARNED = "accuracy_after", "recipes", "half", "accuracy_linear", "curves"
 
 
 @dataclass
@@ -152,6 +152,29 @@ def run_encoders(argv: list[str]) -> "pandas.DataFrame":
     rows, folder = _rows(options, EncoderGrid, EncoderRunner)
     _check_kind(rows, folder, PROBED, "a grid of encoders")
     table = render_encoders(rows)
+    _write(table, folder)
+    print(table)
+    return rows
+
+
+def run_relearning(argv: list[str]) -> "pandas.DataFrame":
+    """Run ``GRID.yaml --option value ...``, a `RelearningGrid`: make the missing cells, write ``results.parquet`` and
+    ``results.md``.
+
+    Returns:
+        The rows.
+
+    Raises:
+        FileNotFoundError: See `run_benchmark`; or the twin of a victim's group is not there.
+        ValueError: See `run_benchmark`.
+    """
+    options = _options(argv)
+    from ..benchmark.relearning_study import RelearningGrid, RelearningRunner
+    from ..benchmark.relearning_tables import render_relearning
+
+    rows, folder = _rows(options, RelearningGrid, RelearningRunner)
+    _check_kind(rows, folder, RELEARNED, "a grid of relearning")
+    table = render_relearning(rows)
     _write(table, folder)
     print(table)
     return rows

@@ -86,7 +86,7 @@ def test_made_cells_are_not_made_again_and_other_probes_make_other_cells(place, 
 
 def test_the_table_has_both_probes_and_the_untouched_encoder(place, rows, tmp_path, capsys):
     table = render_encoders(rows)
-    assert "| victim | defence | linear probe: ACC / ASR / RA | nearest neighbours: ACC / ASR / RA | seconds |" in table
+    assert "| victim | defence | linear probe: ACC / ASR / RA | kNN: ACC / ASR / RA | seconds |" in table
     lines = [line for line in table.splitlines() if line.startswith("| victim |")][1:]
     assert [line.split(" | ")[1] for line in lines] == ["victim", "twin without backdoor", "hardly trained", "TSC"]
     assert lines[0].split(" | ")[2] == lines[2].split(" | ")[2] and "±" in lines[0]
