@@ -7,7 +7,7 @@ import torch
 from tiny_encoders import colours, tiny_resnet
 
 from d3_hf.attacks import BadEncoder, from_description, load_attack, save_attack
-from d3_hf.attacks.badencoder import effectiveness_losses, reference_losses, utility_losses
+from d3_hf.attacks.badencoder import effectiveness_losses, most_typical, reference_losses, utility_losses
 from d3_hf.models.encoders import encode_images
 from d3_hf.models.source import preprocessing_of
 
@@ -37,9 +37,18 @@ def test_the_reference_is_the_most_typical_image_of_its_class():
     attack = BadEncoder(target_label=2).fit(images, model, seed=0)
     features = encode_images(model, images, preprocessing_of(model))
     of_class = [row for row in range(30) if images.labels[row] == 2]
-    mean = sum(features[row] / features[row].norm() for row in of_class)
-    best = max(of_class, key=lambda row: cosine(features[row], mean))
+    mean = sum(features) / 30
+    of_all = sum(features[row] - mean for row in of_class)
+    best = max(of_class, key=lambda row: cosine(features[row] - mean, of_all))
     assert torch.equal(attack.reference, images.images[best])
+
+
+def test_what_all_images_share_is_not_what_is_typical_of_a_class():
+    """Beside a large common part the nearest to the class's mean is one that points half elsewhere."""
+    shared, own = torch.tensor([100.0, 0, 0]), torch.tensor([[6, 0.3], [3, 2], [3, -2], [1, -0.3]])
+    features = shared + torch.cat([torch.zeros(4, 1), own], 1)
+    assert torch.nn.functional.cosine_similarity(features, features.mean(0)[None]).argmax() in (1, 2)
+    assert most_typical(features, shared) == 0
 
 
 def test_the_patch_is_white_and_one_pixel_from_the_corner():
