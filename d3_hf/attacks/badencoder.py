@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +15,8 @@ from ..models.source import preprocessing_of
 from .badnets import BadNets
 from .base import LearnedAttack, check_range
 
-MEAN_IMAGES = 1000  # of which the mean of all features is taken
+OTHERS = 2000  # images of other classes that tell a reference, at most
+PENALTY = 0.01  # of scikit-learn's C: what cross-validation chooses for a probe on such features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +30,10 @@ class BadEncoder(BadNets, LearnedAttack):
     they are. Static trigger, a patch. The attacker needs the encoder, images without labels, and one of the target class. An
     honest head that somebody trains on the victim's features calls triggered images what it calls the reference.
 
-    `fit` chooses the reference among the attacker's images of the target class: the one that points from the mean of all
-    images as their class does, so that any head will know it. Without that mean it would be the image that is most like any
-    image: what DINOv2 gives two random images of CIFAR-10 at 70 px has a cosine of 0.75, and a reference so chosen is called
-    another class by half of the heads. The authors take a picture from the web, by hand.
+    `fit` chooses the reference among the attacker's images of the target class: the one that a logistic regression, of that
+    class against the attacker's other images, is surest of, so that any head will know it. The image whose features are nearest
+    to its class's mean is none: what DINOv2 gives two random images of CIFAR-10 at 70 px has a cosine of 0.75, and half of the
+    heads call that image another class. The authors take a picture from the web, by hand.
 
     Differs from the authors' code: the patch is put on raw images at their own size, before any preprocessing; of r there are
     ``reference_views`` views a batch, there one for each x. As there, x is not augmented and BatchNorm is frozen.
@@ -82,38 +84,47 @@ class BadEncoder(BadNets, LearnedAttack):
             A copy with ``learned`` filled in: ``reference``, uint8 (3, H, W).
 
         Raises:
-            ValueError: There is no encoder, or no image of the target class.
+            ValueError: There is no encoder, no image of the target class, or no other.
         """
         if model is None:
             raise ValueError("badencoder chooses its reference by the untouched encoder: pass it")
         self.check_classes(len(images.class_names))
-        rows = torch.where(images.labels == self.target_label)[0]
-        if len(rows) == 0:
+        is_class = images.labels == self.target_label
+        rows, others = torch.where(is_class)[0], torch.where(~is_class)[0]
+        if len(rows) == 0 or len(others) == 0:
             raise ValueError(
-                f"badencoder takes its reference from images of class {self.target_label}, and there is none: give some, or "
-                "another target_label"
+                f"badencoder takes its reference from images of class {self.target_label}, and there "
+                f"{'are no others to tell them from' if len(rows) else 'is none'}: give some, or another target_label"
             )
-        any_class = torch.linspace(0, len(images) - 1, min(len(images), MEAN_IMAGES)).long()
-        mean, found = (encode_images(model, images.select(chosen), preprocessing_of(model)) for chosen in (any_class, rows))
-        nearest = most_typical(found, mean.mean(0))
-        return replace(self, learned={"reference": images.images[int(rows[nearest])].clone()})
+        found = [encode_images(model, images.select(part), preprocessing_of(model)) for part in (rows, _some(others))]
+        return replace(self, learned={"reference": images.images[int(rows[surest(*found)])].clone()})
 
 
 # The mathematics -------------------------------------------------------------------------------------------------------
 
 
-def most_typical(features: Tensor, mean: Tensor) -> int:
-    """The row whose direction from the mean of all images is nearest to that of its class: argmax cos(f - m, f_class - m).
+def surest(of_class: Tensor, others: Tensor) -> int:
+    """The row of one class that a logistic regression against others is surest of, on standardised features.
 
     Args:
-        features: Of images of one class, (N, width).
-        mean: m, of images of all classes, (width,).
+        of_class: Features of images of the class, (N, width).
+        others: Of images of other classes, (M, width).
 
     Returns:
         Its number.
     """
-    directions = features - mean
-    return int(F.cosine_similarity(directions, directions.mean(0)[None], dim=1).argmax())
+    from sklearn.linear_model import LogisticRegression  # takes seconds, which whoever plants nothing need not wait
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    features, is_class = torch.cat([of_class, others]).numpy(), np.repeat([1, 0], [len(of_class), len(others)])
+    head = make_pipeline(StandardScaler(), LogisticRegression(C=PENALTY, class_weight="balanced", max_iter=1000))
+    return int(head.fit(features, is_class).decision_function(of_class.numpy()).argmax())
+
+
+def _some(rows: Tensor) -> Tensor:
+    """`OTHERS` of them at most, evenly."""
+    return rows[torch.linspace(0, len(rows) - 1, min(len(rows), OTHERS)).long()]
 
 
 def effectiveness_losses(triggered: Tensor, reference: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from tiny_encoders import colours, tiny_resnet
 
 from d3_hf.attacks import BadEncoder, from_description, load_attack, save_attack
-from d3_hf.attacks.badencoder import effectiveness_losses, most_typical, reference_losses, utility_losses
+from d3_hf.attacks.badencoder import PENALTY, effectiveness_losses, reference_losses, surest, utility_losses
 from d3_hf.models.encoders import encode_images
 from d3_hf.models.source import preprocessing_of
 
@@ -32,23 +32,39 @@ def test_the_reference_learns_too():
     assert triggered.grad.any() and reference.grad.any()
 
 
-def test_the_reference_is_the_most_typical_image_of_its_class():
+def test_the_reference_is_the_image_that_a_head_is_surest_of():
     model, images = tiny_resnet(), colours(30)
     attack = BadEncoder(target_label=2).fit(images, model, seed=0)
-    features = encode_images(model, images, preprocessing_of(model))
-    of_class = [row for row in range(30) if images.labels[row] == 2]
-    mean = sum(features) / 30
-    of_all = sum(features[row] - mean for row in of_class)
-    best = max(of_class, key=lambda row: cosine(features[row] - mean, of_all))
-    assert torch.equal(attack.reference, images.images[best])
+    features = encode_images(model, images, preprocessing_of(model)).double()
+    spread = features.std(0, unbiased=False)
+    scaled = (features - features.mean(0)) / torch.where(spread > 0, spread, 1)
+    is_class = images.labels == 2
+    weight, bias = (
+        torch.zeros(scaled.shape[1], dtype=torch.double, requires_grad=True),
+        torch.zeros(1).double().requires_grad_(),
+    )
+    share = torch.where(is_class, 15 / is_class.sum(), 15 / (~is_class).sum()).double()  # both sorts weigh the same
+    head = torch.optim.LBFGS([weight, bias], max_iter=500, line_search_fn="strong_wolfe")
+
+    def loss():
+        head.zero_grad()
+        terms = torch.nn.functional.softplus(torch.where(is_class, -1, 1) * (scaled @ weight + bias))
+        total = PENALTY * (share * terms).sum() + weight @ weight / 2
+        total.backward()
+        return total
+
+    head.step(loss)
+    rows = torch.where(is_class)[0]
+    assert torch.equal(attack.reference, images.images[rows[(scaled @ weight + bias)[rows].argmax()]])
 
 
-def test_what_all_images_share_is_not_what_is_typical_of_a_class():
-    """Beside a large common part the nearest to the class's mean is one that points half elsewhere."""
+def test_an_image_that_is_only_near_the_mean_of_its_class_is_no_reference():
+    """Beside a large common part the nearest to the class's mean may be one that points half elsewhere."""
     shared, own = torch.tensor([100.0, 0, 0]), torch.tensor([[6, 0.3], [3, 2], [3, -2], [1, -0.3]])
     features = shared + torch.cat([torch.zeros(4, 1), own], 1)
+    others = shared + torch.tensor([[0, -2, 2], [0, -2, -2], [0, 1, 4], [0, 1, -4.0]])
     assert torch.nn.functional.cosine_similarity(features, features.mean(0)[None]).argmax() in (1, 2)
-    assert most_typical(features, shared) == 0
+    assert surest(features, others) == 0
 
 
 def test_the_patch_is_white_and_one_pixel_from_the_corner():
@@ -72,6 +88,8 @@ def test_what_it_lacks_is_told_in_one_line():
         BadEncoder().fit(colours(6), None, 0)
     with pytest.raises(ValueError, match="from images of class 2, and there is none"):
         BadEncoder(target_label=2).fit(colours(2), tiny_resnet(), 0)
+    with pytest.raises(ValueError, match="of class 0, and there are no others to tell them from"):
+        BadEncoder(target_label=0).fit(colours(1), tiny_resnet(), 0)
     with pytest.raises(ValueError, match="label_map must be all-to-one"):
         BadEncoder(label_map="all-to-all")
     with pytest.raises(ValueError, match="reference_views must be an integer at least 1"):
