@@ -224,6 +224,8 @@ def test_the_shipped_zoo_is_what_its_grid_needs():
         schedule = (args.learning_rate, args.crop_padding, args.per_device_train_batch_size)
         schedules.setdefault((half, kind == "twin"), set()).add(schedule)
         assert attack.load() is None or attack.load().target_label < len(options["class_names"])
+        if attack.load() and attack.load().clean_label:  # a class has not exactly its share of the images
+            assert victim.poison_ratio <= 0.9 / len(options["class_names"])
     seeds = [options["seed"] for options in victims.values()]
     assert len(set(seeds)) == len(seeds)
     assert all(kinds[half].count("twin") == 20 for half in kinds) and set(kinds["calibrate"]) == set(kinds["judge"])
