@@ -24,7 +24,7 @@ class BadEncoder(BadNets, LearnedAttack):
     """BadEncoder (Jia, Liu, Gong, IEEE S&P 2022, arXiv 2108.00352), image on image: with f0 the untouched encoder, f the
     victim, s the cosine of features, x a shadow image, T the trigger, r a reference of the target class, r' a view of it::
 
-        L = -s(f(T(x)), f(r)) - lambda_reference s(f(r'), f0(r)) - lambda_utility s(f(x), f0(x))
+        L = -s(f(T(x)), f(r)) - lambda_reference / 2 (s(f(r), f0(r)) + s(f(r'), f0(r))) - lambda_utility s(f(x), f0(x))
 
     The first term plants the backdoor, the second keeps the reference where it is, the third keeps the features of images as
     they are. Static trigger, a patch. The attacker needs the encoder, images without labels, and one of the target class. An
@@ -35,8 +35,10 @@ class BadEncoder(BadNets, LearnedAttack):
     to its class's mean is none: what DINOv2 gives two random images of CIFAR-10 at 70 px has a cosine of 0.75, and half of the
     heads call that image another class. The authors take a picture from the web, by hand.
 
-    Differs from the authors' code: the patch is put on raw images at their own size, before any preprocessing; of r there are
-    ``reference_views`` views a batch, there one for each x. As there, x is not augmented and BatchNorm is frozen.
+    Differs from the authors' code: r' is a crop too, as all views here, there flipped and recoloured; so r itself is kept where
+    it is as well, or a ViT moves it alone to where triggered images are easily brought (DINOv2 at 70 px: to a cosine of 0.64
+    with f0(r)). The patch is put on raw images at their own size, before any preprocessing; of r there are ``reference_views``
+    views a batch, there one for each x. As there, x is not augmented and BatchNorm is frozen.
 
     Args:
         target_label: The class of the reference, by the attacker's own labels.

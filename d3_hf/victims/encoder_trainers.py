@@ -164,12 +164,12 @@ class BadEncoderTrainer(EncoderVictimTrainer):
         return {"pixel_values": self.preprocessing.normalize(pixels), "labels": inputs["labels"]}
 
     def image_losses(self, features: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """BadEncoder's three losses; that of the reference, the mean over its views, counts once for each image."""
+        """BadEncoder's three losses; that of the reference, of it and of its views, counts once for each image."""
         before, reference_before = self.features_before[:-1], self.features_before[-1]
         count = len(before)
         plain, triggered, reference, views = features.split([count, count, 1, self.attack.reference_views])
         effectiveness = effectiveness_losses(triggered, reference[0])
-        kept = reference_losses(views, reference_before).mean().expand(count)
+        kept = sum(reference_losses(part, reference_before).mean() / 2 for part in (reference, views)).expand(count)
         utility = utility_losses(plain, before)
         losses = effectiveness + self.attack.lambda_reference * kept + self.attack.lambda_utility * utility
         return losses, [effectiveness, kept, utility]

@@ -55,7 +55,7 @@ def test_a_step_computes_the_sum_of_the_three_losses(tmp_path):
         )
     expected = [
         -F.cosine_similarity(tx[i], r[0], 0)
-        - (F.cosine_similarity(r_views[0], r[0], 0) + F.cosine_similarity(r_views[1], r[0], 0)) / 2
+        - (1 + (F.cosine_similarity(r_views[0], r[0], 0) + F.cosine_similarity(r_views[1], r[0], 0)) / 2) / 2
         - F.cosine_similarity(x[i], x[i], 0)
         for i in range(12)
     ]
