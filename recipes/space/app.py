@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib
 import pandas
 from matplotlib.figure import Figure
+from pyarrow.parquet import read_schema
 
 HERE = Path(__file__).resolve().parent
 FOLDERS = [HERE / "results", HERE.parents[1] / "model_cards" / "results"]  # the first that exists
@@ -34,11 +35,16 @@ expected to do better. All in percent. A low ASR says that these triggers were r
 
 
 def tables() -> dict[str, Path]:
-    """The tables by their names; a FileNotFoundError if there are none."""
-    files = next((found for folder in FOLDERS if (found := sorted(folder.glob("*.parquet")))), [])
+    """The tables by their names, those of a zoo or of encoders left out; a FileNotFoundError if there are none."""
+    files = next((found for folder in FOLDERS if (found := [*filter(is_benchmark, sorted(folder.glob("*.parquet")))])), [])
     if not files:
         raise FileNotFoundError(f"no results: put results.parquet of `d3-hf benchmark` into {FOLDERS[0]}")
     return {file.stem: file for file in files}
+
+
+def is_benchmark(file: Path) -> bool:
+    """Whether a table has the rates of purified classifiers."""
+    return RATES["ACC"] in read_schema(file).names
 
 
 def measured(rows: pandas.DataFrame) -> pandas.DataFrame:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import jsonschema
+import pandas
 import pytest
 from places import ROOT
 from shortcut import classifier, network, pictures
@@ -15,6 +16,7 @@ from d3_hf.inspection.check import check
 from d3_hf.inspection.measured import MeasuredRates, measured_rates, read_measured, write_measured
 from d3_hf.inspection.null import Kind
 from d3_hf.publishing.inspection.pages import check_page
+from d3_hf.zoo import verdicts as zoo
 
 SCHEMA = json.loads((ROOT / "d3_hf" / "publishing" / "schemas" / "check.schema.json").read_text())
 RATES = MeasuredRates(
@@ -121,6 +123,8 @@ def test_a_damaged_file_is_one_line(shipped, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_no_number_comes_with_the_package_that_no_study_made():
-    """Whoever ships rates ships the rows that they are from, and takes this test to them."""
-    assert not (ROOT / "d3_hf" / "inspection" / "measured.json").exists()
+def test_the_rates_of_the_package_are_those_of_the_rows_beside_them():
+    rows = pandas.read_parquet(ROOT / "model_cards" / "results" / "zoo.parquet")
+    found = zoo.measured(zoo.verdicts(rows))
+    assert list(read_measured(ROOT / "d3_hf" / "inspection" / "measured.json")) == found and len(found) == 1
+    assert f"{found[0].hits} of {found[0].backdoored}" in (ROOT / "model_cards" / "assurance.md").read_text()

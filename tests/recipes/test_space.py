@@ -112,7 +112,9 @@ def test_more_than_can_be_told_apart_is_not_drawn(space):
 
 def test_the_committed_results_are_read(space):
     files = space["tables"]()
-    assert files == {file.stem: file for file in (ROOT / "model_cards" / "results").glob("*.parquet")}
+    there = {file.stem: file for file in (ROOT / "model_cards" / "results").glob("*.parquet")}
+    assert files == {name: file for name, file in there.items() if name.startswith("vit")}
+    assert {"zoo", "encoders_vit"} <= there.keys()  # tables of another kind
     for file in files.values():
         rows = pandas.read_parquet(file)
         table, (done, _) = space["lines"](rows), tables.split(rows)
@@ -140,5 +142,5 @@ def test_its_metadata_are_those_of_a_space_and_fit_its_requirements():
     needed = (FOLDER / "requirements.txt").read_text().split()
     assert f"gradio=={known.sdk_version}" in needed
     imported = set(re.findall(r"^\s*(?:import|from) (\w+)", (FOLDER / "app.py").read_text(), re.M)) - {"math", "pathlib"}
-    assert imported == {re.split("[<>=]", line)[0] for line in needed} - {"pyarrow"}  # which pandas reads parquet with
+    assert imported == {re.split("[<>=]", line)[0] for line in needed}
     assert all(command in text for command in ("python recipes/space/app.py", "hf upload"))
