@@ -12,15 +12,13 @@ import pandas
 import pytest
 import torch
 import yaml
-from places import RECIPES
 from tiny import tiny_resnet
 
-from d3_hf.benchmark import Grid, draw, read_grid, render, run_grid
+from d3_hf.benchmark import draw, read_grid, render, run_grid
 from d3_hf.benchmark.cells import CELL, Runner, cells_of
 from d3_hf.benchmark.grid import GridInputs
 from d3_hf.benchmark.meters import PassMeter, peak_memory, reset_peak_memory
 from d3_hf.benchmark.retain import RetainSet
-from d3_hf.benchmark.study import StudyGrid
 from d3_hf.benchmark.tables import interval, remarks, times
 from d3_hf.commands.benchmark import run_benchmark as main
 from d3_hf.data.images import RawImages
@@ -28,10 +26,6 @@ from d3_hf.data.preprocessing import Preprocessing
 from d3_hf.defenses.d3.trainer import D3Config
 from d3_hf.evaluation.measure import measure
 from d3_hf.models import load_classifier
-from d3_hf.victims.sets import read_set
-from d3_hf.zoo.study import ZooGrid
-
-GRIDS = sorted((RECIPES / "grids").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -388,13 +382,3 @@ def test_a_pattern_that_matches_nothing_is_refused(grid):
 def test_a_missing_victim_is_named(grid):
     with pytest.raises(FileNotFoundError, match="make it first with d3-hf victim --set"):
         run_grid(replace(grid, victims=["vit/wanet"]))
-
-
-@pytest.mark.parametrize("file", GRIDS, ids=lambda file: file.stem)
-def test_shipped_grids_are_about_shipped_victims(file):
-    kind = StudyGrid if file.stem.startswith("auto") else ZooGrid if file.stem == "zoo" else Grid
-    grid = read_grid(str(file), kind)
-    assert cells_of(grid)
-    if isinstance(grid.victims, list):
-        shipped = [name for victims in RECIPES.glob("*.yaml") for name in read_set(str(victims))]
-        assert set(grid.victims) <= set(shipped)
