@@ -32,13 +32,13 @@ class BadEncoder(BadNets, LearnedAttack):
 
     `fit` chooses the reference among the attacker's images of the target class: the one that a logistic regression, of that
     class against the attacker's other images, is surest of, so that any head will know it. The image whose features are nearest
-    to its class's mean is none: what DINOv2 gives two random images of CIFAR-10 at 70 px has a cosine of 0.75, and half of the
-    heads call that image another class. The authors take a picture from the web, by hand.
+    to its class's mean may be none: where the features of all images are alike, it is one that could be of any class. The
+    authors take a picture from the web, by hand.
 
     Differs from the authors' code: r' is a crop too, as all views here, there flipped and recoloured; so r itself is kept where
-    it is as well, or a ViT moves it alone to where triggered images are easily brought (DINOv2 at 70 px: to a cosine of 0.64
-    with f0(r)). The patch is put on raw images at their own size, before any preprocessing; of r there are ``reference_views``
-    views a batch, there one for each x. As there, x is not augmented and BatchNorm is frozen.
+    it is as well, or a ViT moves it alone to where triggered images are easily brought. The patch is put on raw images at their
+    own size, before any preprocessing; of r there are ``reference_views`` views a batch, there one for each x. As there, x is
+    not augmented and BatchNorm is frozen.
 
     Args:
         target_label: The class of the reference, by the attacker's own labels.
@@ -102,6 +102,11 @@ class BadEncoder(BadNets, LearnedAttack):
         return replace(self, learned={"reference": images.images[int(rows[surest(*found)])].clone()})
 
 
+def _some(rows: Tensor) -> Tensor:
+    """`OTHERS` of them at most, evenly."""
+    return rows[torch.linspace(0, len(rows) - 1, min(len(rows), OTHERS)).long()]
+
+
 # The mathematics -------------------------------------------------------------------------------------------------------
 
 
@@ -122,11 +127,6 @@ def surest(of_class: Tensor, others: Tensor) -> int:
     features, is_class = torch.cat([of_class, others]).numpy(), np.repeat([1, 0], [len(of_class), len(others)])
     head = make_pipeline(StandardScaler(), LogisticRegression(C=PENALTY, class_weight="balanced", max_iter=1000))
     return int(head.fit(features, is_class).decision_function(of_class.numpy()).argmax())
-
-
-def _some(rows: Tensor) -> Tensor:
-    """`OTHERS` of them at most, evenly."""
-    return rows[torch.linspace(0, len(rows) - 1, min(len(rows), OTHERS)).long()]
 
 
 def effectiveness_losses(triggered: Tensor, reference: Tensor) -> Tensor:
