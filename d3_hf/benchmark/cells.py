@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas
@@ -28,6 +28,7 @@ from ..publishing import manifest
 from ..publishing.report import Report
 from ..training.config import launched_precision
 from ..training.schedule import numbers
+from ..training.trainer import PurifyTrainer
 from .grid import Grid, GridInputs
 from .meters import PassMeter, hardware, peak_memory, reset_peak_memory
 from .tables import MISSING, RATES, UNTOUCHED
@@ -86,8 +87,10 @@ class Runner:
         grid: The grid; its images and victims are loaded when a cell needs them.
     """
 
+    inputs_class: ClassVar[type[GridInputs]] = GridInputs
+
     def __init__(self, grid: Grid):
-        self.grid, self.inputs, self.root = grid, GridInputs(grid), Path(grid.output_dir)
+        self.grid, self.inputs, self.root = grid, self.inputs_class(grid), Path(grid.output_dir)
 
     def options(self, cell: Cell) -> dict[str, Any]:
         """What the grid says of the cell's defence, ``defence`` and options of its Config; the launcher may add a precision."""
@@ -176,10 +179,7 @@ class Runner:
             series = [*watch.series, (seconds, after.asr.value)]  # for methods without epochs, and what they do after these
             row |= {"asr_over_time": json.dumps(series)}
         row |= {"forward_images": meter.forward, "backward_images": meter.backward}
-        row |= {"clean_loss": last.get("clean_loss"), "distance": last.get("distance"), "hardware": hardware()}
-        versions = {f"version_{name}": version for name, version in manifest.versions().items()}
-        row |= versions | {"arguments": json.dumps(manifest.arguments_of(trainer.args))}
-        row |= {"execution": json.dumps(trainer.execution), "source": json.dumps(manifest.source_facts(model))}
+        row |= {"clean_loss": last.get("clean_loss"), "distance": last.get("distance")} | made_by(trainer, model)
         if self.grid.save_models:
             trainer.record(Report(results=found, trigger=attack.describe(), n_images=len(self.inputs.test)))
             trainer.save_model()
@@ -226,10 +226,14 @@ class Runner:
                 yield row
                 made += [] if "error" in row else [cell.victim]
         for victim in dict.fromkeys(made):
-            for name, model_of in zip(UNTOUCHED, (victim, self.inputs.twin(victim)), strict=True):
-                if model_of:
-                    found = self.before(model_of, victim)
-                    yield {"victim": victim, "defence": name} | results(found, found) | {"der": None}
+            yield from self.untouched(victim)
+
+    def untouched(self, victim: str) -> Iterator[dict[str, Any]]:
+        """A row for a victim, and one for its twin if there is one."""
+        for name, model_of in zip(UNTOUCHED, (victim, self.inputs.twin(victim)), strict=True):
+            if model_of:
+                found = self.before(model_of, victim)
+                yield {"victim": victim, "defence": name} | results(found, found) | {"der": None}
 
 
 def run_grid(
@@ -287,6 +291,18 @@ def _collect(runner: Runner) -> pandas.DataFrame:
     if missing:
         print(f"{missing} of the grid's {total} cells are not made yet and missing from the tables; run it again to make them")
     return frame
+
+
+def made_on() -> dict[str, Any]:
+    """The columns that say where a row was made: ``hardware``, and a ``version_*`` of each package."""
+    return {"hardware": hardware()} | {f"version_{name}": version for name, version in manifest.versions().items()}
+
+
+def made_by(trainer: PurifyTrainer, model: PreTrainedModel) -> dict[str, Any]:
+    """`made_on`, and as JSON the arguments as they were settled, how it ran, and where the model came from."""
+    facts = {"arguments": manifest.arguments_of(trainer.args), "execution": trainer.execution}
+    facts["source"] = manifest.source_facts(model)
+    return made_on() | {name: json.dumps(found) for name, found in facts.items()}
 
 
 def network_of(model: PreTrainedModel) -> str:

@@ -7,7 +7,7 @@ import pandas
 from ..evaluation.encoders import PROBES
 from ..publishing.tables import PROBES as NAMES
 from ..publishing.tables import markdown_table
-from .tables import MISSING, UNTOUCHED, failures, interval, ordered, split
+from .tables import UNTOUCHED, by_defence, framed, interval, under_legend
 
 LEGEND = (
     "ACC / ASR / RA of a probe in percent: means over its draws of training images, ± half of Student's 95 % interval over "
@@ -25,33 +25,16 @@ def render_encoders(rows: pandas.DataFrame) -> str:
     Returns:
         Markdown.
     """
-    if not len(rows):
-        return "No cell was made."
-    parts = []
-    if MISSING in rows and (missing := rows[MISSING].iloc[0]):
-        parts.append(f"**Missing cells of the grid: {missing}**, not made yet when this was written; run it again to make them")
-    done, failed = split(rows)
-    if len(done):
-        parts.append(LEGEND)
-    for retain in done["retain"].dropna().unique() if len(done) else ():
-        chosen = done[(done["retain"] == retain) | done["defence"].isin(UNTOUCHED)]
-        parts += [f"## retain set {retain}", table(chosen)]
-    if len(failed):
-        parts += ["## Failed cells", failures(failed)]
-    return "\n\n".join(parts)
+    return framed(rows, lambda done: under_legend(LEGEND, done, table))
 
 
 def table(rows: pandas.DataFrame) -> str:
     """One line per victim and defence, the victim and the untouched encoder first."""
     lines = []
-    for victim in rows["victim"].unique():
-        for defence in ordered(rows):
-            chosen = rows[(rows["victim"] == victim) & (rows["defence"] == defence)]
-            if not len(chosen):
-                continue
-            rates = [" / ".join(_rate(chosen, f"{rate}_{probe}") for rate in SHOWN.values()) for probe in PROBES]
-            seconds = "" if defence in UNTOUCHED else f"{chosen['seconds_training'].mean():.0f}"
-            lines.append([victim, defence, *rates, seconds])
+    for victim, defence, chosen in by_defence(rows):
+        rates = [" / ".join(_rate(chosen, f"{rate}_{probe}") for rate in SHOWN.values()) for probe in PROBES]
+        seconds = "" if defence in UNTOUCHED else f"{chosen['seconds_training'].mean():.0f}"
+        lines.append([victim, defence, *rates, seconds])
     head = ["victim", "defence", *(f"{NAMES[probe]}: {' / '.join(SHOWN)}" for probe in PROBES), "seconds"]
     return markdown_table(head, lines)
 

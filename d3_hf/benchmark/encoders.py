@@ -23,12 +23,11 @@ from ..evaluation.encoders import PROBES, measure_encoder
 from ..evaluation.measure import measured_model
 from ..models import load_encoder
 from ..options.arguments import ProbeArguments
-from ..publishing import manifest
 from ..victims.record import check_files
 from ..victims.train import images_digest
-from .cells import Cell, Runner, cells_of, network_of
+from .cells import Cell, Runner, made_by, network_of
 from .grid import Grid, GridInputs
-from .meters import hardware, peak_memory, reset_peak_memory
+from .meters import peak_memory, reset_peak_memory
 from .tables import UNTOUCHED
 
 RECORDED = dict(zip(("victim", "untouched"), UNTOUCHED, strict=True))  # entry of a record: what the tables call it
@@ -113,10 +112,7 @@ class EncoderRunner(Runner):
 
     grid: EncoderGrid
     inputs: EncoderInputs
-
-    def __init__(self, grid: EncoderGrid):
-        super().__init__(grid)
-        self.inputs = EncoderInputs(grid)
+    inputs_class = EncoderInputs
 
     def spec(self, cell: Cell) -> dict[str, Any]:
         """As the base class, with the images that the probes are trained on."""
@@ -143,10 +139,8 @@ class EncoderRunner(Runner):
         )
         last = next((log for log in reversed(trainer.state.log_history) if trainer.log_names[0] in log), {})
         row = asdict(cell) | {"method": trainer.method, "attack": attack.name, "network": network_of(model)}
-        row |= {"retain_n": len(retain), "seconds_training": seconds, "peak_memory_mib": peak, "hardware": hardware()}
-        row |= {f"version_{name}": version for name, version in manifest.versions().items()}
-        row |= {"arguments": json.dumps(manifest.arguments_of(trainer.args)), "execution": json.dumps(trainer.execution)}
-        row |= {"source": json.dumps(manifest.source_facts(model)), "updates": trainer.state.global_step}
+        row |= {"retain_n": len(retain), "seconds_training": seconds, "peak_memory_mib": peak}
+        row |= made_by(trainer, model) | {"updates": trainer.state.global_step}
         return row | {name: last.get(name) for name in trainer.log_names} | flat(found)
 
     def summary(self, row: dict[str, Any]) -> str:
@@ -155,18 +149,12 @@ class EncoderRunner(Runner):
         said = [f"{probe} {' / '.join(f'{share:.1f}' for share in found)}" for probe, found in shares.items()]
         return f"ACC / ASR / RA: {', '.join(said)}; {row['seconds_training']:.0f} s"
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """A row for each cell that was made or failed, and for each of their victims and its untouched encoder."""
-        made = []
-        for cell in cells_of(self.grid):
-            if self.inputs.is_made(cell.victim) and (row := self.read(cell)):
-                yield row
-                made += [] if "error" in row else [cell.victim]
-        for victim in dict.fromkeys(made):
-            measured = self.inputs.record(victim)["measured"]
-            for entry, name in RECORDED.items():
-                if entry in measured:
-                    yield {"victim": victim, "defence": name} | flat(measured[entry])
+    def untouched(self, victim: str) -> Iterator[dict[str, Any]]:
+        """A row for a victim, and one for the encoder that it was made of or beside, both from its record."""
+        measured = self.inputs.record(victim)["measured"]
+        for entry, name in RECORDED.items():
+            if entry in measured:
+                yield {"victim": victim, "defence": name} | flat(measured[entry])
 
 
 def flat(found: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pandas
 
 from ..publishing.tables import markdown_table
 from .relearning import Curve, gaps, half_life
-from .tables import MISSING, RATES, UNTOUCHED, blocks, failures, interval, joined, ordered, split
+from .tables import RATES, UNTOUCHED, by_defence, framed, interval, joined, under_legend
 
 LEGEND = (
     "ACC / ASR / RA / PACC of the purified model, in percent. Relearned: mean ASR after the last step of the tuning, beside "
@@ -27,30 +27,15 @@ def render_relearning(rows: pandas.DataFrame) -> str:
     Returns:
         Markdown.
     """
-    if not len(rows):
-        return "No cell was made."
-    parts = []
-    if MISSING in rows and (missing := rows[MISSING].iloc[0]):
-        parts.append(f"**Missing cells of the grid: {missing}**, not made yet when this was written; run it again to make them")
-    done, failed = split(rows)
-    parts += [LEGEND] if len(done) else []
-    for group, retain, chosen in blocks(done):
-        parts += [f"## {', '.join(filter(None, [group, f'retain set {retain}']))}", table(chosen)]
-    if len(failed):
-        parts += ["## Failed cells", failures(failed)]
-    return "\n\n".join(parts)
+    return framed(rows, lambda done: under_legend(LEGEND, done, table))
 
 
 def table(rows: pandas.DataFrame) -> str:
     """One line per victim, defence and number of poisoned images."""
     lines = []
-    for victim in rows["victim"].unique():
-        for defence in ordered(rows):
-            chosen = rows[(rows["victim"] == victim) & (rows["defence"] == defence)]
-            if not len(chosen) or defence in UNTOUCHED:
-                continue
-            rates = joined(chosen[list(RATES.values())].mean() * 100)
-            lines += [[victim, defence, rates, *line] for line in relearned(chosen)]
+    for victim, defence, chosen in by_defence(rows[~rows["defence"].isin(UNTOUCHED)]):
+        rates = joined(chosen[list(RATES.values())].mean() * 100)
+        lines += [[victim, defence, rates, *line] for line in relearned(chosen)]
     head = ["victim", "defence", " / ".join(RATES), "poisoned images", "relearned, twin", "gap", "half-life, twin"]
     return markdown_table(head, lines)
 

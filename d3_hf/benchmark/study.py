@@ -23,11 +23,9 @@ from ..auto.plan import Plan, make_plan
 from ..auto.split import PATTERN
 from ..auto.trial import Refused, predictions_before, try_recipe
 from ..evaluation.measure import measure, results
-from ..publishing import manifest
 from ..training.config import launched_precision
-from .cells import Cell, Runner, network_of
+from .cells import Cell, Runner, made_on, network_of
 from .grid import Grid, content_of
-from .meters import hardware
 from .tables import RATES, UNTOUCHED
 
 
@@ -119,8 +117,7 @@ class StudyRunner(Runner):
         only ``left_out``, why.
         """
         plan = self._plan(cell)
-        row = asdict(cell) | {"network": network_of(plan.model), "retain_n": len(plan.images), "hardware": hardware()}
-        row |= {f"version_{name}": version for name, version in manifest.versions().items()}
+        row = asdict(cell) | {"network": network_of(plan.model), "retain_n": len(plan.images)} | made_on()
         rung = next((rung for rung in plan.rungs if rung.recipe.name == cell.defence), None)
         if rung is None:
             return row | {"left_out": plan.left_out[cell.defence]}

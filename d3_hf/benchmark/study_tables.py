@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from ..auto.choose import Tried, choose, walked
 from ..auto.thoroughness import SCORES
 from ..publishing.tables import markdown_table
-from .tables import MISSING, UNKNOWN, UNTOUCHED, failures, split
+from .tables import UNKNOWN, UNTOUCHED, framed, split
 
 KEY = ["victim", "retain", "seed"]
 SHOWN = {"ACC": "accuracy_after", "ASR": "asr_after", "RA": "ra_after"}
@@ -141,18 +141,14 @@ def render_study(rows: pandas.DataFrame) -> str:
     Returns:
         Markdown; rates in percent, regret in points.
     """
-    if not len(rows):
-        return "No cell was made."
-    parts, found = [], choices(rows)
-    if MISSING in rows and (missing := rows[MISSING].iloc[0]):
-        parts.append(f"**Missing cells of the study: {missing}**; a ladder is shown when all of its cells are made")
-    if len(found):
-        parts += ["## Rules", LEGEND, rules_table(found), "## Ladders", ladders_table(found, rows)]
+    return framed(rows, lambda _: _of_study(rows), "study", "; a ladder is shown when all of its cells are made")
+
+
+def _of_study(rows: pandas.DataFrame) -> Iterator[str]:
+    if len(found := choices(rows)):
+        yield from ["## Rules", LEGEND, rules_table(found), "## Ladders", ladders_table(found, rows)]
     if len(_recipes(rows)):
-        parts += ["## Recipes", recipes_table(rows)]
-    if len(failed := split(rows)[1]):
-        parts += ["## Failed cells", failures(failed)]
-    return "\n\n".join(parts)
+        yield from ["## Recipes", recipes_table(rows)]
 
 
 def rules_table(found: pandas.DataFrame) -> str:

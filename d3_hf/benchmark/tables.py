@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import methodcaller
 
 import pandas
@@ -13,6 +13,7 @@ RATES = {"ACC": "accuracy_after", "ASR": "asr_after", "RA": "ra_after", "PACC": 
 DRIFT = "trigger_drift_after"
 UNTOUCHED = ("victim", "twin without backdoor")
 MISSING = "missing_cells"  # the column that says, in every row, how many cells of the grid have none
+NOT_MADE = ", not made yet when this was written; run it again to make them"
 # The worst of several victims and seeds: the lowest ACC, RA and PACC, and the highest ASR, each by itself.
 WORST = {"ACC": "min", "ASR": "max", "RA": "min", "PACC": "min"}
 UNKNOWN = "–"  # of a mean or a worst case over cells of which one was made before this was measured
@@ -30,21 +31,38 @@ def render(rows: pandas.DataFrame) -> str:
         cost; where ASR was watched, the seconds that it took to fall; then the cells that failed. Rates in percent; `UNKNOWN`
         where a cell was made by a version that did not measure PACC and drift, or the attack has none (all-to-all).
     """
+    return framed(rows, _of_benchmark)
+
+
+def _of_benchmark(done: pandas.DataFrame) -> Iterator[str]:
+    done = done.reindex(columns=done.columns.union([RATES["PACC"], DRIFT], sort=False))  # a table of an earlier version
+    for title, chosen in titled(done):
+        yield from [title, overview(chosen), *remarks(chosen), details(chosen)]
+        if "asr_over_time" in chosen and chosen["asr_over_time"].notna().any():
+            yield times(chosen[chosen["asr_over_time"].notna()])
+
+
+def framed(
+    rows: pandas.DataFrame, parts: Callable[[pandas.DataFrame], Iterable[str]], what: str = "grid", more: str = NOT_MADE
+) -> str:
+    """What the page of any kind of run has around its own: first how many cells are missing, last those that failed.
+
+    Args:
+        rows: The content of ``results.parquet``.
+        parts: What stands between, of the rows that were measured; not asked where there are no rows.
+        what: What the cells are of.
+        more: What is said of missing cells.
+
+    Returns:
+        Markdown.
+    """
     if not len(rows):
         return "No cell was made."
-    parts = []
-    if MISSING in rows and (missing := rows[MISSING].iloc[0]):
-        parts.append(f"**Missing cells of the grid: {missing}**, not made yet when this was written; run it again to make them")
+    missing = rows[MISSING].iloc[0] if MISSING in rows else 0
     done, failed = split(rows)
-    done = done.reindex(columns=done.columns.union([RATES["PACC"], DRIFT], sort=False))  # a table of an earlier version
-    for group, retain, chosen in blocks(done):
-        title = ", ".join(filter(None, [group, f"retain set {retain}"]))
-        parts += [f"## {title}", overview(chosen), *remarks(chosen), details(chosen)]
-        if "asr_over_time" in chosen and chosen["asr_over_time"].notna().any():
-            parts.append(times(chosen[chosen["asr_over_time"].notna()]))
-    if len(failed):
-        parts += ["## Failed cells", failures(failed)]
-    return "\n\n".join(parts)
+    first = [f"**Missing cells of the {what}: {missing}**{more}"] if missing else []
+    last = ["## Failed cells", failures(failed)] if len(failed) else []
+    return "\n\n".join([*first, *parts(done), *last])
 
 
 def split(rows: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.DataFrame]:
@@ -63,6 +81,20 @@ def blocks(rows: pandas.DataFrame) -> Iterator[tuple[str, str, pandas.DataFrame]
         of_group = rows[names["group"] == group].assign(victim=names["name"])
         for retain in of_group["retain"].dropna().unique():
             yield group, retain, of_group[(of_group["retain"] == retain) | of_group["defence"].isin(UNTOUCHED)]
+
+
+def titled(rows: pandas.DataFrame) -> Iterator[tuple[str, pandas.DataFrame]]:
+    """`blocks`, each with its heading."""
+    for group, retain, chosen in blocks(rows):
+        yield f"## {', '.join(filter(None, [group, f'retain set {retain}']))}", chosen
+
+
+def under_legend(legend: str, rows: pandas.DataFrame, table: Callable[[pandas.DataFrame], str]) -> Iterator[str]:
+    """A legend, and a table for each of `blocks` under its heading; nothing of no rows."""
+    if len(rows):
+        yield legend
+    for title, chosen in titled(rows):
+        yield from (title, table(chosen))
 
 
 def overview(rows: pandas.DataFrame) -> str:
@@ -93,15 +125,20 @@ def remarks(rows: pandas.DataFrame) -> list[str]:
 def details(rows: pandas.DataFrame) -> str:
     """One line per victim and defence: mean and half width of the 95 % interval over seeds, trigger drift, DER and cost."""
     lines = []
+    for victim, defence, chosen in by_defence(rows):
+        rates = [interval(100 * chosen[key]) for key in (*RATES.values(), DRIFT)]
+        lines.append([victim, defence, *rates, *costs(chosen)])
+    head = ["victim", "defence", *RATES, "trigger drift", "DER", "seeds", "seconds", "passes forward + backward", "peak MiB"]
+    return markdown_table(head, lines)
+
+
+def by_defence(rows: pandas.DataFrame) -> Iterator[tuple[str, str, pandas.DataFrame]]:
+    """(victim, defence, its rows) for each pair that has some, defences as `ordered` has them."""
     for victim in rows["victim"].unique():
         for defence in ordered(rows):
             chosen = rows[(rows["victim"] == victim) & (rows["defence"] == defence)]
-            if not len(chosen):
-                continue
-            rates = [interval(100 * chosen[key]) for key in (*RATES.values(), DRIFT)]
-            lines.append([victim, defence, *rates, *costs(chosen)])
-    head = ["victim", "defence", *RATES, "trigger drift", "DER", "seeds", "seconds", "passes forward + backward", "peak MiB"]
-    return markdown_table(head, lines)
+            if len(chosen):
+                yield victim, defence, chosen
 
 
 def costs(rows: pandas.DataFrame) -> list[str]:

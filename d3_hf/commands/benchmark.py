@@ -70,12 +70,9 @@ def run_benchmark(argv: list[str]) -> "pandas.DataFrame":
     from ..benchmark.plots import draw
     from ..benchmark.tables import render
 
-    rows, folder = _rows(options, Grid, Runner)
-    _check_kind(rows, folder, MEASURED, "a benchmark")
-    table = render(rows)
-    _write(table, folder)
+    rows, folder = _rows(options, Grid, Runner, MEASURED, "a benchmark")
+    _show(render(rows), folder)
     draw(rows, folder)
-    print(table)
     return rows
 
 
@@ -94,14 +91,12 @@ def run_study(argv: list[str]) -> "pandas.DataFrame":
     from ..benchmark.study import StudyGrid, StudyRunner
     from ..benchmark.study_tables import choices, render_study
 
-    rows, folder = _rows(options, StudyGrid, StudyRunner)
-    _check_kind(rows, folder, STUDIED, "a study")
+    rows, folder = _rows(options, StudyGrid, StudyRunner, STUDIED, "a study")
     found, table = choices(rows), render_study(rows)
     if len(found):
         with atomic_file(folder / "choices.parquet") as beside:
             found.to_parquet(beside)
-    _write(table, folder)
-    print(table)
+    _show(table, folder)
     return found
 
 
@@ -122,15 +117,13 @@ def run_zoo(argv: list[str]) -> "pandas.DataFrame":
     from ..zoo.tables import render_zoo
     from ..zoo.verdicts import measured, verdicts
 
-    rows, folder = _rows(options, ZooGrid, ZooRunner)
-    _check_kind(rows, folder, READ, "a zoo")
+    rows, folder = _rows(options, ZooGrid, ZooRunner, READ, "a zoo")
     found, table = verdicts(rows), render_zoo(rows)
     if len(found):
         with atomic_file(folder / "verdicts.parquet") as beside:
             found.to_parquet(beside)
         write_measured(measured(found), folder / "measured.json")
-    _write(table, folder)
-    print(table)
+    _show(table, folder)
     return found
 
 
@@ -149,11 +142,8 @@ def run_encoders(argv: list[str]) -> "pandas.DataFrame":
     from ..benchmark.encoder_tables import render_encoders
     from ..benchmark.encoders import EncoderGrid, EncoderRunner
 
-    rows, folder = _rows(options, EncoderGrid, EncoderRunner)
-    _check_kind(rows, folder, PROBED, "a grid of encoders")
-    table = render_encoders(rows)
-    _write(table, folder)
-    print(table)
+    rows, folder = _rows(options, EncoderGrid, EncoderRunner, PROBED, "a grid of encoders")
+    _show(render_encoders(rows), folder)
     return rows
 
 
@@ -172,11 +162,8 @@ def run_relearning(argv: list[str]) -> "pandas.DataFrame":
     from ..benchmark.relearning_study import RelearningGrid, RelearningRunner
     from ..benchmark.relearning_tables import render_relearning
 
-    rows, folder = _rows(options, RelearningGrid, RelearningRunner)
-    _check_kind(rows, folder, RELEARNED, "a grid of relearning")
-    table = render_relearning(rows)
-    _write(table, folder)
-    print(table)
+    rows, folder = _rows(options, RelearningGrid, RelearningRunner, RELEARNED, "a grid of relearning")
+    _show(render_relearning(rows), folder)
     return rows
 
 
@@ -185,8 +172,13 @@ def _options(argv: list[str]) -> BenchmarkArguments:
     return options
 
 
-def _rows(options: BenchmarkArguments, kind: "type[Grid]", runner_class: "type[Runner]") -> "tuple[pandas.DataFrame, Path]":
-    """The rows of all cells of a grid, those of the share made, and the grid's folder."""
+def _rows(
+    options: BenchmarkArguments, kind: "type[Grid]", runner_class: "type[Runner]", column: str, what: str
+) -> "tuple[pandas.DataFrame, Path]":
+    """The rows of all cells of a grid, those of the share made, and the grid's folder.
+
+    ``column`` and ``what`` are for `_check_kind`, where a table is shown again.
+    """
     from accelerate import PartialState
 
     from ..benchmark.cells import run_grid
@@ -195,7 +187,9 @@ def _rows(options: BenchmarkArguments, kind: "type[Grid]", runner_class: "type[R
     if PartialState().num_processes > 1:
         raise ValueError("a cell runs in one process: launch one for each share of the grid, with --shard i/n")
     if options.grid.endswith(".parquet"):
-        return read_rows(Path(options.grid)), Path(options.grid).parent
+        rows, folder = read_rows(Path(options.grid)), Path(options.grid).parent
+        _check_kind(rows, folder, column, what)
+        return rows, folder
     over = ("dataset_name", "dataset_config", "victims_dir", "output_dir", "watch_images")
     grid = read_grid(find_recipe(options.grid, "grid"), kind, **{name: getattr(options, name) for name in over})
     if options.model_name_or_path:
@@ -210,9 +204,11 @@ def _check_kind(rows: "pandas.DataFrame", folder: Path, column: str, kind: str) 
         raise ValueError(f"{folder} holds the table of another kind of run: name the results.parquet that {kind} wrote")
 
 
-def _write(table: str, folder: Path) -> None:
+def _show(table: str, folder: Path) -> None:
+    """Write the tables, and print them."""
     with atomic_file(folder / "results.md") as beside:
         beside.write_text(table + "\n")
+    print(table)
 
 
 def read_rows(file: Path) -> "pandas.DataFrame":

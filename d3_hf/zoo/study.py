@@ -21,9 +21,8 @@ from transformers import PreTrainedModel
 from ..assurance.finding import Finding
 from ..assurance.signals import SIGNALS, Signal
 from ..attacks import Attack
-from ..benchmark.cells import Cell, Runner, cells_of, network_of
+from ..benchmark.cells import Cell, Runner, cells_of, made_on, network_of
 from ..benchmark.grid import Grid
-from ..benchmark.meters import hardware
 from ..benchmark.study import group_of
 from ..data.images import RawImages
 from ..data.labels import retain_indices
@@ -32,7 +31,6 @@ from ..files import first_line
 from ..inspection.suspicion import finding_facts, suspicion_of, weights_digest
 from ..models.source import preprocessing_of
 from ..options.recipes import find_recipe
-from ..publishing import manifest
 from ..victims.sets import read_set
 
 CHECK = "check"  # what stands in place of a defence
@@ -130,8 +128,7 @@ class ZooRunner(Runner):
         read = suspicion_of(model, images, signals={key: _timed(key, signal, seconds) for key, signal in self.signals.items()})
         all_seconds = time.perf_counter() - started
         findings = {key: finding_facts(found) | {"seconds": seconds.get(key)} for key, found in read.findings.items()}
-        row = asdict(cell) | {"network": network_of(model), "retain_n": len(images), "hardware": hardware()}
-        row |= {f"version_{name}": version for name, version in manifest.versions().items()}
+        row = asdict(cell) | {"network": network_of(model), "retain_n": len(images)} | made_on()
         row |= {"kind": json.dumps(asdict(read.null.kind)), "weights_sha256": weights_digest(model)}
         row |= {"findings": json.dumps(findings), "seconds_reading": all_seconds}
         row |= {"attack": None, "label_map": None, "target": None, "poison_ratio": None}

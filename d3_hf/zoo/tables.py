@@ -2,11 +2,12 @@
 
 import json
 import math
+from collections.abc import Iterator
 
 import pandas
 
 from ..assurance.calibration import ALARM_AT, twins_needed
-from ..benchmark.tables import MISSING, UNKNOWN, failures, split
+from ..benchmark.tables import UNKNOWN, framed
 from ..evaluation.metrics import Proportion
 from ..publishing.tables import markdown_table
 from .study import CALIBRATE
@@ -49,23 +50,21 @@ def render_zoo(rows: pandas.DataFrame) -> str:
     Raises:
         ValueError: See `verdicts`.
     """
-    if not len(rows):
-        return "No cell was made."
-    parts, done, found = [], read(rows), verdicts(rows)
-    if MISSING in rows and (missing := rows[MISSING].iloc[0]):
-        parts.append(f"**Missing cells of the zoo: {missing}**, not made yet when this was written; run it again to make them")
-    parts += [LEGEND] if len(done) else []
+    return framed(rows, lambda _: _of_zoo(rows), "zoo")
+
+
+def _of_zoo(rows: pandas.DataFrame) -> Iterator[str]:
+    done, found = read(rows), verdicts(rows)
+    if len(done):
+        yield LEGEND
     for (retain, seed), group in done.groupby(KEY, sort=False) if len(done) else ():
-        parts.append(f"## {retain}, seed {seed:.0f}")
+        yield f"## {retain}, seed {seed:.0f}"
         judged = found[(found["retain"] == retain) & (found["seed"] == seed)] if len(found) else found
         if not len(judged):
-            parts.append("No p: there are no twins in the half `calibrate`, or no models in the half `judge`.")
+            yield "No p: there are no twins in the half `calibrate`, or no models in the half `judge`."
             continue
-        parts += [counts(group, judged), signals_table(group, judged), "### By kind of backdoor", plantings_table(judged)]
-        parts += exceptions(judged)
-    if len(failed := split(rows)[1]):
-        parts += ["## Failed cells", failures(failed)]
-    return "\n\n".join(parts)
+        yield from [counts(group, judged), signals_table(group, judged), "### By kind of backdoor", plantings_table(judged)]
+        yield from exceptions(judged)
 
 
 def counts(done: pandas.DataFrame, found: pandas.DataFrame) -> str:
