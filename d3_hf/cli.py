@@ -80,6 +80,7 @@ def run(task: Command | Callable[[list[str]], Any], argv: list[str]) -> NoReturn
     try:
         with _terminated_as_interrupted(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             found = _run_command(task, argv, debug) if is_command else task(argv)
+        _close_process_group()
         code = (found or {}).get("code", 0) if is_command else 0
     except KeyboardInterrupt as stop:
         code, what = (TERMINATED, "terminated") if isinstance(stop, Terminated) else (INTERRUPTED, "interrupted")
@@ -102,6 +103,19 @@ def run(task: Command | Callable[[list[str]], Any], argv: list[str]) -> NoReturn
     if as_json and found is not None and os.environ.get("RANK", "0") == "0":
         _print_json(found)
     sys.exit(code)
+
+
+def _close_process_group() -> None:
+    """Of several processes, wait for the others and end the connection, before the interpreter is taken apart.
+
+    Not after an error: the others may never come to the same place.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+        distributed.destroy_process_group()
 
 
 def _run_command(command: Command, argv: list[str], debug: bool) -> dict[str, Any] | None:

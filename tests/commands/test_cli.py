@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas
 import pytest
+import torch
 import yaml
 from command_line import command
 from every_defence import required
@@ -301,3 +302,19 @@ def test_a_recipe_ends_like_the_command(recipe, monkeypatch, capsys):
 def test_the_process_ends_with_the_code():
     done = subprocess.run([sys.executable, "-m", "d3_hf.cli", "unheard"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+
+
+@pytest.mark.parametrize(("fails", "left"), [(False, False), (True, True)])
+def test_a_process_that_is_done_ends_its_connection(fails, left, capsys):
+    def task(argv):
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        if fails:
+            raise ValueError("no")
+
+    try:
+        with pytest.raises(SystemExit):
+            run(task, [])
+        assert torch.distributed.is_initialized() == left
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

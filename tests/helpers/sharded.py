@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from accelerate import PartialState
 from safetensors.torch import save_file
 from streamed import NAMES, stream, write_files
 from tiny import SGD, tiny_samples, tiny_timm_vit, tiny_vit
@@ -62,6 +63,8 @@ def main(folder):
             save_file(trainer.plain.state_dict(), folder / f"{name}.safetensors")
     for name in RESUMED:
         run(folder / f"{name} resumed", name, 2, str(folder / name / "checkpoint-2"), use_cpu=use_cpu)
+    PartialState().wait_for_everyone()  # before one of them ends the connection
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
