@@ -1,21 +1,22 @@
-"""Calibration: how often would a trusted model of the same kind score as high as the suspect?
+"""Calibration: how often would a trusted model of the same kind stand out as far as the suspect?
 
-Let x_ms be the statistic of signal s on model m: on the suspect (m = 0) and on its N twins, trusted models of the same kind,
-read on the same images. For one signal, the conformal p is
+Let s_msk be the score of class k by signal s on model m: on the suspect (m = 0) and on its N twins, trusted models of the same
+kind, read on the same images. Classes differ by themselves: in networks without a backdoor one class may lead by much, in most
+of them the same. So each class is compared with the same class of the other models, and not with the model's other classes:
 
-    p_s = (1 + #{m >= 1 : x_ms >= x_0s}) / (1 + N)
+    z_msk = (s_msk - mean_{m' != m} s_m'sk) / sd_{m' != m} s_m'sk
 
-and for all signals together that of one number for each model, how far it stands out where it stands out most:
+How far a model stands out is that of one class, by one signal (x) and by all signals together (t), whose z add up; and p is the
+share of models, suspect and twins, that stand out as far:
 
-    r_ms = #{m' : x_m's <= x_ms},    z_ms = (x_ms - median_m' x_m's) / (1.4826 MAD_m' x_m's)
-    t_m  = (max_s r_ms, max_s z_ms),    p = #{m : t_m >= t_0} / (1 + N)
+    x_ms = max_k z_msk,    p_s = #{m : x_ms >= x_0s} / (1 + N)
+    t_m = max_k sum_s z_msk,    p = #{m : t_m >= t_0} / (1 + N)
 
-with pairs compared by their first entry, then by their second. Ranks do not care how a signal is distributed. Among models that
-are all the highest of some signal, of which there may be one for each, z says which is so by far. Ranks and z are taken over
-suspect and twins alike, so that t treats all models in the same way: if the suspect is exchangeable with its twins, then
-P(p <= a) <= a, whatever the signals are and however they depend on each other (Vovk, Gammerman and Shafer, Algorithmic Learning
-in a Random World, 2005). Conformal p of statistics of whole models, with trusted models for a null: CBD (Xiang et al., NeurIPS
-2023). The one p for several signals is this project's.
+Each model is compared with all others, suspect and twins alike, so that x and t treat all models in the same way: if the
+suspect is exchangeable with its twins, then P(p <= a) <= a, whatever the signals are and however they depend on each other
+(Vovk, Gammerman, Shafer: Algorithmic Learning in a Random World, 2005). Conformal p of statistics of whole models, with
+trusted models for a null: CBD (Xiang et al., NeurIPS 2023). z by class, and the sum over signals, are this project's, chosen
+on the half `calibrate` of recipes/zoo.yaml.
 
 A second null is in the suspect itself: its other classes, which hardly are all targets. Of one signal's scores s of K classes,
 k that of the highest, with mean m and standard deviation d (of K - 2 degrees of freedom) of the K - 1 others,
@@ -46,7 +47,7 @@ FEWEST_OWN_CLASSES = 6  # this project's
 
 
 def conformal_p(suspect: float, twins: ArrayLike) -> float:
-    """``p_s`` of one signal, in (0, 1], of the suspect's statistic and those of its twins, (N,)."""
+    """The share, in (0, 1], of models, the suspect among them, whose statistic is at least the suspect's; twins' (N,)."""
     twins = np.asarray(twins, np.float64)
     return float((1 + np.sum(twins >= suspect)) / (1 + len(twins)))
 
@@ -55,19 +56,31 @@ def combined_p(suspect: ArrayLike, twins: ArrayLike) -> float:
     """``p`` of all signals together, in (0, 1].
 
     Args:
-        suspect: A statistic for each signal, (S,), S >= 1.
-        twins: The same of each twin, (N, S).
+        suspect: Scores of each signal and class, (S, K), S and K >= 1.
+        twins: The same of each twin, (N, S, K), N >= 1.
     """
-    highest, farthest = (values.max(1) for values in standing(suspect, twins))
-    as_far = (highest > highest[0]) | ((highest == highest[0]) & (farthest >= farthest[0]))
-    return float(as_far.sum() / len(highest))
+    farthest = class_z(suspect, twins).sum(1).max(1)
+    return conformal_p(farthest[0], farthest[1:])
 
 
-def standing(suspect: ArrayLike, twins: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """``r_ms`` and ``z_ms`` of all models, (1 + N, S) each, the suspect's first; arguments as `combined_p`."""
-    suspect = np.asarray(suspect, np.float64)
-    values = np.vstack([suspect, np.asarray(twins, np.float64).reshape(-1, len(suspect))])
-    return _ranks(values), _robust_z(values)
+def signal_p(suspect: ArrayLike, twins: ArrayLike) -> float:
+    """``p_s`` of one signal, in (0, 1], of the suspect's scores, (K,), and those of its twins, (N, K)."""
+    return combined_p(np.asarray(suspect)[None], np.asarray(twins)[:, None])
+
+
+def class_z(suspect: ArrayLike, twins: ArrayLike) -> np.ndarray:
+    """``z_msk`` of all models, (1 + N, S, K), the suspect's first; finite. Arguments as `combined_p`.
+
+    Where the others score a class alike, or are one, a difference is measured in a ten-thousandth of the class's largest score.
+    """
+    values = np.concatenate([np.asarray(suspect, np.float64)[None], np.asarray(twins, np.float64)])
+    floor = np.maximum(LEAST_SPREAD * np.abs(values).max(0), np.finfo(np.float64).tiny)
+    found = np.empty_like(values)
+    for m, scores in enumerate(values):
+        others = np.delete(values, m, 0)
+        spread = others.std(0, ddof=1) if len(others) > 1 else floor
+        found[m] = (scores - others.mean(0)) / np.maximum(spread, floor)
+    return found
 
 
 def own_classes_p(scores: ArrayLike) -> float | None:
@@ -79,18 +92,6 @@ def own_classes_p(scores: ArrayLike) -> float | None:
     spread = max(others.std(ddof=1), LEAST_SPREAD * np.abs(values).max(), np.finfo(np.float64).tiny)
     t = (highest - others.mean()) / (spread * math.sqrt(1 + 1 / len(others)))
     return min(1.0, float(len(values) * stats.t.sf(t, len(values) - 2)))
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """``r_ms``, (M, S): how many models score at most as high, the model itself among them."""
-    return np.stack([np.searchsorted(np.sort(column), column, side="right") for column in values.T], 1)
-
-
-def _robust_z(values: np.ndarray) -> np.ndarray:
-    """``z_ms``, (M, S), never infinite: 0 for all models where they score alike."""
-    deviations = values - np.median(values, 0)
-    floor = np.maximum(LEAST_SPREAD * np.abs(values).max(0), np.finfo(np.float64).tiny)
-    return deviations / np.maximum(1.4826 * np.median(np.abs(deviations), 0), floor)
 
 
 def least_p(twins: int) -> float:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # what does more than read options is loaded when they are re
     from ..benchmark.grid import Grid
 
 # A column by which each kind of table is known, once a cell was measured.
-MEASURED, STUDIED, READ, PROBED, RELEARNED = "accuracy_after", "recipes", "half", "accuracy_linear", "curves"
+MEASURED, STUDIED, READ, AGAIN, PROBED, RELEARNED = "accuracy_after", "recipes", "half", "z_after", "accuracy_linear", "curves"
 
 
 @dataclass
@@ -125,6 +125,26 @@ def run_zoo(argv: list[str]) -> "pandas.DataFrame":
         write_measured(measured(found), folder / "measured.json")
     _show(table, folder)
     return found
+
+
+def run_after(argv: list[str]) -> "pandas.DataFrame":
+    """Run ``GRID.yaml --option value ...``, an `AfterGrid`: make the missing cells, write ``results.parquet`` and
+    ``results.md``.
+
+    Returns:
+        The rows.
+
+    Raises:
+        FileNotFoundError: See `run_benchmark`; or the zoo's twins were not read.
+        ValueError: See `run_benchmark`.
+    """
+    options = _options(argv)
+    from ..zoo.after import AfterGrid, AfterRunner
+    from ..zoo.after_tables import render_after
+
+    rows, folder = _rows(options, AfterGrid, AfterRunner, AGAIN, "a study of what check says afterwards")
+    _show(render_after(rows), folder)
+    return rows
 
 
 def run_encoders(argv: list[str]) -> "pandas.DataFrame":

@@ -42,14 +42,14 @@ class CheckArguments:
 
     twins: list[str] | None = field(default=None, metadata={"help": "Trusted models of the same kind to compare with."})
     null: str | None = field(default=None, metadata={"help": "Statistics of twins that --save_null wrote."})
-    save_null: str | None = field(default=None, metadata={"help": "Write the statistics of the twins to this JSON file."})
+    save_null: str | None = field(default=None, metadata={"help": "Write the scores of the twins to this JSON file."})
     alarm_at: float = field(default=ALARM_AT, metadata={"help": "Alarm where p is at most this."})
     report: str | None = field(default=None, metadata={"help": "Write the report to this HTML file."})
 
     def __post_init__(self):
         check_alarm_at(self.alarm_at)
         if self.save_null and not (self.twins or self.null):
-            raise ValueError("--save_null keeps the statistics of twins: name some with --twins")
+            raise ValueError("--save_null keeps the scores of twins: name some with --twins")
 
 
 def run(argv: list[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from .null import Null
 from .suspicion import Suspicion, suspicion_of
 
 NAMED = ("data", "configuration", "split")  # what images are called
-SCHEMA = "urn:d3_hf:check:1"  # of publishing/schemas/check.schema.json
+SCHEMA = "urn:d3_hf:check:2"  # of publishing/schemas/check.schema.json
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ def check(
         images: Raw images of its classes, without triggers as far as is known; 300 to 500 of all classes.
         retain: What would be purified with, to time it; default ``images``.
         twins: Trusted models, loaded; a generator need not hold them all.
-        null: Statistics of further twins, see `read_null`.
+        null: Scores of further twins, see `read_null`.
         alarm_at: There is an alarm where p is at most this, in (0, 1); 0.05 needs 19 twins.
         signals: By name, of `SIGNALS`.
         defences: Names of those to time, of `DEFENCES`.

@@ -1,5 +1,6 @@
-"""The null: statistics of twins, trusted models of one kind that were read on the same images, and a file that keeps them."""
+"""The null: scores of twins, trusted models of one kind that were read on the same images, and a file that keeps them."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from ..files import atomic_file, read_mapping
 from ..models.library import architecture_of
 from .describe import parameters_of
 
-SCHEMA = "urn:d3_hf:null:2"
+SCHEMA = "urn:d3_hf:null:3"
 ADVICE = "write one with d3-hf check ... --twins ... --save_null FILE.json"
 
 
@@ -28,7 +29,7 @@ class Kind:
         architecture: Name of the network, see `architecture_of`.
         parameters: Numbers that are trained.
         classes: Names of the images' classes, in the order of the logits.
-        images: How many images the statistics are from.
+        images: How many images the scores are from.
         images_sha256: Of these, with their labels. Other images of the same number are warned of, not refused.
     """
 
@@ -64,14 +65,13 @@ class Twin:
     Args:
         name: What to call it; no path.
         weights_sha256: Of its parameters and buffers, by which it is known again.
-        statistics: Of its findings, by the name of the signal; one that could not be read is not among them.
-        suspect_classes: The class that stands out by each.
+        scores: Of its findings, by the name of the signal, in the order of the classes; one that could not be read is not among
+            them.
     """
 
     name: str
     weights_sha256: str
-    statistics: dict[str, float]
-    suspect_classes: dict[str, str]
+    scores: dict[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,17 @@ class Null:
         twins: In any order, none twice.
 
     Raises:
-        ValueError: Two twins are the same model.
+        ValueError: Two twins are the same model; a twin's scores are not one for each class.
     """
 
     kind: Kind
     twins: tuple[Twin, ...]
 
     def __post_init__(self) -> None:
+        classes = len(self.kind.classes)
+        for twin in self.twins:
+            if unfit := [name for name, scores in twin.scores.items() if len(scores) != classes]:
+                raise ValueError(f"{twin.name} has {len(twin.scores[unfit[0]])} scores of {unfit[0]} for {classes} classes")
         known: dict[str, str] = {}
         for twin in self.twins:
             if twin.weights_sha256 in known:
@@ -128,10 +132,10 @@ def read_null(file: Path) -> Null:
 
 
 def _twin(entry: dict[str, Any]) -> Twin:
-    statistics = {str(name): float(value) for name, value in entry["statistics"].items()}
-    if not all(map(math.isfinite, statistics.values())):
-        raise ValueError("a statistic is not finite")
-    return Twin(str(entry["name"]), str(entry["weights_sha256"]), statistics, dict(entry["suspect_classes"]))
+    scores = {str(name): tuple(map(float, values)) for name, values in entry["scores"].items()}
+    if not all(map(math.isfinite, itertools.chain(*scores.values()))):
+        raise ValueError("a score is not finite")
+    return Twin(str(entry["name"]), str(entry["weights_sha256"]), scores)
 
 
 def _names(kind: type) -> dict[str, None]:

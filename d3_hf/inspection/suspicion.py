@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -11,10 +12,11 @@ from ..assurance.calibration import (
     ALARM_AT,
     Verdict,
     check_alarm_at,
+    class_z,
     combined_p,
-    conformal_p,
     least_p,
     own_classes_p,
+    signal_p,
     verdict,
 )
 from ..assurance.finding import Finding
@@ -50,23 +52,28 @@ class Suspicion:
         if not self.null.twins:
             return []
         read = [name for name, finding in self.findings.items() if isinstance(finding, Finding)]
-        return [name for name in read if all(name in twin.statistics for twin in self.null.twins)]
+        return [name for name in read if all(name in twin.scores for twin in self.null.twins)]
 
     @property
     def p_values(self) -> dict[str, float]:
         """The p of each signal that is `compared`, without regard to how many are."""
-        return {
-            name: conformal_p(self.findings[name].statistic, [twin.statistics[name] for twin in self.null.twins])
-            for name in self.compared
-        }
+        return {name: signal_p(*(scores[..., s, :] for scores in self._scores())) for s, name in enumerate(self.compared)}
 
     @property
     def p(self) -> float | None:
         """The p of all signals together; None where none is `compared`."""
-        if not (names := self.compared):
-            return None
-        twins = [[twin.statistics[name] for name in names] for twin in self.null.twins]
-        return combined_p([self.findings[name].statistic for name in names], twins)
+        return combined_p(*self._scores()) if self.compared else None
+
+    @property
+    def class_z(self) -> np.ndarray | None:
+        """How far each class stands out of the twins' same class, by each signal that is `compared`, (S, K); None without."""
+        return class_z(*self._scores())[0] if self.compared else None
+
+    def _scores(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the model (S, K) and of its twins (N, S, K), by the signals that are `compared`."""
+        names = self.compared
+        suspect = [self.findings[name].scores for name in names]
+        return np.array(suspect), np.array([[twin.scores[name] for name in names] for twin in self.null.twins])
 
     @property
     def verdict(self) -> Verdict:
@@ -78,14 +85,23 @@ class Suspicion:
         """How often exactly this test was right about models of this kind; None where that was not measured."""
         return measured_rates(self.null.kind, self.compared, self.alarm_at)
 
+    @property
+    def suspect_class(self) -> str | None:
+        """The class that stands out of the twins most by all signals together, whether there is an alarm or not."""
+        return None if (z := self.class_z) is None else self.null.kind.classes[int(z.sum(0).argmax())]
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
         p_values, twins, measured = self.p_values, self.null.twins, self.measured
+        z = {} if self.class_z is None else dict(zip(self.compared, self.class_z.tolist(), strict=True))
         return {
-            "signals": {name: self._signal(name, finding, p_values.get(name)) for name, finding in self.findings.items()},
+            "signals": {
+                name: self._signal(finding, p_values.get(name), z.get(name)) for name, finding in self.findings.items()
+            },
             "twins": [twin.name for twin in twins],
             "p": self.p,
             "least_p": least_p(len(twins)) if twins else None,
+            "suspect_class": self.suspect_class,
             "alarm_at": self.alarm_at,
             "alarm": self.verdict.alarm,
             "outcome": self.verdict.words,
@@ -93,14 +109,13 @@ class Suspicion:
             "warnings": self.warnings,
         }
 
-    def _signal(self, name: str, finding: Finding | str, p: float | None) -> dict[str, Any]:
+    def _signal(self, finding: Finding | str, p: float | None, z: list[float] | None) -> dict[str, Any]:
         facts = finding_facts(finding)
         if isinstance(finding, str):
             return facts
-        suspect = facts["suspect_class"]
-        alike = sum(twin.suspect_classes.get(name) == suspect for twin in self.null.twins)
-        own = own_classes_p(finding.scores)
-        return facts | {"p": p, "twins_alike": alike if self.null.twins else None, "p_own_classes": own}
+        beside_twins = None if z is None else finding.class_names[z.index(max(z))]
+        facts |= {"p": p, "z": z, "class_beside_twins": beside_twins}
+        return facts | {"p_own_classes": own_classes_p(finding.scores)}
 
 
 def finding_facts(finding: Finding | str) -> dict[str, Any]:
@@ -128,7 +143,7 @@ def suspicion_of(
         model: The suspicious model.
         images: Of its classes, without triggers as far as is known.
         twins: Trusted models of the same kind, loaded; taken one after the other, so that a generator need not hold them all.
-        null: Statistics of further twins.
+        null: Scores of further twins.
         alarm_at: At which p there is an alarm.
         signals: By name.
 
@@ -141,7 +156,7 @@ def suspicion_of(
         if differ := kind.others(null.kind):
             raise ValueError(f"the null is of another kind of models: {'; '.join(differ)}")
         if null.kind.images_sha256 != kind.images_sha256:
-            warnings.append("the null's statistics are from other images: give the same ones, or p may not hold")
+            warnings.append("the null's scores are from other images: give the same ones, or p may not hold")
     findings = _read(model, images, signals, "the model")
     known = {own: "the model"} | {twin.weights_sha256: twin.name for twin in (null.twins if null else ())}
     if null and any(twin.weights_sha256 == own for twin in null.twins):
@@ -175,8 +190,7 @@ def _read(model: PreTrainedModel, images: RawImages, signals: Mapping[str, Signa
 def twin_of(name: str, digest: str, found: Mapping[str, Finding | str]) -> Twin:
     """A twin by what was found of it: its name, `weights_digest`, and by signal the finding or why there is none."""
     findings = {key: finding for key, finding in found.items() if isinstance(finding, Finding)}
-    statistics = {key: finding.statistic for key, finding in findings.items()}
-    return Twin(name, digest, statistics, {key: f.class_names[f.suspect_class] for key, f in findings.items()})
+    return Twin(name, digest, {key: tuple(finding.scores.tolist()) for key, finding in findings.items()})
 
 
 def twin_name(model: PreTrainedModel, number: int) -> str:

@@ -1,11 +1,11 @@
 """The study behind the hit and false-alarm rates of `check`: every model of a zoo, read as `check` reads a suspicious one.
 
-A zoo is a set of victims and twins in two groups, fixed before anything is measured: twins of the one, ``calibrate``, are the
-null, and models of the other, ``judge``, the suspects. Who chooses a signal or a setting by what a table says looks at the
-first alone. A cell is one model on one set of images and one seed, which draws them: test images, as `check` takes them, since
-even what the models were fine-tuned from has seen those that they hold out. It is read without twins, by the function that
-`check` calls; what its p would be beside the null follows from the rows (`verdicts`). Only when it has been read, ACC and ASR
-are measured.
+A zoo is a set of victims and twins in two groups: twins of the one, ``calibrate``, are the null, and models of the other,
+``judge``, the suspects. Who chooses a signal, a test or a setting by what a table says looks at the first alone, and what was
+looked at belongs there. A cell is one model on one set of images and one seed, which draws them: test images, as `check`
+takes them, since even what the models were fine-tuned from has seen those that they hold out. It is read without twins, by
+the function that `check` calls; what its p would be beside the null follows from the rows (`verdicts`). Only when it has been
+read, ACC and ASR are measured.
 """
 
 import inspect
@@ -123,20 +123,22 @@ class ZooRunner(Runner):
         """
         model = self.inputs.model(cell.victim).to(PartialState().device)
         planted, attack = self.inputs.record(cell.victim)["planted"], self._attack(cell.victim)
-        images = self.images(cell)
+        row = asdict(cell) | {"network": network_of(model)} | made_on() | self.reading(model, self.images(cell))
+        row |= {"attack": None, "label_map": None, "target": None, "poison_ratio": None}
+        if attack is not None:
+            target = None if attack.label_map == "all-to-all" else self.inputs.test.class_names[attack.target_label]
+            row |= {"attack": attack.name, "label_map": attack.label_map, "target": target}
+            row |= {"poison_ratio": planted["poison_ratio"]}
+        return row | rates(measure(model, self.inputs.test, preprocessing_of(model), attack))
+
+    def reading(self, model: PreTrainedModel, images: RawImages) -> dict[str, Any]:
+        """What `check` reads of a model on images: the columns of a row from ``retain_n`` to ``seconds_reading``."""
         started, seconds = time.perf_counter(), dict[str, float]()
         read = suspicion_of(model, images, signals={key: _timed(key, signal, seconds) for key, signal in self.signals.items()})
         all_seconds = time.perf_counter() - started
         findings = {key: finding_facts(found) | {"seconds": seconds.get(key)} for key, found in read.findings.items()}
-        row = asdict(cell) | {"network": network_of(model), "retain_n": len(images)} | made_on()
-        row |= {"kind": json.dumps(asdict(read.null.kind)), "weights_sha256": weights_digest(model)}
-        row |= {"findings": json.dumps(findings), "seconds_reading": all_seconds}
-        row |= {"attack": None, "label_map": None, "target": None, "poison_ratio": None}
-        if attack is not None:
-            target = None if attack.label_map == "all-to-all" else images.class_names[attack.target_label]
-            row |= {"attack": attack.name, "label_map": attack.label_map, "target": target}
-            row |= {"poison_ratio": planted["poison_ratio"]}
-        return row | rates(measure(model, self.inputs.test, preprocessing_of(model), attack))
+        row = {"retain_n": len(images), "kind": json.dumps(asdict(read.null.kind)), "weights_sha256": weights_digest(model)}
+        return row | {"findings": json.dumps(findings), "seconds_reading": all_seconds}
 
     def _attack(self, victim: str) -> Attack | None:
         return self.inputs.attack(victim) if self.inputs.record(victim)["planted"] else None

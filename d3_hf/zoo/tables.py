@@ -10,7 +10,7 @@ from ..assurance.calibration import ALARM_AT, twins_needed
 from ..benchmark.tables import UNKNOWN, framed
 from ..evaluation.metrics import Proportion
 from ..publishing.tables import markdown_table
-from .study import CALIBRATE
+from .study import CALIBRATE, JUDGE
 from .verdicts import (
     BACKDOORED,
     IN_VAIN,
@@ -21,6 +21,7 @@ from .verdicts import (
     alarm_rate,
     auroc,
     correlation,
+    of_half,
     read,
     signals_in,
     target_rate,
@@ -28,13 +29,14 @@ from .verdicts import (
 )
 
 LEGEND = (
-    "The null are the twins of the half `calibrate`; everything else is of the half `judge`, unless the column says otherwise. "
-    "Hit: a model with a backdoor gets p <= 0.05; false alarm: one without does; brackets: Wilson's 95 % interval. At target: "
-    "the class that stands out is the attacker's, of models whose backdoor has one target, with an alarm or without. Rank "
-    "correlation: Spearman's, of the statistic with the ASR, over all models in which a backdoor was planted; in the last row "
-    "of the order by which p compares models, as is AUROC there. Each row is a test of its own: of several, one is small by "
-    f"chance more often than it says, and only the last has one p for all. Models with an ASR below {100 * LEAST_ASR:.0f} are "
-    "planted in vain: neither with a backdoor nor without."
+    "The null are the twins of the half `calibrate`, on which the test was chosen; everything else is of the half `judge`, "
+    "unless the column says otherwise. AUROC: of how far a model stands out beside the twins; alone: of how far its class "
+    "stands out of its other classes, without twins. Hit: a model with a backdoor gets p <= 0.05; false alarm: one without "
+    "does; brackets: Wilson's 95 % interval. At target: the class that stands out is the attacker's, of models whose "
+    "backdoor has one target, with an alarm or without. Rank correlation: Spearman's, of how far a model stands out with "
+    "the ASR, over all models in which a backdoor was planted. Each row is a test of its own: of several, one is small by "
+    f"chance more often than it says, and only the last has one p for all. Models with an ASR below {100 * LEAST_ASR:.0f} "
+    "are planted in vain: neither with a backdoor nor without."
 )
 
 
@@ -57,19 +59,20 @@ def _of_zoo(rows: pandas.DataFrame) -> Iterator[str]:
     done, found = read(rows), verdicts(rows)
     if len(done):
         yield LEGEND
-    for (retain, seed), group in done.groupby(KEY, sort=False) if len(done) else ():
+    for (retain, seed), _ in done.groupby(KEY, sort=False) if len(done) else ():
         yield f"## {retain}, seed {seed:.0f}"
-        judged = found[(found["retain"] == retain) & (found["seed"] == seed)] if len(found) else found
+        of_both = found[(found["retain"] == retain) & (found["seed"] == seed)] if len(found) else found
+        judged = of_half(of_both, JUDGE)
         if not len(judged):
             yield "No p: there are no twins in the half `calibrate`, or no models in the half `judge`."
             continue
-        yield from [counts(group, judged), signals_table(group, judged), "### By kind of backdoor", plantings_table(judged)]
+        yield from [counts(judged), signals_table(of_both), "### By kind of backdoor", plantings_table(judged)]
         yield from exceptions(judged)
 
 
-def counts(done: pandas.DataFrame, found: pandas.DataFrame) -> str:
-    """How many models there are of which sort, and the seconds that reading one takes."""
-    seconds = done["seconds_reading"]
+def counts(found: pandas.DataFrame) -> str:
+    """How many models of `judge` there are of which sort, and the seconds that reading one takes."""
+    seconds = found["seconds_reading"]
     sorts = [f"{(found['state'] == state).sum()} {words}" for state, words in _SORTS.items()]
     twins, images = int(found["twins"].iloc[0]), json.loads(found["kind"].iloc[0])["images"]
     enough = "" if twins >= (needed := twins_needed(ALARM_AT)) else f" No alarm is possible: that takes {needed} twins."
@@ -82,24 +85,21 @@ def counts(done: pandas.DataFrame, found: pandas.DataFrame) -> str:
 _SORTS = {BACKDOORED: "with a backdoor", TRUSTED: "without", IN_VAIN: "planted in vain"}
 
 
-def signals_table(done: pandas.DataFrame, found: pandas.DataFrame) -> str:
-    """One line per signal, and one for all together.
-
-    Args:
-        done: Models of both halves, see `read`.
-        found: The suspects, see `verdicts`.
-    """
-    lines, calibrating = [], done[done["half"] == CALIBRATE]
-    for signal in signals_in(done):
-        column = f"statistic: {signal}"
-        seconds = [json.loads(findings)[signal].get("seconds") for findings in done["findings"]]
-        known = [one for one in seconds if one is not None]
-        area = [_number(auroc(calibrating, column)), _number(auroc(found, column))]
-        shown = f"{sum(known) / len(known):.1f}" if known else ""
-        lines.append([signal, *area, *_rates(found, signal), _number(correlation(found, column)), shown])
-    area = [UNKNOWN, _number(auroc(found, "place"))]
-    lines.append([f"**{TOGETHER}**", *area, *_rates(found, TOGETHER), _number(correlation(found, "place")), ""])
-    head = ["signal", "AUROC, calibrate", "AUROC", "hits", "false alarms", "at target", "rank correlation with ASR", "seconds"]
+def signals_table(found: pandas.DataFrame) -> str:
+    """One line per signal, and one for all together, of models of both halves, see `verdicts`."""
+    lines, judged = [], of_half(found, JUDGE)
+    for signal in [*signals_in(found), TOGETHER]:
+        column, alone, shown = f"farthest: {signal}", UNKNOWN, ""
+        if signal != TOGETHER:
+            seconds = [json.loads(findings)[signal].get("seconds") for findings in found["findings"]]
+            known = [one for one in seconds if one is not None]
+            shown = f"{sum(known) / len(known):.1f}" if known else ""
+            alone = _number(auroc(judged, f"statistic: {signal}"))
+        area = [alone, _number(auroc(of_half(found, CALIBRATE), column)), _number(auroc(judged, column))]
+        name = f"**{signal}**" if signal == TOGETHER else signal
+        lines.append([name, *area, *_rates(judged, signal), _number(correlation(judged, column)), shown])
+    areas = ["AUROC alone", "AUROC, calibrate", "AUROC"]
+    head = ["signal", *areas, "hits", "false alarms", "at target", "rank correlation with ASR", "seconds"]
     return markdown_table(head, lines)
 
 
@@ -133,7 +133,7 @@ def exceptions(found: pandas.DataFrame) -> list[str]:
     vain = found[found["state"] == IN_VAIN]
     said = []
     if len(false):
-        named = [f"{_named(row)} by {row['leading']}, {row[f'suspect: {TOGETHER}']}" for _, row in false.iterrows()]
+        named = [f"{_named(row)} for {row[f'beside: {TOGETHER}']}" for _, row in false.iterrows()]
         said.append(f"False alarms: {'; '.join(named)}.")
     if len(vain):
         said.append(f"Planted in vain: {', '.join(f'{row.victim} (ASR {100 * row.asr:.1f})' for row in vain.itertuples())}.")

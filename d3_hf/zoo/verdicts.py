@@ -1,8 +1,9 @@
 """What `check` would have said of each model of a zoo, from the rows of its cells alone.
 
 The twins of the half `calibrate` are the null of one kind, on one set of images and seed; each model of the half `judge` is a
-suspect beside them, by the very test of `check` (`inspection.suspicion`). With t = (highest rank, farthest z) of
-`assurance.calibration`, by which p compares models, suspects have an order that is finer than their p.
+suspect beside them, by the very test of `check` (`inspection.suspicion`). With x and t of `assurance.calibration`, by which p
+compares models, suspects have an order that is finer than their p. The models of `calibrate`, on which the test was chosen, are
+compared with the same twins, each twin with the others: beside the rates of `judge` they show what choosing gained.
 """
 
 import json
@@ -13,7 +14,7 @@ import numpy as np
 import pandas
 from scipy.stats import spearmanr
 
-from ..assurance.calibration import ALARM_AT, standing, twins_needed
+from ..assurance.calibration import ALARM_AT, twins_needed
 from ..assurance.finding import Finding
 from ..benchmark.tables import split
 from ..evaluation.metrics import Proportion
@@ -99,47 +100,51 @@ def _check_kind(row: pandas.Series, kind: Kind) -> None:
 
 
 def verdicts(rows: pandas.DataFrame) -> pandas.DataFrame:
-    """What the test says of each suspect.
+    """What the test says of each model, a twin of the null beside the others.
 
     Args:
         rows: The content of a zoo's ``results.parquet``.
 
     Returns:
-        As `read`, the half `judge`; with ``p: S`` of each signal, NaN where it could not be compared; ``p: all together``,
-        which raises the ``alarm`` at 0.05; ``twins``, how many it is from, and ``signals``, of which; ``place``, the order of
-        suspects by t, of equal ones the same; the signal ``leading``, by which the model stands out most, and ``suspect: all
-        together``, the class that does by it. Empty where there are no twins to compare with, or no suspects.
+        As `read`; with ``p: S`` of each signal, ``farthest: S``, its x, and ``beside: S``, the class that stands out of the
+        twins, NaN or None where it could not be compared; the same of ``all together``, whose p raises the ``alarm`` at 0.05;
+        ``twins``, how many it is from, and ``signals``, of which. Empty where there are no twins to compare with.
 
     Raises:
         ValueError: Models are of different kinds, or see `Null`.
     """
     found, done = [], read(rows)
     for _, group in done.groupby(KEY, sort=False) if len(done) else ():
-        null = null_of(group)
-        suspects = group[group["half"] == JUDGE]
-        if null is None or not len(suspects):
+        if (null := null_of(group)) is None:
             continue
-        judged = [_verdict(row, null) for _, row in suspects.iterrows()]
-        places = sorted({one["t"] for one in judged})
-        found += [one | {"place": places.index(one.pop("t"))} for one in judged]
+        found += [_verdict(row, null) for _, row in group.iterrows()]
     return pandas.DataFrame(found)
 
 
 def _verdict(row: pandas.Series, null: Null) -> dict[str, Any]:
     _check_kind(row, null.kind)
-    said = Suspicion(findings_of(row), null, ALARM_AT)
-    names = said.compared
-    one = row.to_dict() | {f"p: {signal}": said.p_values.get(signal, math.nan) for signal in said.findings}
-    one |= {f"p: {TOGETHER}": math.nan if said.p is None else said.p, "alarm": said.verdict.alarm}
-    one |= {"twins": len(null.twins), "signals": json.dumps(sorted(names)), "t": (0.0, -math.inf)}
-    one |= {"leading": None, f"suspect: {TOGETHER}": None}
+    others = tuple(twin for twin in null.twins if twin.weights_sha256 != row["weights_sha256"])
+    said = Suspicion(findings_of(row), Null(null.kind, others), ALARM_AT)
+    names, facts = said.compared, said.as_dict()
+    one = row.to_dict() | {"twins": len(others), "signals": json.dumps(sorted(names)), "alarm": facts["alarm"]}
+    for name in [*said.findings, TOGETHER]:
+        one |= {f"p: {name}": math.nan, f"farthest: {name}": math.nan, f"beside: {name}": None}
+    for name in names:
+        signal = facts["signals"][name]
+        one |= {
+            f"p: {name}": signal["p"],
+            f"farthest: {name}": max(signal["z"]),
+            f"beside: {name}": signal["class_beside_twins"],
+        }
     if names:
-        values = [[twin.statistics[name] for name in names] for twin in null.twins]
-        ranks, z = (part[0] for part in standing([said.findings[name].statistic for name in names], values))
-        leading = max(range(len(names)), key=lambda s: (ranks[s], z[s]))
-        one |= {"t": (float(ranks.max()), float(z.max())), "leading": names[leading]}
-        one[f"suspect: {TOGETHER}"] = row[f"suspect: {names[leading]}"]
+        one |= {f"p: {TOGETHER}": facts["p"], f"farthest: {TOGETHER}": float(said.class_z.sum(0).max())}
+        one[f"beside: {TOGETHER}"] = facts["suspect_class"]
     return one
+
+
+def of_half(found: pandas.DataFrame, half: str) -> pandas.DataFrame:
+    """The rows of one half, ``calibrate`` or ``judge``, of a table that may be empty."""
+    return found[found["half"] == half] if len(found) else found
 
 
 def auroc(frame: pandas.DataFrame, score: str) -> float:
@@ -163,8 +168,8 @@ def alarm_rate(found: pandas.DataFrame, state: str, signal: str = TOGETHER) -> P
 
 def target_rate(found: pandas.DataFrame, signal: str = TOGETHER) -> Proportion | None:
     """Of how many models with a backdoor to one class that class stands out; with an alarm or without. None of no models."""
-    chosen = found[(found["state"] == BACKDOORED) & found["target"].notna() & found[f"suspect: {signal}"].notna()]
-    return Proportion(int((chosen[f"suspect: {signal}"] == chosen["target"]).sum()), len(chosen)) if len(chosen) else None
+    chosen = found[(found["state"] == BACKDOORED) & found["target"].notna() & found[f"beside: {signal}"].notna()]
+    return Proportion(int((chosen[f"beside: {signal}"] == chosen["target"]).sum()), len(chosen)) if len(chosen) else None
 
 
 def correlation(found: pandas.DataFrame, score: str) -> float:
@@ -179,12 +184,12 @@ def correlation(found: pandas.DataFrame, score: str) -> float:
 
 
 def measured(found: pandas.DataFrame) -> list[MeasuredRates]:
-    """The rates of the test by all signals, for `check` to look up: of each set of images and number of them.
+    """The rates of the test by all signals on the half `judge`, for `check` to look up: of each set of images.
 
     Left out are those that were not made by the same signals throughout, those without both sorts of models, and those of too
     few twins for an alarm. Of several seeds `check` takes the first.
     """
-    rates = []
+    rates, found = [], of_half(found, JUDGE)
     for _, group in found.groupby(KEY, sort=False) if len(found) else ():
         hits, false_alarms = alarm_rate(group, BACKDOORED), alarm_rate(group, TRUSTED)
         kind, first = _kind(group.iloc[0]), group.iloc[0]

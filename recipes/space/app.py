@@ -7,6 +7,7 @@ It reads the ``*.parquet`` files in ``results/`` beside this file, as `d3-hf ben
 """
 
 import math
+from operator import methodcaller
 from pathlib import Path
 
 import matplotlib
@@ -68,7 +69,7 @@ def lines(rows: pandas.DataFrame) -> pandas.DataFrame:
     names = rows["defence"] + (" " + said).fillna("")
     keyed = rows.assign(**{"method": names, "retain set": rows["retain"].fillna("")})
     grouped = keyed.reindex(columns=[*keyed, *set(RATES.values()) - set(keyed)]).groupby(KEYS, sort=False)
-    found = 100 * pandas.DataFrame({name: grouped[key].mean(skipna=False) for name, key in RATES.items()})
+    found = 100 * pandas.DataFrame({name: grouped[key].agg(methodcaller("mean", skipna=False)) for name, key in RATES.items()})
     found = found.round(1).assign(**{name: grouped[key].min() for name, key in IMAGES.items()})
     found.insert(0, "seeds", grouped["seed"].nunique().astype("Int64").replace(0, pandas.NA))
     found = found.reset_index()

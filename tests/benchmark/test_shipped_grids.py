@@ -9,9 +9,10 @@ from d3_hf.benchmark.grid import Grid, read_grid
 from d3_hf.benchmark.relearning_study import RelearningGrid
 from d3_hf.benchmark.study import StudyGrid
 from d3_hf.victims.sets import read_set
+from d3_hf.zoo.after import AfterGrid
 from d3_hf.zoo.study import ZooGrid
 
-KINDS = {"auto": StudyGrid, "zoo": ZooGrid, "encoders": EncoderGrid, "relearning": RelearningGrid}
+KINDS = {"auto": StudyGrid, "zoo": ZooGrid, "after": AfterGrid, "encoders": EncoderGrid, "relearning": RelearningGrid}
 GRIDS = sorted((RECIPES / "grids").glob("*.yaml"))
 
 

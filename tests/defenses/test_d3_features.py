@@ -135,7 +135,7 @@ def test_features_move_away(tmp_path):
         with torch.no_grad():
             pairs = [features_of(model.eval(), pixels)[1] for model in (made.model, tiny_vit())]
         moved[distance] = feature_distances(*pairs).mean()
-    assert moved["both"] > 2 * moved["weights"]
+    assert moved["both"] > moved["weights"] + 0.3
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -104,7 +104,7 @@ def test_the_repulsion_minimises_that_loss(tmp_path):
 
 @pytest.mark.parametrize("epochs", [1, 30])
 def test_the_class_is_forgotten_or_the_passes_end(tmp_path, epochs):
-    options = dict(repulsion_epochs=epochs, learning_rate=0.05 if epochs > 1 else 1e-6, repulsion_margin=50.0)
+    options = dict(repulsion_epochs=epochs, learning_rate=0.1 if epochs > 1 else 1e-6, repulsion_margin=50.0)
     trainer = trainer_of(tmp_path, **options)
     found = trainer.repel(2)
     rows = [row for row, sample in enumerate(SAMPLES) if sample["labels"] == 2]

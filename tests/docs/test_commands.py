@@ -11,7 +11,7 @@ from places import ROOT
 
 from d3_hf.benchmark import cells
 from d3_hf.commands import COMMANDS
-from d3_hf.commands.benchmark import run_encoders, run_relearning, run_study, run_zoo
+from d3_hf.commands.benchmark import run_after, run_encoders, run_relearning, run_study, run_zoo
 from d3_hf.commands.launch import take_launch
 from d3_hf.options.arguments import DataArguments, ModelArguments
 from d3_hf.options.parser import Parser
@@ -22,7 +22,7 @@ SHOWN = [(file.stem, argv) for file in (README, *PAGES, *CARDS) for argv in comm
 RECIPES = {"d3_vit.py": "purify", "d3_resnet.py": "purify", "make_victim.py": "victim", "benchmark.py": "benchmark"}
 RECIPES |= {"purify.sh": "purify", "benchmark.sh": "benchmark"}
 STUDIES = {"assurance_study.py": run_zoo, "auto_study.py": run_study}
-STUDIES |= {"encoder_study.py": run_encoders, "relearning_study.py": run_relearning}
+STUDIES |= {"encoder_study.py": run_encoders, "relearning_study.py": run_relearning, "after_study.py": run_after}
 DRILLS = {"d3_vit.py": "fire_drill_vit", "d3_resnet.py": "fire_drill_resnet"}  # what a recipe runs without arguments
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from shortcut import TARGET, classifier, network, pictures
 
-from d3_hf.assurance.calibration import combined_p, own_classes_p
+from d3_hf.assurance.calibration import class_z, combined_p, own_classes_p
 from d3_hf.assurance.finding import Finding
 from d3_hf.assurance.head_rows import head_rows
 from d3_hf.assurance.latent_shift import latent_shift
@@ -28,8 +28,8 @@ def twin(seed):
 
 @pytest.fixture(scope="module")
 def found():
-    """A network with a shortcut beside four without one."""
-    return suspicion_of(classifier(network(20)), IMAGES, map(twin, range(2, 6)), alarm_at=0.2, signals=QUICK)
+    """A network with a shortcut beside nine without one."""
+    return suspicion_of(classifier(network(20)), IMAGES, map(twin, range(2, 11)), alarm_at=0.1, signals=QUICK)
 
 
 def renamed():
@@ -44,32 +44,41 @@ def test_signals_carry_their_own_names():
 
 def test_a_planted_shortcut_stands_out_of_the_twins(found):
     facts = found.as_dict()
-    assert facts["alarm"] and facts["outcome"] == "alarm at p = 0.2 (4 twins)"
-    assert (facts["p"], facts["least_p"]) == (0.2, 0.2)
+    assert facts["alarm"] and facts["outcome"] == "alarm at p = 0.1 (9 twins)"
+    assert (facts["p"], facts["least_p"]) == (0.1, 0.1)
     for name in QUICK:
-        assert facts["signals"][name]["suspect_class"] == f"class {TARGET}" and facts["signals"][name]["p"] == 0.2
-        assert len(facts["signals"][name]["scores"]) == len(IMAGES.class_names)
-        alike = [f"class {TARGET}" == one.suspect_classes[name] for one in found.null.twins]
-        assert facts["signals"][name]["twins_alike"] == sum(alike)
-    assert facts["twins"] == ["twin 1", "twin 2", "twin 3", "twin 4"] and not facts["warnings"]
+        assert facts["signals"][name]["suspect_class"] == f"class {TARGET}" and facts["signals"][name]["p"] == 0.1
+        assert facts["signals"][name]["class_beside_twins"] == f"class {TARGET}"
+        assert len(facts["signals"][name]["scores"]) == len(facts["signals"][name]["z"]) == len(IMAGES.class_names)
+    assert facts["suspect_class"] == f"class {TARGET}"
+    assert facts["twins"] == [f"twin {number}" for number in range(1, 10)] and not facts["warnings"]
 
 
-def test_p_is_that_of_the_statistics(found):
-    assert found.findings["head_rows"].statistic == head_rows(classifier(network(20)), IMAGES).statistic
-    twins = [[head_rows(twin(s), IMAGES).statistic, latent_shift(twin(s), IMAGES).statistic] for s in range(2, 6)]
-    assert [list(one.statistics.values()) for one in found.null.twins] == twins
-    assert found.p == combined_p([found.findings[name].statistic for name in QUICK], twins)
+def test_p_is_that_of_the_scores(found):
+    read = [[signal(classifier(network(20)), IMAGES).scores for signal in QUICK.values()]]
+    read += [[signal(twin(seed), IMAGES).scores for signal in QUICK.values()] for seed in range(2, 11)]
+    assert [list(one.scores.values()) for one in found.null.twins] == [[tuple(row) for row in one] for one in read[1:]]
+    assert found.p == combined_p(read[0], read[1:])
+    z = class_z(read[0], read[1:])[0]
+    for s, name in enumerate(QUICK):
+        assert found.p_values[name] == combined_p(read[0][s][None], np.array(read[1:])[:, s, None])
+        assert found.as_dict()["signals"][name]["z"] == z[s].tolist()
 
 
 def test_the_models_own_other_classes_are_a_null_too(found):
     facts = found.as_dict()["signals"]
     for name in QUICK:
         assert facts[name]["p_own_classes"] == own_classes_p(found.findings[name].scores) < 0.01
-        assert f"against its own other classes p = {facts[name]['p_own_classes']:.2g}, as if" in signal_line(
-            name, facts[name], 4
+        line = signal_line(name, facts[name])
+        assert f"against its own other classes p = {facts[name]['p_own_classes']:.2g}, as if" in line
+        assert line.startswith(
+            f'{name}: "class {TARGET}" stands out of the twins most, z = {max(facts[name]["z"]):.3g}, p = 0.1'
         )
     few = suspicion_of(classifier(network(20)), IMAGES, signals=QUICK).as_dict()["signals"]["head_rows"]
-    assert few["p"] is None and few["p_own_classes"] == facts["head_rows"]["p_own_classes"]  # which needs no twins
+    assert (
+        few["p"] is few["z"] is few["class_beside_twins"] is None
+        and few["p_own_classes"] == facts["head_rows"]["p_own_classes"]
+    )  # which needs no twins
 
 
 def test_without_twins_there_is_no_p():
@@ -80,17 +89,17 @@ def test_without_twins_there_is_no_p():
 
 def test_too_few_twins_cannot_alarm(found):
     few = suspicion_of(classifier(network(20)), IMAGES, null=found.null, signals=QUICK)
-    assert not few.verdict.alarm and few.p == 0.2
-    assert few.verdict.words == "no alarm possible at this power: 4 twins give p >= 0.2; 19 are needed for 0.05"
+    assert not few.verdict.alarm and few.p == 0.1
+    assert few.verdict.words == "no alarm possible at this power: 9 twins give p >= 0.1; 19 are needed for 0.05"
 
 
 def test_a_null_that_was_saved_gives_the_same(found, tmp_path):
     file = tmp_path / "made" / "null.json"
     found.null.write(file)
-    again = suspicion_of(classifier(network(20)), IMAGES, null=read_null(file), alarm_at=0.2, signals=QUICK)
+    again = suspicion_of(classifier(network(20)), IMAGES, null=read_null(file), alarm_at=0.1, signals=QUICK)
     assert again.as_dict() == found.as_dict() and read_null(file) == found.null
-    more = suspicion_of(classifier(network(20)), IMAGES, [twin(9)], read_null(file), 0.2, QUICK)
-    assert len(more.null.twins) == 5 and more.as_dict()["least_p"] == 1 / 6
+    more = suspicion_of(classifier(network(20)), IMAGES, [twin(11)], read_null(file), 0.1, QUICK)
+    assert len(more.null.twins) == 10 and more.as_dict()["least_p"] == 1 / 11
 
 
 @pytest.mark.parametrize(
@@ -112,7 +121,7 @@ def test_a_null_of_another_kind_is_refused(found, tmp_path, change, message):
 
 def test_a_null_of_other_images_is_warned_of(found):
     facts = suspicion_of(classifier(network(20)), pictures(seed=1), null=found.null, signals=QUICK).as_dict()
-    assert facts["warnings"] == ["the null's statistics are from other images: give the same ones, or p may not hold"]
+    assert facts["warnings"] == ["the null's scores are from other images: give the same ones, or p may not hold"]
 
 
 @pytest.mark.parametrize(
@@ -121,15 +130,17 @@ def test_a_null_of_other_images_is_warned_of(found):
         ("[]", r"null.json is no null of twins \(it is no mapping\)"),
         ('{"schema": 1, "kind": {}, "twins": []}', "no kind.architecture"),
         ('{"schema": "urn:d3_hf:null:9", "kind": KIND, "twins": []}', "no null of twins of this version"),
-        ('{"schema": "urn:d3_hf:null:2", "kind": KIND, "twins": [{"name": 1}]}', "--save_null FILE.json"),
-        ('{"schema": "urn:d3_hf:null:2", "kind": KIND, "twins": [TWIN, TWIN]}', "a and a are the same model"),
-        ('{"schema": "urn:d3_hf:null:2", "kind": KIND, "twins": [NAN]}', "a statistic is not finite"),
+        ('{"schema": "urn:d3_hf:null:3", "kind": KIND, "twins": [{"name": 1}]}', "--save_null FILE.json"),
+        ('{"schema": "urn:d3_hf:null:3", "kind": KIND, "twins": [TWIN, TWIN]}', "a and a are the same model"),
+        ('{"schema": "urn:d3_hf:null:3", "kind": KIND, "twins": [NAN]}', "a score is not finite"),
+        ('{"schema": "urn:d3_hf:null:3", "kind": KIND, "twins": [LONG]}', "a has 2 scores of head_rows for 1 classes"),
     ],
 )
 def test_a_damaged_null_is_one_line(tmp_path, content, message):
     kind = json.dumps(asdict(Kind("a", 1, ("x",), 2, "0")))
-    one = Twin("a", "0", {"head_rows": 1.0}, {"head_rows": "x"})
+    one = Twin("a", "0", {"head_rows": (1.0,)})
     text = content.replace("KIND", kind).replace("TWIN", json.dumps(asdict(one)))
+    text = text.replace("LONG", json.dumps(asdict(Twin("a", "0", {"head_rows": (1.0, 2.0)}))))
     (tmp_path / "null.json").write_text(text.replace("NAN", json.dumps(asdict(one)).replace("1.0", "NaN")))
     with pytest.raises(ValueError, match=message) as caught:
         read_null(tmp_path / "null.json")
@@ -200,6 +211,6 @@ def test_nothing_of_the_model_changes():
 
 
 def test_the_same_twin_twice_is_no_null():
-    one = Twin("a", "0", {}, {})
+    one = Twin("a", "0", {})
     with pytest.raises(ValueError, match="are the same model"):
         Null(Kind("a", 1, ("x",), 2, "0"), (one, one))

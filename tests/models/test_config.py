@@ -128,8 +128,9 @@ def test_arguments_of_timm_that_load_something_else(timm_folder, tmp_path, entry
 @pytest.fixture
 def timm_export(tmp_path):
     """A folder that timm wrote, and its network."""
-    network = timm.create_model("vit_tiny_patch16_224", num_classes=10, **TIMM_VIT).eval()
-    save_for_hf(network, tmp_path, safe_serialization="both")
+    arguments, size = TIMM_VIT | {"num_classes": 10}, {"input_size": (3, TIMM_VIT["img_size"], TIMM_VIT["img_size"])}
+    network = timm.create_model("vit_tiny_patch16_224", pretrained_cfg_overlay=size, **arguments).eval()
+    save_for_hf(network, tmp_path, model_args=arguments, safe_serialization="both")
     return tmp_path, network
 
 

@@ -133,7 +133,7 @@ def test_an_encoder_that_does_not_load_says_why(name, tmp_path):
 def test_a_timm_network_without_classes(architecture, arguments, size, tmp_path):
     torch.manual_seed(0)
     body = timm.create_model(architecture, num_classes=0, **arguments)
-    save_for_hf(body, tmp_path, safe_serialization=True)
+    save_for_hf(body, tmp_path, model_args=arguments | {"num_classes": 0}, safe_serialization=True)
     settings = json.loads((tmp_path / "config.json").read_text())
     settings["pretrained_cfg"] |= {"input_size": [3, size, size]}
     (tmp_path / "config.json").write_text(json.dumps(settings))
@@ -215,8 +215,9 @@ def test_a_body_layer_with_as_many_outputs_as_classes_is_no_head(tmp_path):
 
 
 def test_a_network_with_two_heads_is_refused(tmp_path):
-    network = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=0, img_size=SIZE, **SMALL)
-    save_for_hf(network, tmp_path, safe_serialization=True)
+    arguments = SMALL | {"img_size": SIZE, "num_classes": 0}
+    network = timm.create_model("deit_tiny_distilled_patch16_224", **arguments)
+    save_for_hf(network, tmp_path, model_args=arguments, safe_serialization=True)
     with pytest.raises(ValueError, match="4 missing: .*timm_model.head_dist.weight"):
         load_classifier(tmp_path, new_head=NAMES)
 
@@ -329,7 +330,7 @@ def test_the_position_embeddings_of_timm_are_resampled(kind, tmp_path):
     torch.manual_seed(0)
     body = timm.create_model("vit_small_patch14_dinov2", num_classes=0, **DINO)
     if kind == "folder":
-        save_for_hf(body, tmp_path, safe_serialization=True)
+        save_for_hf(body, tmp_path, model_args=DINO | {"num_classes": 0}, safe_serialization=True)
         model = load_classifier(tmp_path, new_head=NAMES, image_size=28)
     else:
         path, options = saved(tmp_path, body.state_dict()), {"architecture": "vit_small_patch14_dinov2", "model_args": SMALL}

@@ -50,13 +50,13 @@ def refusing(model, images):
 
 @pytest.fixture(scope="module")
 def found():
-    images, models = pictures(), [classifier(network(20)), classifier(network(seed=2)), classifier(network(seed=3))]
+    images, models = pictures(), [classifier(network(20)), *(classifier(network(seed=seed)) for seed in range(2, 11))]
     images = RawImages(images.images, images.labels, HOSTILE)
     for model in models:
         set_label_names(model.config, HOSTILE)
     model, *twins = models
     signals = {"head_rows": head_rows, "with_trigger": with_trigger, "unfit": refusing}
-    found = check(model, images, twins=twins, alarm_at=0.4, signals=signals, defences=["rnp"])
+    found = check(model, images, twins=twins, alarm_at=0.1, signals=signals, defences=["rnp"])
     return replace(found, images={"data": "some images", "configuration": None, "split": "test"})
 
 
@@ -75,7 +75,7 @@ def test_the_object_is_as_the_schema_says(found):
     jsonschema.Draft202012Validator.check_schema(checked)
     jsonschema.validate(facts, checked)
     assert facts["schema"] == checked["$id"]
-    for spoilt in (facts | {"more": 1}, facts | {"schema": "urn:d3_hf:check:2"}, facts | {"suspicion": {}}):
+    for spoilt in (facts | {"more": 1}, facts | {"schema": "urn:d3_hf:check:1"}, facts | {"suspicion": {}}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(spoilt, checked)
 
@@ -111,11 +111,12 @@ def test_the_text_cannot_steer_a_terminal(found):
     text = check_text(found.as_dict())
     assert "\x1b" not in text and all(ord(letter) >= 32 or letter == "\n" for letter in text)
     lines = text.splitlines()
-    assert lines[-1] == found.suspicion.verdict.words == "alarm at p = 0.333 (2 twins)"
+    assert lines[-1] == found.suspicion.verdict.words == "alarm at p = 0.1 (9 twins)"
     assert [line for line in lines if line and not line.startswith(" ")][1:-1] == [
         "files", "fit", "cost on this machine", "suspicion", "limits"
     ]  # fmt: skip
-    assert any(line.startswith('  head_rows: "\\u00e4" stands out most, statistic ') for line in lines)
+    assert any(line.startswith('  head_rows: "\\u00e4" stands out of the twins most, z = ') for line in lines)
+    assert '  all signals together: "\\u00e4" stands out of the twins most, p = 0.1' in lines
     assert "  unfit: not applicable: not on <this> network" in lines
 
 

@@ -8,10 +8,10 @@ import pandas
 import pytest
 import yaml
 from places import RECIPES
-from tiny import FAST, NEW_VIT
+from tiny_zoo import JUDGE, QUICK, make_zoo
 
+from d3_hf.assurance.calibration import ALARM_AT, twins_needed
 from d3_hf.assurance.head_rows import head_rows
-from d3_hf.assurance.latent_shift import latent_shift
 from d3_hf.assurance.signals import SIGNALS
 from d3_hf.attacks import ATTACKS
 from d3_hf.benchmark.cells import CELL, Cell, cells_of
@@ -23,35 +23,16 @@ from d3_hf.inspection.suspicion import suspicion_of, weights_digest
 from d3_hf.models.source import preprocessing_of
 from d3_hf.options.arguments import DataArguments
 from d3_hf.options.parser import parse_arguments
-from d3_hf.victims.sets import KINDS, make_set, read_set
+from d3_hf.victims.sets import KINDS, read_set
 from d3_hf.victims.train import images_digest
 from d3_hf.zoo import verdicts
 from d3_hf.zoo.study import ZooGrid, ZooRunner, settings_of
-
-QUICK = {"head_rows": head_rows, "latent_shift": latent_shift}
-NETWORK = NEW_VIT | FAST | {"dataset_name": "digits", "retain_count": 60, "max_test_images": 40}
-CALIBRATE = {"twin-1": {"seed": 1}, "twin-2": {"seed": 2}}
-JUDGE = {
-    "twin-3": {"seed": 4},
-    "badnets-2": {"seed": 5, "attack": {"name": "badnets", "target_label": 4}},
-    "all_to_all-1": {"seed": 6, "attack": {"name": "badnets", "label_map": "all-to-all"}},
-}
 
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
     """The file of a zoo's grid, its models made."""
-    folder = tmp_path_factory.mktemp("zoo")
-    groups = {"zoo-calibrate": CALIBRATE, "zoo-judge": JUDGE, "spare": {"twin-9": {}}}
-    content = {name: {"base": NETWORK, "victims": victims} for name, victims in groups.items()}
-    content = {"output_dir": str(folder / "victims"), "groups": content}
-    (folder / "set.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    make_set(["--set", str(folder / "set.yaml"), "--only", "zoo-*"])
-    content = {"output_dir": str(folder / "out"), "dataset_name": "digits", "set": str(folder / "set.yaml")}
-    content |= {"victims_dir": str(folder / "victims"), "held_out": 60, "seeds": [0]}
-    content |= {"retain": {"80 images": {"count": 80}}}
-    (folder / "zoo.yaml").write_text(yaml.safe_dump(content))
-    return folder / "zoo.yaml"
+    return make_zoo(tmp_path_factory.mktemp("zoo"))
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +60,7 @@ def test_a_zoo_that_is_stopped_goes_on_and_its_tables_follow_from_the_rows_alone
     found = run_zoo([str(zoo)])
     files, shown = cell_files(zoo), capsys.readouterr().out
     assert len(files) == 5 and first.items() <= files.items()
-    assert found["victim"].tolist() == [f"zoo-judge/{name}" for name in JUDGE]
+    assert found.loc[found["half"] == "judge", "victim"].tolist() == [f"zoo-judge/{name}" for name in JUDGE]
     written = pandas.read_parquet(zoo.parent / "out" / "verdicts.parquet")
     assert written["p: all together"].tolist() == found["p: all together"].tolist()
 
@@ -106,6 +87,7 @@ def test_a_cell_is_what_check_reads_and_what_is_true(zoo):
         for signal, finding in said.findings.items():
             assert row[f"statistic: {signal}"] == finding.statistic and row[f"p: {signal}"] == said.p_values[signal]
             assert row[f"suspect: {signal}"] == finding.class_names[finding.suspect_class]
+        assert row["beside: all together"] == said.suspect_class
     rows, model = rows_of(zoo), runner.inputs.model("zoo-judge/badnets-2")
     row = rows.loc["zoo-judge/badnets-2"]
     truth = measure(model, runner.inputs.test, preprocessing_of(model), runner.inputs.attack("zoo-judge/badnets-2"))
@@ -115,15 +97,8 @@ def test_a_cell_is_what_check_reads_and_what_is_true(zoo):
     assert all(facts["seconds"] > 0 for facts in json.loads(row["findings"]).values())
     assert rows.loc["zoo-judge/all_to_all-1", "target"] is None or pandas.isna(rows.loc["zoo-judge/all_to_all-1", "target"])
     twin = rows.loc["zoo-judge/twin-3"]
-    assert (
-        pandas.isna(twin["attack"])
-        and math.isnan(twin["asr"])
-        and rows["half"].value_counts().to_dict()
-        == {
-            "calibrate": 2,
-            "judge": 3,
-        }
-    )
+    assert pandas.isna(twin["attack"]) and math.isnan(twin["asr"])
+    assert rows["half"].value_counts().to_dict() == {"calibrate": 2, "judge": 3}
 
 
 def test_a_model_that_cannot_be_read_is_a_row_with_its_error_and_the_others_go_on(zoo, capsys):
@@ -210,7 +185,7 @@ def test_the_table_of_a_benchmark_is_none_of_a_zoo(tmp_path):
 
 
 def test_the_shipped_zoo_is_what_its_grid_needs():
-    """Two halves of the same schedules, enough twins for an alarm, no seed twice, every kind of backdoor in both."""
+    """Two halves of the same schedules, enough twins for an alarm, no seed twice, all kinds of backdoors in the judging one."""
     grid = read_grid(str(RECIPES / "grids" / "zoo.yaml"), ZooGrid)
     victims = read_set(str(RECIPES / "zoo.yaml"))
     assert list(victims) == grid.victims == list(dict.fromkeys(grid.victims)) and len(cells_of(grid)) == len(victims)
@@ -228,8 +203,9 @@ def test_the_shipped_zoo_is_what_its_grid_needs():
             assert victim.poison_ratio <= 0.9 / len(options["class_names"])
     seeds = [options["seed"] for options in victims.values()]
     assert len(set(seeds)) == len(seeds)
-    assert all(kinds[half].count("twin") == 20 for half in kinds) and set(kinds["calibrate"]) == set(kinds["judge"])
-    assert len(kinds["judge"]) == 45 and len(kinds["calibrate"]) == 32
+    assert kinds["calibrate"].count("twin") == 32 >= twins_needed(ALARM_AT) and kinds["judge"].count("twin") == 8
+    assert set(kinds["judge"]) == set(kinds["calibrate"]) | {"sam"}  # hardened ones came later
+    assert len(kinds["judge"]) == 29 and len(kinds["calibrate"]) == 48
     assert len(set(map(frozenset, schedules.values()))) == 1
     wanted = {"badnets", "blended", "wanet", "lf", "sig", "input_aware", "ssba_lite", "lc_lite"}
     assert {attack.name for attack in planted["judge"] if attack} == wanted <= ATTACKS.keys()

@@ -23,7 +23,7 @@ def check_page(found: dict[str, Any], triggers: Triggers) -> str:
     """
     names = found["fit"]["classes"]
     figures = {
-        name: bars(signal["scores"], names, signal["suspect_class"])
+        name: bars(signal["z"] or signal["scores"], names, signal["class_beside_twins"] or signal["suspect_class"])
         for name, signal in found["suspicion"]["signals"].items()
         if "scores" in signal
     }

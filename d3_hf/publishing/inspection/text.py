@@ -15,6 +15,7 @@ from .words import (
     recall_line,
     relearning_lines,
     signal_line,
+    together_lines,
 )
 
 MOST_CLASSES = 12  # in a text, those whose recall changed most
@@ -23,10 +24,9 @@ MOST_CLASSES = 12  # in a text, those whose recall changed most
 def check_text(found: dict[str, Any]) -> str:
     """The report of a check, from `Check.as_dict`."""
     model, suspicion, names = found["model"], found["suspicion"], found["fit"]["classes"]
-    twins = len(suspicion["twins"])
-    signals = []
+    signals = together_lines(suspicion)
     for name, signal in suspicion["signals"].items():
-        signals.append(signal_line(name, signal, twins))
+        signals.append(signal_line(name, signal))
         if "scores" in signal:
             signals.append(f"  highest scores: {highest(signal, names)}")
     return "\n".join(

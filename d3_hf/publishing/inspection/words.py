@@ -85,15 +85,25 @@ def cost_line(cost: dict[str, Any]) -> str:
     )
 
 
-def signal_line(name: str, found: dict[str, Any], twins: int) -> str:
+def signal_line(name: str, found: dict[str, Any]) -> str:
     """What one signal says, see `inspection.suspicion.Suspicion.as_dict`."""
     if "not_applicable" in found:
         return f"{name}: not applicable: {found['not_applicable']}"
-    line = f"{name}: {quoted(found['suspect_class'])} stands out most, statistic {found['statistic']:.3g}"
-    if twins:
-        p = "" if found["p"] is None else f", p = {found['p']:.3g} by itself"
-        line = f"{line}{p}; so it does on {found['twins_alike']} of {twins} twins"
-    return f"{line}; {own_classes_words(found)}"
+    own = f"{quoted(found['suspect_class'])} stands out of the model's classes most, statistic {found['statistic']:.3g}"
+    own = f"{own}; {own_classes_words(found)}"
+    if found["z"] is None:
+        return f"{name}: {own}"
+    leading = f"{quoted(found['class_beside_twins'])} stands out of the twins most, z = {max(found['z']):.3g}"
+    return f"{name}: {leading}, p = {found['p']:.3g} by itself; {own}"
+
+
+def together_lines(suspicion: dict[str, Any]) -> list[str]:
+    """Which class stands out by all signals together, see `inspection.suspicion.Suspicion.suspect_class`; a line with a p."""
+    if suspicion["suspect_class"] is None:
+        return []
+    return [
+        f"all signals together: {quoted(suspicion['suspect_class'])} stands out of the twins most, p = {suspicion['p']:.3g}"
+    ]
 
 
 def measured_lines(model: dict[str, Any], suspicion: dict[str, Any]) -> list[str]:
