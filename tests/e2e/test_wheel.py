@@ -89,7 +89,7 @@ def test_help_and_names_need_no_checkout(installed):
     place = Path(installed("recipes", "accelerate/ddp").strip())
     assert place.is_relative_to(installed.packages) and place.is_file()
     grids = installed("benchmark", "unheard", code=2)
-    assert grids.startswith("d3-hf benchmark: no grid unheard; by name there are ablation, auto, ")
+    assert grids.startswith("d3-hf benchmark: no grid unheard; by name there are ablation, ")
 
 
 def test_a_drill_in_two_steps_by_names(installed):
