@@ -7,7 +7,7 @@ import pandas
 from ..evaluation.encoders import PROBES
 from ..publishing.tables import PROBES as NAMES
 from ..publishing.tables import markdown_table
-from .tables import UNTOUCHED, by_defence, framed, interval, under_legend
+from .tables import UNTOUCHED, by_defence, interval, under_legend
 
 LEGEND = (
     "ACC / ASR / RA of a probe in percent: means over its draws of training images, ± half of Student's 95 % interval over "
@@ -25,7 +25,7 @@ def render_encoders(rows: pandas.DataFrame) -> str:
     Returns:
         Markdown.
     """
-    return framed(rows, lambda done: under_legend(LEGEND, done, table))
+    return under_legend(rows, LEGEND, table)
 
 
 def table(rows: pandas.DataFrame) -> str:

@@ -8,7 +8,7 @@ import pandas
 
 from ..publishing.tables import markdown_table
 from .relearning import Curve, gaps, half_life
-from .tables import RATES, UNTOUCHED, by_defence, framed, interval, joined, under_legend
+from .tables import RATES, UNTOUCHED, by_defence, interval, joined, under_legend
 
 LEGEND = (
     "ACC / ASR / RA / PACC of the purified model, in percent. Relearned: mean ASR after the last step of the tuning, beside "
@@ -27,7 +27,7 @@ def render_relearning(rows: pandas.DataFrame) -> str:
     Returns:
         Markdown.
     """
-    return framed(rows, lambda done: under_legend(LEGEND, done, table))
+    return under_legend(rows, LEGEND, table)
 
 
 def table(rows: pandas.DataFrame) -> str:

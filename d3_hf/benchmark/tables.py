@@ -89,12 +89,16 @@ def titled(rows: pandas.DataFrame) -> Iterator[tuple[str, pandas.DataFrame]]:
         yield f"## {', '.join(filter(None, [group, f'retain set {retain}']))}", chosen
 
 
-def under_legend(legend: str, rows: pandas.DataFrame, table: Callable[[pandas.DataFrame], str]) -> Iterator[str]:
-    """A legend, and a table for each of `blocks` under its heading; nothing of no rows."""
-    if len(rows):
-        yield legend
-    for title, chosen in titled(rows):
-        yield from (title, table(chosen))
+def under_legend(rows: pandas.DataFrame, legend: str, table: Callable[[pandas.DataFrame], str]) -> str:
+    """`framed`: a legend where anything was measured, and a table for each of `blocks` under its heading."""
+
+    def parts(done: pandas.DataFrame) -> Iterator[str]:
+        if len(done):
+            yield legend
+        for title, chosen in titled(done):
+            yield from (title, table(chosen))
+
+    return framed(rows, parts)
 
 
 def overview(rows: pandas.DataFrame) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,18 +58,19 @@ class Suspicion:
     @property
     def p_values(self) -> dict[str, float]:
         """The p of each signal that is `compared`, without regard to how many are."""
-        return {name: signal_p(*(scores[..., s, :] for scores in self._scores())) for s, name in enumerate(self.compared)}
+        return {name: signal_p(*(scores[..., s, :] for scores in self._scores)) for s, name in enumerate(self.compared)}
 
     @property
     def p(self) -> float | None:
         """The p of all signals together; None where none is `compared`."""
-        return combined_p(*self._scores()) if self.compared else None
+        return combined_p(*self._scores) if self.compared else None
 
-    @property
+    @cached_property
     def class_z(self) -> np.ndarray | None:
         """How far each class stands out of the twins' same class, by each signal that is `compared`, (S, K); None without."""
-        return class_z(*self._scores())[0] if self.compared else None
+        return class_z(*self._scores)[0] if self.compared else None
 
+    @cached_property
     def _scores(self) -> tuple[np.ndarray, np.ndarray]:
         """Of the model (S, K) and of its twins (N, S, K), by the signals that are `compared`."""
         names = self.compared

@@ -5,19 +5,18 @@ the same images and beside the same twins as in the zoo's study. The twins were 
 them for having been trained once more, so that an alarm afterwards says less than one before.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import pandas
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from ..assurance.calibration import ALARM_AT
-from ..assurance.signals import Signal
 from ..benchmark.cells import Cell, Runner
 from ..benchmark.grid import Grid, read_grid
+from ..data.images import RawImages
 from ..inspection.null import Null
 from ..inspection.suspicion import Suspicion, suspicion_of
 from ..models import load_classifier
@@ -67,17 +66,10 @@ class AfterRunner(Runner):
     """
 
     grid: AfterGrid
-    zoo_class: ClassVar[type[ZooRunner]] = ZooRunner
 
-    @cached_property
-    def zoo(self) -> ZooRunner:
-        """What read the zoo."""
-        return self.zoo_class(self.grid.zoo_grid)
-
-    @property
-    def signals(self) -> Mapping[str, Signal]:
-        """Those of the zoo."""
-        return self.zoo.signals
+    def __init__(self, grid: AfterGrid):
+        super().__init__(grid)
+        self.zoo, self._nulls = ZooRunner(grid.zoo_grid), dict[int, Null]()
 
     @cached_property
     def _zoo_rows(self) -> pandas.DataFrame:
@@ -89,16 +81,18 @@ class AfterRunner(Runner):
         Raises:
             FileNotFoundError: They were not read.
         """
-        rows = self._zoo_rows
-        chosen = rows[(rows["retain"] == self.grid.images) & (rows["seed"] == seed)] if len(rows) else rows
-        if not len(chosen) or (found := null_of(chosen)) is None:
-            raise FileNotFoundError(f"no twins of {self.grid.zoo} were read: run recipes/assurance_study.py first")
-        return found
+        if seed not in self._nulls:  # which the name of each cell's folder asks for
+            rows = self._zoo_rows
+            chosen = rows[(rows["retain"] == self.grid.images) & (rows["seed"] == seed)] if len(rows) else rows
+            if not len(chosen) or (found := null_of(chosen)) is None:
+                raise FileNotFoundError(f"no twins of {self.grid.zoo} were read: run recipes/assurance_study.py first")
+            self._nulls[seed] = found
+        return self._nulls[seed]
 
     def spec(self, cell: Cell) -> dict[str, Any]:
         """As the base class, with what is read beside which twins."""
         beside = sorted(twin.weights_sha256 for twin in self.null(cell.seed).twins)
-        return super().spec(cell) | {"signals": settings_of(self.signals), "images": self.grid.images, "beside": beside}
+        return super().spec(cell) | {"signals": settings_of(self.zoo.signals), "images": self.grid.images, "beside": beside}
 
     def purify(self, cell: Cell) -> dict[str, Any]:
         """Purify, and read both models: columns ``alarm_*``, ``p_*``, ``suspect_*`` and ``farthest_*``, before and after.
@@ -106,18 +100,18 @@ class AfterRunner(Runner):
         ``z_after`` is how far the class that stood out before stands out afterwards.
         """
         row = super().purify(cell)
-        before = self._said(cell, self.inputs.model(cell.victim))
-        after = self._said(cell, load_classifier(str(self.folder(cell))))
+        images = self.zoo.images(replace(cell, retain=self.grid.images, defence=CHECK))
+        before = self._said(cell, images, self.inputs.model(cell.victim))
+        after = self._said(cell, images, load_classifier(str(self.folder(cell))))
         for when, said in (("before", before), ("after", after)):
             row |= {f"alarm_{when}": said.verdict.alarm, f"p_{when}": said.p, f"suspect_{when}": said.suspect_class}
             row[f"farthest_{when}"] = float(said.class_z.sum(0).max())
         suspect = before.null.kind.classes.index(before.suspect_class)
         return row | {"z_after": float(after.class_z.sum(0)[suspect]), "twins": len(before.null.twins)}
 
-    def _said(self, cell: Cell, model: PreTrainedModel) -> Suspicion:
-        images = self.zoo.images(replace(cell, retain=self.grid.images, defence=CHECK))
+    def _said(self, cell: Cell, images: RawImages, model: PreTrainedModel) -> Suspicion:
         null, model = self.null(cell.seed), model.to(PartialState().device)
-        said = suspicion_of(model, images, null=null, alarm_at=ALARM_AT, signals=self.signals)
+        said = suspicion_of(model, images, null=null, alarm_at=ALARM_AT, signals=self.zoo.signals)
         if not said.compared:
             raise ValueError(f"no signal could be read on {cell.victim}, before and after")
         return said

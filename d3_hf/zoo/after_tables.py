@@ -2,7 +2,7 @@
 
 import pandas
 
-from ..benchmark.tables import UNTOUCHED, by_defence, framed, under_legend
+from ..benchmark.tables import UNTOUCHED, by_defence, under_legend
 from ..evaluation.metrics import Proportion
 from ..publishing.tables import markdown_table
 from .verdicts import LEAST_ASR
@@ -23,7 +23,7 @@ def render_after(rows: pandas.DataFrame) -> str:
     Returns:
         Markdown.
     """
-    return framed(rows, lambda done: under_legend(LEGEND, done, table))
+    return under_legend(rows, LEGEND, table)
 
 
 def table(rows: pandas.DataFrame) -> str:
