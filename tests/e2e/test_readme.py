@@ -25,7 +25,7 @@ from d3_hf.models import new_model
 RUN = ("quick-start", "victims", "benchmark", "results")
 TEXTS = [README.read_text(), *((DOCS / f"{page}.md").read_text() for page in RUN)]
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-KEPT = ("twin", "badnets", "blended-sam3", "twin-1", "twin-21", "badnets-2")
+KEPT = ("twin", "badnets", "blended-sam3", "twin-1", "twin-33", "badnets-1")
 SMALL = {"max_steps": 2, "use_cpu": True, "disable_tqdm": True}
 
 
