@@ -44,6 +44,7 @@ from .finding import LEAST_SPREAD
 
 ALARM_AT = 0.05  # the field's usual level
 FEWEST_OWN_CLASSES = 6  # this project's
+FEWEST_TWINS = 3  # of whose scores a standard deviation is a unit to print; this project's
 
 
 def conformal_p(suspect: float, twins: ArrayLike) -> float:
@@ -72,12 +73,13 @@ def class_z(suspect: ArrayLike, twins: ArrayLike) -> np.ndarray:
     """``z_msk`` of all models, (1 + N, S, K), the suspect's first; finite. Arguments as `combined_p`.
 
     Where the others score a class alike, or are one, a difference is measured in a ten-thousandth of the class's largest score.
+    The others are summed in the order of their scores, so that models that tie do so to the last bit, whichever is the suspect.
     """
     values = np.concatenate([np.asarray(suspect, np.float64)[None], np.asarray(twins, np.float64)])
     floor = np.maximum(LEAST_SPREAD * np.abs(values).max(0), np.finfo(np.float64).tiny)
     found = np.empty_like(values)
     for m, scores in enumerate(values):
-        others = np.delete(values, m, 0)
+        others = np.sort(np.delete(values, m, 0), 0)
         spread = others.std(0, ddof=1) if len(others) > 1 else floor
         found[m] = (scores - others.mean(0)) / np.maximum(spread, floor)
     return found

@@ -15,9 +15,10 @@ Source: that a model with a backdoor takes another one sooner is what BackFlush 
 steps and score are this project's.
 
 Cost: at most 12 passes over 50 images, or one of each class if that is more, forward and backward; memory for two models. Blind
-to: backdoors that make others no easier to learn and that no patch in that corner comes near to. The statistic measures a
-network, not how one class differs from the others: only twins give it a meaning, of the same training, since one that was
-trained longer moves more slowly. Like `anti_learning` it depends on how hidden units are scaled.
+to: backdoors that make others no easier to learn and that no patch in that corner comes near to. Scores measure how soon a
+network moves, not how one class differs from the others: only beside those of twins do they mean anything, of the same
+training, since a network that was trained longer moves more slowly. Like `anti_learning` it depends on how hidden units are
+scaled.
 """
 
 import numpy as np

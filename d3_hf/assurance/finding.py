@@ -6,9 +6,10 @@ A signal gives each class a score, higher where it is more suspicious, and asks 
 
 1.4826 makes the MAD of normal scores their standard deviation. Source of the statistic: Neural Cleanse (Wang et al., IEEE
 S&P 2019), whose threshold of 2 is not taken over: the maximum of many classes exceeds it by chance, how often depends on the
-network. Compare with twins, models of the same kind that are trusted. Blind spots: a backdoor from each class to the next
-(all-to-all) raises all scores alike, and one with targets in half of the classes moves the median; of three classes the
-middle score is the median and one of the others sets the scale, which says little without twins.
+network. `calibration` does not use it: it compares scores, class by class, with those of twins, trusted models of the same
+kind. Blind spots: a backdoor from each class to the next (all-to-all) raises all scores alike, and one with targets in half of
+the classes moves the median; of three classes the middle score is the median and one of the others sets the scale, which says
+little without twins.
 
 Of two classes neither stands out of others. There the statistic is by how much one leads, in the unit of the scores, and says
 nothing at all without twins:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:  # what does more than read options is loaded when they are re
     from ..benchmark.grid import Grid
 
 # A column by which each kind of table is known, once a cell was measured.
-MEASURED, STUDIED, READ, AGAIN, PROBED, RELEARNED = "accuracy_after", "recipes", "half", "z_after", "accuracy_linear", "curves"
+MEASURED, STUDIED, READ, AGAIN = "accuracy_after", "recipes", "half", "beside_after"
+PROBED, RELEARNED = "accuracy_linear", "curves"
 
 
 @dataclass
@@ -105,7 +106,7 @@ def run_zoo(argv: list[str]) -> "pandas.DataFrame":
     ``verdicts.parquet``, ``results.md`` and ``measured.json``.
 
     Returns:
-        What the test says of each suspect, see `verdicts`.
+        What the test says of each model, of the twins and suspects of both halves, see `verdicts`.
 
     Raises:
         FileNotFoundError: The grid, the zoo or an image folder is not there.

@@ -31,7 +31,7 @@ class CheckArguments:
 
     Args:
         twins: Trusted models of the same kind: Hub ids, folders or files, loaded with the model's options.
-        null: Statistics of twins that ``save_null`` wrote, of this kind of model on these images.
+        null: Scores of twins that ``save_null`` wrote, of this kind of model on these images.
         save_null: Where to write those of all twins, for the next check.
         alarm_at: There is an alarm where p is at most this; the field's 0.05.
         report: Where to write the report as one HTML file.
@@ -41,7 +41,7 @@ class CheckArguments:
     """
 
     twins: list[str] | None = field(default=None, metadata={"help": "Trusted models of the same kind to compare with."})
-    null: str | None = field(default=None, metadata={"help": "Statistics of twins that --save_null wrote."})
+    null: str | None = field(default=None, metadata={"help": "Scores of twins that --save_null wrote."})
     save_null: str | None = field(default=None, metadata={"help": "Write the scores of the twins to this JSON file."})
     alarm_at: float = field(default=ALARM_AT, metadata={"help": "Alarm where p is at most this."})
     report: str | None = field(default=None, metadata={"help": "Write the report to this HTML file."})

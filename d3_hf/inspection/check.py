@@ -20,7 +20,7 @@ from .null import Null
 from .suspicion import Suspicion, suspicion_of
 
 NAMED = ("data", "configuration", "split")  # what images are called
-SCHEMA = "urn:d3_hf:check:2"  # of publishing/schemas/check.schema.json
+SCHEMA = "urn:d3_hf:check:3"  # of publishing/schemas/check.schema.json
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from ..evaluation.metrics import Proportion
 from ..files import atomic_file, read_mapping
 from .null import Kind
 
-SCHEMA = "urn:d3_hf:measured:1"
+SCHEMA = "urn:d3_hf:measured:2"
 FILE = Path(__file__).with_name("measured.json")
 ADVICE = "write it with recipes/assurance_study.py"
 

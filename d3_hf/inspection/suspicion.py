@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..assurance.calibration import (
     ALARM_AT,
+    FEWEST_TWINS,
     Verdict,
     check_alarm_at,
     class_z,
@@ -88,14 +89,15 @@ class Suspicion:
         return measured_rates(self.null.kind, self.compared, self.alarm_at)
 
     @property
-    def suspect_class(self) -> str | None:
+    def class_beside_twins(self) -> str | None:
         """The class that stands out of the twins most by all signals together, whether there is an alarm or not."""
         return None if (z := self.class_z) is None else self.null.kind.classes[int(z.sum(0).argmax())]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """JSON-able. How far classes stand out, and which does, is left out beside fewer than three twins."""
         p_values, twins, measured = self.p_values, self.null.twins, self.measured
-        z = {} if self.class_z is None else dict(zip(self.compared, self.class_z.tolist(), strict=True))
+        said = self.class_z if len(twins) >= FEWEST_TWINS else None
+        z = {} if said is None else dict(zip(self.compared, said.tolist(), strict=True))
         return {
             "signals": {
                 name: self._signal(finding, p_values.get(name), z.get(name)) for name, finding in self.findings.items()
@@ -103,7 +105,7 @@ class Suspicion:
             "twins": [twin.name for twin in twins],
             "p": self.p,
             "least_p": least_p(len(twins)) if twins else None,
-            "suspect_class": self.suspect_class,
+            "class_beside_twins": None if said is None else self.class_beside_twins,
             "alarm_at": self.alarm_at,
             "alarm": self.verdict.alarm,
             "outcome": self.verdict.words,

@@ -5,6 +5,7 @@ the same images and beside the same twins as in the zoo's study. The twins were 
 them for having been trained once more, so that an alarm afterwards says less than one before.
 """
 
+import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,7 +22,7 @@ from ..inspection.null import Null
 from ..inspection.suspicion import Suspicion, suspicion_of
 from ..models import load_classifier
 from ..options.recipes import find_recipe
-from .study import CHECK, ZooGrid, ZooRunner, settings_of
+from .study import CALIBRATE, CHECK, ZooGrid, ZooRunner, settings_of, target_of
 from .verdicts import null_of, read
 
 
@@ -79,39 +80,52 @@ class AfterRunner(Runner):
         """The twins of the zoo's half `calibrate`, as its study read them.
 
         Raises:
-            FileNotFoundError: They were not read.
+            FileNotFoundError: Not all models of that half were read.
         """
         if seed not in self._nulls:  # which the name of each cell's folder asks for
-            rows = self._zoo_rows
+            rows, zoo = self._zoo_rows, self.zoo.grid
             chosen = rows[(rows["retain"] == self.grid.images) & (rows["seed"] == seed)] if len(rows) else rows
-            if not len(chosen) or (found := null_of(chosen)) is None:
-                raise FileNotFoundError(f"no twins of {self.grid.zoo} were read: run recipes/assurance_study.py first")
+            wanted = {victim for victim in zoo.victims if zoo.half_of(victim) == CALIBRATE}
+            missing = wanted - set(chosen["victim"] if len(chosen) else ())
+            found = None if missing else null_of(chosen)
+            if found is None:
+                lacks = f"{len(missing)} of {len(wanted)} models" if missing else "all twins"
+                raise FileNotFoundError(
+                    f"{lacks} of {zoo.calibrate}, {self.grid.images}, seed {seed}, were not read in {zoo.output_dir}: "
+                    f"run recipes/assurance_study.py with {self.grid.zoo} first"
+                )
             self._nulls[seed] = found
         return self._nulls[seed]
 
     def spec(self, cell: Cell) -> dict[str, Any]:
-        """As the base class, with what is read beside which twins."""
-        beside = sorted(twin.weights_sha256 for twin in self.null(cell.seed).twins)
-        return super().spec(cell) | {"signals": settings_of(self.zoo.signals), "images": self.grid.images, "beside": beside}
+        """As the base class, with what is read, on which images and beside which twins."""
+        null = self.null(cell.seed)
+        beside = sorted(twin.weights_sha256 for twin in null.twins)
+        read_on = {"images": self.grid.images, "images_sha256": null.kind.images_sha256}
+        return super().spec(cell) | {"signals": settings_of(self.zoo.signals), "beside": beside} | read_on
 
     def purify(self, cell: Cell) -> dict[str, Any]:
-        """Purify, and read both models: columns ``alarm_*``, ``p_*``, ``suspect_*`` and ``farthest_*``, before and after.
+        """Purify, and read both models: columns ``alarm_*``, ``p_*``, ``farthest_*`` and ``beside_*``, before and after.
 
-        ``z_after`` is how far the class that stood out before stands out afterwards.
+        Both are judged by the signals that could be read on either. ``target`` is the name of the attacker's class, None of an
+        all-to-all backdoor.
         """
-        row = super().purify(cell)
+        row, attack = super().purify(cell), self.inputs.attack(cell.victim)
         images = self.zoo.images(replace(cell, retain=self.grid.images, defence=CHECK))
-        before = self._said(cell, images, self.inputs.model(cell.victim))
-        after = self._said(cell, images, load_classifier(str(self.folder(cell))))
-        for when, said in (("before", before), ("after", after)):
-            row |= {f"alarm_{when}": said.verdict.alarm, f"p_{when}": said.p, f"suspect_{when}": said.suspect_class}
+        models = {"before": self.inputs.model(cell.victim), "after": load_classifier(str(self.folder(cell)))}
+        found = {when: self._said(cell, images, model) for when, model in models.items()}
+        common = [name for name in found["before"].compared if name in found["after"].compared]
+        if not common:
+            raise ValueError(f"no signal could be read on {cell.victim}, on its purified model and on all twins")
+        for when, said in found.items():
+            said = replace(said, findings={name: said.findings[name] for name in common})
+            row |= {f"alarm_{when}": said.verdict.alarm, f"p_{when}": said.p, f"beside_{when}": said.class_beside_twins}
             row[f"farthest_{when}"] = float(said.class_z.sum(0).max())
-        suspect = before.null.kind.classes.index(before.suspect_class)
-        return row | {"z_after": float(after.class_z.sum(0)[suspect]), "twins": len(before.null.twins)}
+        return row | {"signals": json.dumps(sorted(common)), "target": target_of(attack, images.class_names)}
 
     def _said(self, cell: Cell, images: RawImages, model: PreTrainedModel) -> Suspicion:
         null, model = self.null(cell.seed), model.to(PartialState().device)
         said = suspicion_of(model, images, null=null, alarm_at=ALARM_AT, signals=self.zoo.signals)
-        if not said.compared:
-            raise ValueError(f"no signal could be read on {cell.victim}, before and after")
+        if said.warnings:  # that the images are others than the twins'
+            raise ValueError(f"{cell.victim}: {'; '.join(said.warnings)}")
         return said

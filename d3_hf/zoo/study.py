@@ -11,7 +11,7 @@ read, ACC and ASR are measured.
 import inspect
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -126,7 +126,7 @@ class ZooRunner(Runner):
         row = asdict(cell) | {"network": network_of(model)} | made_on() | self.reading(model, self.images(cell))
         row |= {"attack": None, "label_map": None, "target": None, "poison_ratio": None}
         if attack is not None:
-            target = None if attack.label_map == "all-to-all" else self.inputs.test.class_names[attack.target_label]
+            target = target_of(attack, self.inputs.test.class_names)
             row |= {"attack": attack.name, "label_map": attack.label_map, "target": target}
             row |= {"poison_ratio": planted["poison_ratio"]}
         return row | rates(measure(model, self.inputs.test, preprocessing_of(model), attack))
@@ -155,6 +155,11 @@ class ZooRunner(Runner):
         for cell in cells_of(self.grid):
             if row := self.read(cell):
                 yield row | {"half": self.grid.half_of(cell.victim)}
+
+
+def target_of(attack: Attack, class_names: Sequence[str]) -> str | None:
+    """The name of the one class that triggered images get; None where there is not one."""
+    return None if attack.label_map == "all-to-all" else class_names[attack.target_label]
 
 
 def settings_of(signals: Mapping[str, Signal]) -> dict[str, dict[str, Any]]:

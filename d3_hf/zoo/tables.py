@@ -91,7 +91,7 @@ def signals_table(found: pandas.DataFrame) -> str:
     for signal in [*signals_in(found), TOGETHER]:
         column, alone, shown = f"farthest: {signal}", UNKNOWN, ""
         if signal != TOGETHER:
-            seconds = [json.loads(findings)[signal].get("seconds") for findings in found["findings"]]
+            seconds = [json.loads(findings)[signal].get("seconds") for findings in judged["findings"]]
             known = [one for one in seconds if one is not None]
             shown = f"{sum(known) / len(known):.1f}" if known else ""
             alone = _number(auroc(judged, f"statistic: {signal}"))

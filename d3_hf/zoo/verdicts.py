@@ -2,8 +2,9 @@
 
 The twins of the half `calibrate` are the null of one kind, on one set of images and seed; each model of the half `judge` is a
 suspect beside them, by the very test of `check` (`inspection.suspicion`). With x and t of `assurance.calibration`, by which p
-compares models, suspects have an order that is finer than their p. The models of `calibrate`, on which the test was chosen, are
-compared with the same twins, each twin with the others: beside the rates of `judge` they show what choosing gained.
+compares models, suspects have an order that is close to that of their p, and finer. The models of `calibrate`, on which the
+test was chosen, are compared with the same twins, each twin with the others: beside the rates of `judge` they show what
+choosing gained.
 """
 
 import json
@@ -111,7 +112,7 @@ def verdicts(rows: pandas.DataFrame) -> pandas.DataFrame:
         ``twins``, how many it is from, and ``signals``, of which. Empty where there are no twins to compare with.
 
     Raises:
-        ValueError: Models are of different kinds, or see `Null`.
+        ValueError: Models are of different kinds, a suspect has the weights of a twin, or see `Null`.
     """
     found, done = [], read(rows)
     for _, group in done.groupby(KEY, sort=False) if len(done) else ():
@@ -123,23 +124,22 @@ def verdicts(rows: pandas.DataFrame) -> pandas.DataFrame:
 
 def _verdict(row: pandas.Series, null: Null) -> dict[str, Any]:
     _check_kind(row, null.kind)
-    others = tuple(twin for twin in null.twins if twin.weights_sha256 != row["weights_sha256"])
+    others = tuple(twin for twin in null.twins if twin.name != row["victim"])
+    if same := [twin.name for twin in others if twin.weights_sha256 == row["weights_sha256"]]:
+        raise ValueError(f"{row['victim']} has the weights of {same[0]}: a model cannot be compared with itself")
     said = Suspicion(findings_of(row), Null(null.kind, others), ALARM_AT)
-    names, facts = said.compared, said.as_dict()
-    one = row.to_dict() | {"twins": len(others), "signals": json.dumps(sorted(names)), "alarm": facts["alarm"]}
+    names, p_values = said.compared, said.p_values
+    one = row.to_dict() | {"twins": len(others), "signals": json.dumps(sorted(names)), "alarm": said.verdict.alarm}
     for name in [*said.findings, TOGETHER]:
         one |= {f"p: {name}": math.nan, f"farthest: {name}": math.nan, f"beside: {name}": None}
-    for name in names:
-        signal = facts["signals"][name]
-        one |= {
-            f"p: {name}": signal["p"],
-            f"farthest: {name}": max(signal["z"]),
-            f"beside: {name}": signal["class_beside_twins"],
-        }
-    if names:
-        one |= {f"p: {TOGETHER}": facts["p"], f"farthest: {TOGETHER}": float(said.class_z.sum(0).max())}
-        one[f"beside: {TOGETHER}"] = facts["suspect_class"]
-    return one
+    for name, z in zip(names, said.class_z, strict=True) if names else ():
+        one |= _standing(name, p_values[name], z, null.kind)
+    return one | (_standing(TOGETHER, said.p, said.class_z.sum(0), null.kind) if names else {})
+
+
+def _standing(name: str, p: float, z: np.ndarray, kind: Kind) -> dict[str, Any]:
+    """The columns of one signal, or of all together, from its z of each class, (K,)."""
+    return {f"p: {name}": p, f"farthest: {name}": float(z.max()), f"beside: {name}": kind.classes[int(z.argmax())]}
 
 
 def of_half(found: pandas.DataFrame, half: str) -> pandas.DataFrame:

@@ -108,7 +108,7 @@ MODELS = {
     "independent": lambda random, shape: random.normal(size=shape),
     "dependent": lambda random, shape: random.normal(size=(shape[0], 1, 1)) + 0.3 * random.normal(size=shape),
     "heavy tails": lambda random, shape: random.standard_cauchy(shape) * 10.0 ** np.arange(shape[2]),
-    "ties": lambda random, shape: random.integers(0, 3, shape).astype(float),
+    "ties": lambda random, shape: random.integers(0, 3, shape) / 10,  # whose sums depend on their order in the last bit
     "all alike": lambda random, shape: np.full(shape, 0.1),
 }
 
@@ -129,6 +129,15 @@ def test_of_models_that_each_are_the_suspect_once_no_more_are_that_small(kind):
         models = MODELS[kind](random, (count, 4, 5))
         found = [combined_p(models[m], np.delete(models, m, 0)) for m in range(count)]
         assert all(sum(p <= k / count for p in found) <= k for k in range(1, count + 1))
+
+
+def test_the_order_of_the_twins_changes_nothing():
+    random = np.random.default_rng(5)
+    for _ in range(50):
+        suspect, twins = random.integers(0, 3, (3, 4)) / 10, random.integers(0, 3, (9, 3, 4)) / 10
+        order = random.permutation(9)
+        assert combined_p(suspect, twins) == combined_p(suspect, twins[order])
+        assert (class_z(suspect, twins)[1:][order] == class_z(suspect, twins[order])[1:]).all()
 
 
 def test_one_signal_of_many_suffices_where_the_suspect_is_highest_by_far():

@@ -90,7 +90,10 @@ def test_without_twins_it_ends_with_0_and_concludes_nothing(capsys):
     assert command("check", "suspect", *COMMON) == 0
     shown = capsys.readouterr()
     assert "nothing can be concluded" in shown.out.splitlines()[-1]
-    assert any(line.startswith('  head_rows: "kind 4" stands out of the model') for line in shown.out.splitlines())
+    assert any(
+        line.startswith('  head_rows: of the model\'s own classes "kind 4" is the most suspicious')
+        for line in shown.out.splitlines()
+    )
     assert "schedule for a network" not in shown.out  # what the timed trainings say is no part of the report
 
 

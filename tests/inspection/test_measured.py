@@ -110,8 +110,8 @@ def test_without_a_p_nothing_is_said_of_rates(shipped):
     [
         ("[]", "is no file of measured rates"),
         ('{"schema": "urn:d3_hf:measured:9", "kinds": []}', "of this version"),
-        ('{"schema": "urn:d3_hf:measured:1", "kinds": [{}]}', "architecture"),
-        ('{"schema": "urn:d3_hf:measured:1", "kinds": [RATES]}', "a proportion needs"),
+        ('{"schema": "urn:d3_hf:measured:2", "kinds": [{}]}', "architecture"),
+        ('{"schema": "urn:d3_hf:measured:2", "kinds": [RATES]}', "a proportion needs"),
     ],
 )
 def test_a_damaged_file_is_one_line(shipped, content, message):

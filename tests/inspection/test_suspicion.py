@@ -16,7 +16,7 @@ from d3_hf.assurance.signals import MOST_CLASSES, SIGNALS, read_signal
 from d3_hf.inspection.null import SCHEMA, Kind, Null, Twin, read_null
 from d3_hf.inspection.suspicion import suspicion_of
 from d3_hf.inspection.triggers import triggers_in
-from d3_hf.publishing.inspection.words import signal_line
+from d3_hf.publishing.inspection.words import signal_line, together_lines
 
 QUICK = {"head_rows": head_rows, "latent_shift": latent_shift}
 IMAGES = pictures()
@@ -50,7 +50,7 @@ def test_a_planted_shortcut_stands_out_of_the_twins(found):
         assert facts["signals"][name]["suspect_class"] == f"class {TARGET}" and facts["signals"][name]["p"] == 0.1
         assert facts["signals"][name]["class_beside_twins"] == f"class {TARGET}"
         assert len(facts["signals"][name]["scores"]) == len(facts["signals"][name]["z"]) == len(IMAGES.class_names)
-    assert facts["suspect_class"] == f"class {TARGET}"
+    assert facts["class_beside_twins"] == f"class {TARGET}"
     assert facts["twins"] == [f"twin {number}" for number in range(1, 10)] and not facts["warnings"]
 
 
@@ -85,6 +85,21 @@ def test_without_twins_there_is_no_p():
     facts = suspicion_of(classifier(network(20)), IMAGES, signals=QUICK).as_dict()
     assert facts["p"] is facts["least_p"] is None and not facts["alarm"]
     assert "nothing can be concluded" in facts["outcome"] and facts["signals"]["head_rows"]["p"] is None
+
+
+@pytest.mark.parametrize(("count", "known"), [(2, False), (3, True)])
+def test_how_far_a_class_stands_out_is_said_beside_three_twins(found, count, known):
+    few = suspicion_of(classifier(network(20)), IMAGES, null=Null(found.null.kind, found.null.twins[:count]), signals=QUICK)
+    facts = few.as_dict()
+    assert facts["p"] >= facts["least_p"] == 1 / (1 + count) and few.class_beside_twins in IMAGES.class_names
+    said = [facts["class_beside_twins"]] + [facts["signals"][name]["class_beside_twins"] for name in QUICK]
+    assert said == [f"class {TARGET}" if known else None] * 3
+    assert all((facts["signals"][name]["z"] is not None) is known for name in QUICK)
+    assert bool(together_lines(facts)) is known and ("stands out of the twins" in str(check_lines(facts))) is known
+
+
+def check_lines(facts):
+    return [signal_line(name, signal) for name, signal in facts["signals"].items()]
 
 
 def test_too_few_twins_cannot_alarm(found):

@@ -4,7 +4,6 @@ import pandas
 import pytest
 from tiny_zoo import QUICK, make_zoo
 
-from d3_hf.assurance.calibration import class_z
 from d3_hf.benchmark.cells import CELL, Cell, cells_of
 from d3_hf.benchmark.grid import read_grid
 from d3_hf.commands.benchmark import run_after, run_zoo
@@ -36,12 +35,20 @@ def grid_of(folder, **options):
     return AfterGrid(**own | {"zoo": str(folder / "zoo.yaml"), "images": "80 images"} | options)
 
 
-def test_a_study_without_its_zoo_says_what_to_run(folder):
-    with pytest.raises(FileNotFoundError, match="no twins of .* were read: run recipes/assurance_study.py first"):
+def test_a_study_without_its_zoo_or_with_a_part_of_it_says_what_to_run(folder):
+    with pytest.raises(
+        FileNotFoundError, match="2 of 2 models of zoo-calibrate, 80 images, seed 0, were not read in .*out: run"
+    ):
+        AfterRunner(grid_of(folder)).null(0)
+    run_zoo([str(folder / "zoo.yaml"), "--only", "zoo-calibrate/twin-1 *", "zoo-judge/*"])
+    with pytest.raises(
+        FileNotFoundError, match="1 of 2 models of zoo-calibrate.*run recipes/assurance_study.py with .*zoo.yaml"
+    ):
         AfterRunner(grid_of(folder)).null(0)
 
 
-def test_both_models_are_read_as_check_reads_them(folder, tmp_path, capsys):
+def test_both_models_are_read_as_check_reads_them(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("d3_hf.zoo.after.ALARM_AT", 1 / 3)  # which two twins can give
     run_zoo([str(folder / "zoo.yaml")])
     runner = AfterRunner(grid_of(folder))
     (cell,) = cells_of(runner.grid)
@@ -51,15 +58,12 @@ def test_both_models_are_read_as_check_reads_them(folder, tmp_path, capsys):
     images = zoo.images(Cell(VICTIM, "80 images", "check", 0))
     twins = [zoo.inputs.model(f"zoo-calibrate/twin-{k}") for k in (1, 2)]
     models = {"before": zoo.inputs.model(VICTIM), "after": load_classifier(str(runner.folder(cell)))}
-    said = {when: suspicion_of(model, images, twins, signals=QUICK) for when, model in models.items()}
-    for when, found in said.items():
-        assert (row[f"p_{when}"], row[f"suspect_{when}"]) == (found.p, found.suspect_class)
-        assert row[f"alarm_{when}"] is False  # of two twins
+    for when, model in models.items():
+        found = suspicion_of(model, images, twins, alarm_at=1 / 3, signals=QUICK)
+        assert (row[f"p_{when}"], row[f"beside_{when}"]) == (found.p, found.class_beside_twins)
+        assert row[f"alarm_{when}"] is found.verdict.alarm is (found.p <= 1 / 3)
         assert row[f"farthest_{when}"] == found.class_z.sum(0).max()
-    scores = [[finding.scores for finding in said["after"].findings.values()]]
-    scores += [[twin.scores[name] for name in QUICK] for twin in said["after"].null.twins]
-    z = class_z(scores[0], scores[1:])[0].sum(0)
-    assert row["z_after"] == pytest.approx(z[images.class_names.index(row["suspect_before"])]) and row["twins"] == 2
+    assert row["target"] == "4" and row["signals"] == '["head_rows", "latent_shift"]'
     before = (runner.folder(cell) / CELL).stat().st_mtime_ns
     zoo_rows = pandas.read_parquet(folder / "out" / "results.parquet")
     assert runner.read(cell) == row and len(zoo_rows) == 5
@@ -72,13 +76,33 @@ def test_both_models_are_read_as_check_reads_them(folder, tmp_path, capsys):
         run_after([str(folder / "out" / "results.parquet")])
 
 
+def test_both_are_judged_by_the_signals_that_can_be_read_on_both(folder, monkeypatch):
+    run_zoo([str(folder / "zoo.yaml")])
+    runner = AfterRunner(grid_of(folder, defences={"FT": {"defence": "fine_tuning", "max_steps": 3, "use_cpu": True}}))
+    (cell,) = cells_of(runner.grid)
+    said = AfterRunner._said
+
+    def half_read(self, cell, images, model):
+        found = said(self, cell, images, model)
+        if model is not self.inputs.model(cell.victim):
+            found.findings["latent_shift"] = "it diverged"
+        return found
+
+    monkeypatch.setattr(AfterRunner, "_said", half_read)
+    row = runner.make(cell)
+    zoo = runner.zoo
+    images, twins = zoo.images(Cell(VICTIM, "80 images", "check", 0)), runner.null(0)
+    alone = suspicion_of(zoo.inputs.model(VICTIM), images, null=twins, signals={"head_rows": QUICK["head_rows"]})
+    assert row["signals"] == '["head_rows"]' and row["farthest_before"] == alone.class_z.sum(0).max()
+
+
 def made_up(victim, asr, before, after, **more):
     row = {"victim": victim, "defence": "D3", "retain": "r", "accuracy_before": 0.9, "accuracy_after": 0.88}
-    row |= {"asr_before": 0.95, "asr_after": asr}
-    for when, (alarm, suspect) in (("before", before), ("after", after)):
+    row |= {"asr_before": 0.95, "asr_after": asr, "target": "cat"}
+    for when, (alarm, beside) in (("before", before), ("after", after)):
         row |= {
             f"alarm_{when}": alarm,
-            f"suspect_{when}": suspect,
+            f"beside_{when}": beside,
             f"farthest_{when}": 9.04,
             f"p_{when}": 0.03 if alarm else 0.5,
         }
@@ -93,14 +117,18 @@ def test_alarms_that_are_gone_are_counted_apart_from_those_that_were_none():
             made_up("c", 0.03, (True, "cat"), (True, "cat")),  # still there
             made_up("d", 0.60, (True, "cat"), (False, "dog")),  # gone, though the backdoor is not
             made_up("e", 0.01, (False, "cat"), (False, "cat")),  # never raised
+            made_up("f", 0.01, (True, "cat"), (True, "dog"), target=None),  # of many targets one stands out after another
+            made_up("g", 0.01, (True, "cat"), (False, "cat"), asr_before=0.19),  # there was no backdoor
+            made_up("h", 0.20, (True, "cat"), (False, "cat"), asr_before=0.20),  # still works as often as counts as planted
         ]
     )
     shown = table(rows)
     assert "| a | D3 | 90.0 -> 88.0 | 95.0 -> 1.0 | cat, 9.0 (0.03) | cat, 9.0 (0.50) | yes |" in shown
     lines = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[-1] for line in shown.splitlines()}
-    assert [lines[name] for name in "abcde"] == ["yes", "yes", "no", "yes", "no alarm before"]
-    assert "D3, alarms before, ASR at most 20 afterwards: gone in 2 of 3 [" in shown
-    assert "D3, alarms before, ASR over 20 afterwards: gone in 1 of 1 [" in shown
+    expected = ["yes", "yes", "no", "yes", "no alarm before", "no", "planted in vain", "yes"]
+    assert [lines[name] for name in "abcdefgh"] == expected
+    assert "D3, alarms before, ASR below 20 afterwards: gone in 2 of 4 [" in shown
+    assert "D3, alarms before, ASR at least 20 afterwards: gone in 2 of 2 [" in shown
     assert LEGEND in render_after(rows)
 
 

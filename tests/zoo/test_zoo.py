@@ -87,7 +87,7 @@ def test_a_cell_is_what_check_reads_and_what_is_true(zoo):
         for signal, finding in said.findings.items():
             assert row[f"statistic: {signal}"] == finding.statistic and row[f"p: {signal}"] == said.p_values[signal]
             assert row[f"suspect: {signal}"] == finding.class_names[finding.suspect_class]
-        assert row["beside: all together"] == said.suspect_class
+        assert row["beside: all together"] == said.class_beside_twins
     rows, model = rows_of(zoo), runner.inputs.model("zoo-judge/badnets-2")
     row = rows.loc["zoo-judge/badnets-2"]
     truth = measure(model, runner.inputs.test, preprocessing_of(model), runner.inputs.attack("zoo-judge/badnets-2"))

@@ -33,8 +33,8 @@ class EncoderD3Config(EncoderConfig):
     Args:
         feature_weight: w > 0. 1, here: only its ratio to lambda counts.
         feature_threshold: tau in (0, 4]. 2.15: PAR's.
-        lambda_relations: lambda > 0. 10, here, not measured: R is at most 4 and mostly below 0.1.
-        epsilon: >= 0, mean squared difference of cosines that is free. 0.01, here, not measured: a tenth, squared.
+        lambda_relations: lambda > 0. 10, this project's, not tuned: R is at most 4 and mostly below 0.1.
+        epsilon: >= 0, mean squared difference of cosines that is free. 0.01, this project's, not tuned: a tenth, squared.
     """
 
     output_dir: str | None = field(default="outputs/encoder_d3", metadata={"help": "Folder for the purified encoder."})

@@ -28,7 +28,7 @@ class MimicConfig(EncoderConfig):
     """Arguments of the distillation.
 
     Args:
-        teacher_weight: w > 0. 10, here, not measured.
+        teacher_weight: w > 0. 10, this project's, not tuned.
         temperature: Of NT-Xent. 0.5 (SimCLR on CIFAR-10).
     """
 

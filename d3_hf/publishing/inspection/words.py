@@ -89,8 +89,8 @@ def signal_line(name: str, found: dict[str, Any]) -> str:
     """What one signal says, see `inspection.suspicion.Suspicion.as_dict`."""
     if "not_applicable" in found:
         return f"{name}: not applicable: {found['not_applicable']}"
-    own = f"{quoted(found['suspect_class'])} stands out of the model's classes most, statistic {found['statistic']:.3g}"
-    own = f"{own}; {own_classes_words(found)}"
+    own = f"of the model's own classes {quoted(found['suspect_class'])} is the most suspicious"
+    own = f"{own}, statistic {found['statistic']:.3g}; {own_classes_words(found)}"
     if found["z"] is None:
         return f"{name}: {own}"
     leading = f"{quoted(found['class_beside_twins'])} stands out of the twins most, z = {max(found['z']):.3g}"
@@ -98,12 +98,11 @@ def signal_line(name: str, found: dict[str, Any]) -> str:
 
 
 def together_lines(suspicion: dict[str, Any]) -> list[str]:
-    """Which class stands out by all signals together, see `inspection.suspicion.Suspicion.suspect_class`; a line with a p."""
-    if suspicion["suspect_class"] is None:
+    """Which class stands out by all signals together, see `inspection.suspicion.Suspicion.class_beside_twins`; a line."""
+    if suspicion["class_beside_twins"] is None:
         return []
-    return [
-        f"all signals together: {quoted(suspicion['suspect_class'])} stands out of the twins most, p = {suspicion['p']:.3g}"
-    ]
+    leading = f"{quoted(suspicion['class_beside_twins'])} stands out of the twins most"
+    return [f"all signals together: {leading}, p = {suspicion['p']:.3g}"]
 
 
 def measured_lines(model: dict[str, Any], suspicion: dict[str, Any]) -> list[str]:
