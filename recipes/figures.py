@@ -25,7 +25,15 @@ from d3_hf.attacks import Attack, load_attack
 from d3_hf.cli import run
 from d3_hf.data.images import RawImages
 from d3_hf.data.preprocessing import Preprocessing
-from d3_hf.evaluation.landscape import path, penultimate_features, per_class, silhouette, triggered_images, weight_changes
+from d3_hf.evaluation.landscape import (
+    path,
+    penultimate_features,
+    per_class,
+    silhouette,
+    t50,
+    triggered_images,
+    weight_changes,
+)
 from d3_hf.labels import check_labels
 from d3_hf.models import load_classifier
 from d3_hf.models.head import find_head
@@ -131,7 +139,7 @@ class Case:
 
 
 def path_numbers(case: Case, options: PathArguments) -> dict[str, Any]:
-    """Losses, ACC and ASR along the line to each purified model."""
+    """Losses, ACC and ASR along the line to each purified model, and how soon ASR is half on the way back, see `t50`."""
     test, rows = case.images()
     retain = RawImages.from_dataset(rows) if options.batch_norm == "re-estimated" else None
     victim, *purified = case.models
@@ -157,10 +165,11 @@ def path_numbers(case: Case, options: PathArguments) -> dict[str, Any]:
         ]
         for name, line in points.items()
     }
+    back = {name: t50(line) for name, line in points.items()}
     # A network without running statistics has nothing to state in its figure.
     has_statistics = any(key.endswith("running_var") for key in case.models[victim].state_dict())
     batch_norm = options.batch_norm if has_statistics else None
-    return {"batch_norm": batch_norm, "n_retain": len(retain or []), "n_images": len(test), "paths": found}
+    return {"batch_norm": batch_norm, "n_retain": len(retain or []), "n_images": len(test), "paths": found, "t50": back}
 
 
 def finite(value: float) -> float | None:

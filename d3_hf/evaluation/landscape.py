@@ -6,6 +6,7 @@ purification did not leave the region of the backdoor. Nothing here changes a mo
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,24 @@ def path(
         backdoor_loss, asr = run_with_fitting_batch(lambda size: _loss_and_share(model, triggered, preprocessing, size))
         points.append(PathPoint(float(t), clean_loss, backdoor_loss, acc, asr))
     return points
+
+
+def t50(points: Sequence[PathPoint]) -> float | None:
+    """How far back from the purified model to the victim the backdoor works again, as a share of the way, in [0, 1].
+
+    The least share at which ASR is 0.5, by straight lines between the points; 0 where the purified model's own is, None where
+    none is up to the victim. Source: Min et al. (NeurIPS 2024), who draw the path backwards; the number is this project's.
+
+    Args:
+        points: Of `path`, with t = 0 and t = 1 among them.
+    """
+    back = sorted((1 - point.t, point.asr.value) for point in points if 0 <= point.t <= 1)
+    if back[0][1] >= 0.5:
+        return 0.0
+    for (near, low), (far, high) in itertools.pairwise(back):
+        if high >= 0.5:
+            return near + (0.5 - low) / (high - low) * (far - near)
+    return None
 
 
 def _inputs(model: PreTrainedModel, images: RawImages, preprocessing: Preprocessing, batch_size: int) -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ from d3_hf.data.images import RawImages
 from d3_hf.data.preprocessing import Preprocessing
 from d3_hf.evaluation import landscape
 from d3_hf.evaluation.measure import measure
+from d3_hf.evaluation.metrics import Proportion
 from d3_hf.models.batch_norm import reestimate_batch_norm
 from d3_hf.models.head import find_head
 
@@ -133,6 +134,23 @@ def test_reestimated_statistics_are_those_of_a_pass_in_train_mode(images):
             assert not torch.allclose(tensor, old[name])
     assert not any(module.training for module in model.modules())
     assert {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
+
+
+@pytest.mark.parametrize(
+    ("asr", "expected"),
+    [
+        ([1.0, 1.0, 0.9, 0.1, 0.0], 0.375),  # half of the way between t = 0.75 and t = 0.5
+        ([1.0, 0.5, 0.2, 0.1, 0.0], 0.75),
+        ([0.9, 0.1, 0.8, 0.1, 0.0], 0.25 + 0.25 * 4 / 7),  # the first time from the purified model
+        ([1.0, 1.0, 1.0, 1.0, 0.6], 0.0),
+        ([0.4, 0.4, 0.4, 0.4, 0.0], None),
+    ],
+)
+def test_how_far_back_the_backdoor_works_again(asr, expected):
+    rates = {t / 4: Proportion(round(100 * rate), 100) for t, rate in enumerate(asr)}
+    line = [landscape.PathPoint(t, 0.0, 0.0, Proportion(1, 1), rate) for t, rate in rates.items()]
+    beyond = [landscape.PathPoint(t, 0.0, 0.0, Proportion(1, 1), Proportion(1, 1)) for t in (-0.5, 2.0)]
+    assert landscape.t50([beyond[0], *line, beyond[1]]) == pytest.approx(expected)
 
 
 def test_path_with_reestimated_statistics(images):
@@ -311,7 +329,7 @@ def test_commands_write_a_picture_and_its_numbers(name, figures, folders, tmp_pa
     assert numbers["figure"] == name and numbers["attack"] == ATTACK.describe()
     if name == "path":
         assert list(numbers["paths"]) == ["one", "two"] and numbers["batch_norm"] is None
-        assert [row["t"] for row in numbers["paths"]["one"]] == list(landscape.STEPS)
+        assert [row["t"] for row in numbers["paths"]["one"]] == list(landscape.STEPS) and list(numbers["t50"]) == ["one", "two"]
     if name == "weights":
         assert all(
             sum(group["share"]) + group["unchanged"] == pytest.approx(1)
