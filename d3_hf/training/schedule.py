@@ -36,8 +36,10 @@ class Rule:
         warmup: Share of the updates.
         images: In each update, over all processes and micro-batches.
         updates: Of the whole run; at least one pass over the images is made.
-        updates_from_base: The same of a run that starts near the public base, and has further to go.
-        passes_from_base: Over the images that such a run makes at least: many images are worth more updates to it.
+        learning_rate_from_base: The same as ``learning_rate``, of a run that starts near the public base: the start is what
+            takes the backdoor out there, and steps only have to bring ACC back.
+        updates_from_base: Of such a run, which has further to go.
+        passes_from_base: Over the images that it makes at least: many images are worth more updates to it.
         cutmix: Its alpha, for methods whose loss fits it.
     """
 
@@ -51,6 +53,7 @@ class Rule:
     warmup: float
     images: int
     updates: int
+    learning_rate_from_base: float
     updates_from_base: int
     passes_from_base: int
     cutmix: float
@@ -59,10 +62,11 @@ class Rule:
         """What the row, and before it the method, says of each option but those that count updates, for so many images."""
         scale = self.width / (width_of(model) or self.width) if self.width else 1.0
         shared_by = args.world_size * args.gradient_accumulation_steps
+        learning_rate = self.learning_rate_from_base if _near_base(args) else self.learning_rate
         row = {
             "optim": self.optim,
             "optim_args": self.optim_args,
-            "learning_rate": two_digits(self.learning_rate * scale),
+            "learning_rate": two_digits(learning_rate * scale),
             "per_device_train_batch_size": math.ceil(self.images / shared_by),
             "cutmix": self.cutmix,
         }
@@ -84,8 +88,9 @@ def width_of(model: nn.Module) -> int | None:
 RULES = (
     # On a pretrained ViT-S ten epochs at half as much more cost twice the ACC; CutMix leaves a quarter of BadNets' ASR and two
     # points more ACC. A ViT of 64 channels needs the rate that its width asks for (tests/defenses/test_defaults.py). The
-    # long warm-up is for Adam, whose first steps are all of the full rate. Near the base twice the updates are worth four
-    # points of ACC at 1,000 images, and of 2,500 images ten passes two points more than five.
+    # long warm-up is for Adam, whose first steps are all of the full rate. Near the base half the rate is worth two to four
+    # points of ACC at 1,000 images and leaves as little of the backdoor, twice the updates were worth four at the whole rate,
+    # and of 2,500 images ten passes two points more than five.
     Rule(
         name="LayerNorm",
         fits=lambda model: bool(other_norms(model)),
@@ -97,6 +102,7 @@ RULES = (
         warmup=0.3,
         images=32,
         updates=200,
+        learning_rate_from_base=5e-5,
         updates_from_base=400,
         passes_from_base=10,
         cutmix=1.0,
@@ -113,6 +119,7 @@ RULES = (
         warmup=0,
         images=128,
         updates=300,
+        learning_rate_from_base=0.1,
         updates_from_base=300,
         passes_from_base=1,
         cutmix=0.0,
@@ -129,6 +136,7 @@ RULES = (
         warmup=0,
         images=128,
         updates=300,
+        learning_rate_from_base=0.01,
         updates_from_base=300,
         passes_from_base=1,
         cutmix=0.0,
@@ -158,11 +166,16 @@ def passes(updates: int, count: int, images: int) -> int:
     return max(1, round(updates / math.ceil(count / images)))
 
 
+def _near_base(args: PurifyConfig) -> bool:
+    """Whether a run starts near the public base."""
+    return bool(getattr(args, "base_model", None))
+
+
 def _epochs(args: PurifyConfig, rule: Rule, count: int) -> int:
-    images, near_base = images_of(args), getattr(args, "base_model", None)
+    images = images_of(args)
     if args.max_steps > 0:
         return passes(args.max_steps, count, images)
-    if near_base:
+    if _near_base(args):
         return max(passes(rule.updates_from_base, count, images), rule.passes_from_base)
     return passes(rule.updates, count, images)
 

@@ -123,9 +123,11 @@ def test_another_optimizer_needs_its_own_learning_rate():
 def test_a_run_from_near_the_base_has_further_to_go():
     for name, options in (("d3", {}), ("base_tuning", {"keep": 0.5})):
         found, _ = settled(tiny_vit(), name=name, base_model="base", **options)
+        assert found["learning_rate"] == pytest.approx(TINY * RULES[0].learning_rate_from_base / RULES[0].learning_rate)
         assert found["num_train_epochs"] == passes(RULES[0].updates_from_base, 1000, RULES[0].images)
     assert settled(tiny_vit(), name="d3")[0]["num_train_epochs"] == passes(RULES[0].updates, 1000, RULES[0].images)
-    assert RULES[0].updates_from_base > RULES[0].updates
+    assert settled(tiny_vit(), name="d3")[0]["learning_rate"] == TINY
+    assert RULES[0].updates_from_base > RULES[0].updates and RULES[0].learning_rate_from_base < RULES[0].learning_rate
     many, few = (settled(tiny_vit(), name="d3", base_model="base", count=count)[0]["num_train_epochs"] for count in (5000, 100))
     assert many == RULES[0].passes_from_base and few == passes(RULES[0].updates_from_base, 100, RULES[0].images)
     assert settled(tiny_vit(), name="d3", base_model="base", count=5000, max_steps=50)[0]["num_train_epochs"] == 1
