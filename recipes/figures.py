@@ -143,16 +143,9 @@ def path_numbers(case: Case, options: PathArguments) -> dict[str, Any]:
     test, rows = case.images()
     retain = RawImages.from_dataset(rows) if options.batch_norm == "re-estimated" else None
     victim, *purified = case.models
+    shown = (test, case.preprocessing, case.attack)
     points = {
-        name: path(
-            case.models[victim],
-            case.models[name],
-            test,
-            case.preprocessing,
-            case.attack,
-            batch_norm=options.batch_norm,
-            retain=retain,
-        )
+        name: path(case.models[victim], case.models[name], *shown, batch_norm=options.batch_norm, retain=retain)
         for name in purified
     }
     found = {
