@@ -23,7 +23,7 @@ class Recipe:
         options: Of the defence's configuration; all others have their defaults or what the user gives.
         rate: > 0, times the learning rate that the network's rule or the user says.
         needs: ``"base"``: only where the user names ``base_model``.
-        start: Whether it is tried first.
+        start: Whether it is tried first; of two the more severe, where that can be tried.
     """
 
     name: str
@@ -42,7 +42,8 @@ def read_ladder(file: str | Path | None = None) -> list[Recipe]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no such YAML; there are no recipes or more than `MOST`; two have the same name, or two say ``start``;
+        ValueError: It is no such YAML; there are no recipes or more than `MOST`; two have the same name, or two that need the
+            same say ``start``;
             a defence or an option is unknown, an option is none of the training's, or its value of another kind.
     """
     where = str(LADDER if file is None else file)
@@ -54,8 +55,9 @@ def read_ladder(file: str | Path | None = None) -> list[Recipe]:
     names = [recipe.name for recipe in recipes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{where} has several recipes called {', '.join(twice)}: give each a name of its own")
-    if sum(recipe.start for recipe in recipes) > 1:
-        raise ValueError(f"{where} says `start` of several recipes: one is tried first")
+    starts = [recipe.needs for recipe in recipes if recipe.start]
+    if len(starts) > len(set(starts)):
+        raise ValueError(f"{where} says `start` of several recipes: one is tried first, or one that needs a base and another")
     return recipes
 
 

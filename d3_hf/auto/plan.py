@@ -67,7 +67,7 @@ class Plan:
         max_accuracy_drop: Allowed fall of validation ACC, in [0, 1].
         data_source: What the retain set was loaded from.
         split: Its parts.
-        begin: Place of the recipe that the ladder says to try first.
+        starts: Places of the recipes that the ladder says to try first, rising.
         rungs: Recipes that the options leave possible, from gentle to severe.
         left_out: Why others cannot be tried, by their names; a recipe that its trainer refuses is added when that is known.
     """
@@ -79,7 +79,7 @@ class Plan:
     max_accuracy_drop: float
     data_source: str | None
     split: Split
-    begin: int
+    starts: list[int]
     rungs: list[Rung] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -87,6 +87,12 @@ class Plan:
     def available(self) -> dict[int, Rung]:
         """The rungs that can be tried, as far as is known, by their places."""
         return {rung.place: rung for rung in self.rungs if rung.recipe.name not in self.left_out}
+
+    @property
+    def begin(self) -> int:
+        """Place of the recipe to try first: of those that the ladder says the most severe that can be tried."""
+        available = self.available
+        return next((place for place in reversed(self.starts) if place in available), self.starts[0] if self.starts else 1)
 
     def next_rung(self, held: Mapping[int, bool]) -> Rung | None:
         """The rung to try next, see `next_place`; a ValueError if none can be tried at all."""
@@ -188,8 +194,8 @@ def make_plan(
             f"max_accuracy_drop, {100 * allowed:g} points: give at least {least * len(PATTERN)} images (--retain_count), name "
             "a --defence, or allow more"
         )
-    begin = next((place for place, recipe in enumerate(recipes, 1) if recipe.start), 1)
-    plan = Plan(model, retain, images, args, allowed, data_source, parts, begin)
+    starts = [place for place, recipe in enumerate(recipes, 1) if recipe.start]
+    plan = Plan(model, retain, images, args, allowed, data_source, parts, starts)
     for place, recipe in enumerate(recipes, 1):
         try:
             plan.rungs.append(_rung(plan, place, recipe))

@@ -1,6 +1,6 @@
 """Thoroughness: how far a recipe went from the suspicious model, as far as that can be told without a trigger; larger is more.
 
-None says that a backdoor is gone. On one victim all three ranked four recipes as their ASR does (model_cards/few_images.md).
+None says that a backdoor is gone. How they rank recipes beside the true ASR: model_cards/auto.md.
 """
 
 from collections.abc import Iterable
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..assurance.canary import canary
 from ..assurance.latent_shift import MOST_CLASSES, latent_shift
 from ..data.images import RawImages
 from ..models.evaluating import evaluating
@@ -20,6 +21,7 @@ SCORES = {
     "place": "that is farthest up the ladder",
     "feature_distance": "that moved the features most",
     "evenness": "that leaves no class standing out",
+    "reluctance": "that leaves a model which takes up a canary last",
 }
 RULE = "place"  # the score that decides. Until the scores are measured against the truth: it is there for every network
 
@@ -39,6 +41,15 @@ def evenness(purified: PreTrainedModel, images: RawImages) -> float:
     if (classes := purified.config.num_labels) > MOST_CLASSES:
         raise ValueError(f"with {classes} classes it takes hours: it is found with at most {MOST_CLASSES}")
     return -latent_shift(purified, images).statistic
+
+
+def reluctance(purified: PreTrainedModel, images: RawImages) -> float:
+    """Minus the statistic of `canary`: how late the model takes up a small backdoor of our own, in [-1, 0].
+
+    Raises:
+        ValueError, FloatingPointError, RuntimeError: See `canary`.
+    """
+    return -canary(purified, images).statistic
 
 
 @torch.no_grad()  # no inference mode: weights that are moved to the device inside would stay inference tensors

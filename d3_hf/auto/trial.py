@@ -21,7 +21,7 @@ from ..training.trainer import PurifyTrainer
 from .choose import Tried
 from .early import EarlyStop, GivenUp
 from .plan import Plan, Rung
-from .thoroughness import evenness, feature_distance, place
+from .thoroughness import evenness, feature_distance, place, reluctance
 
 
 class Refused(ValueError):
@@ -121,9 +121,10 @@ def _try_recipe(
 
 
 def _scores(plan: Plan, rung: Rung, model: PreTrainedModel) -> dict[str, float]:
-    found = {"place": place(rung.place)}
-    with suppress(ValueError, FloatingPointError, RuntimeError):  # where the signal cannot be read, as `read_signal` has it
-        found["evenness"] = evenness(model, plan.images.select(plan.split.retained))
+    found, images = {"place": place(rung.place)}, plan.images.select(plan.split.retained)
+    for score in (evenness, reluctance):
+        with suppress(ValueError, FloatingPointError, RuntimeError):  # where the signal cannot be read, as `read_signal` has it
+            found[score.__name__] = score(model, images)
     try:
         head = find_head(plan.model, plan.preprocessing.size)
     except NoOneHead:

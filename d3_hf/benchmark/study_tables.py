@@ -82,8 +82,9 @@ def ladders(rows: pandas.DataFrame) -> Iterator[tuple[tuple[str, str, int], Ladd
             continue
         group = group.sort_values("place")
         tried = [_placed(row) for _, row in group[group["tried"].notna()].iterrows()] if "tried" in group else []
-        starts = group.loc[group["is_start"].astype(bool), "place"]
-        start = int(starts.iloc[0]) if len(starts) else 1
+        starts, placed = group.loc[group["is_start"].astype(bool), "place"], {one.place for one in tried}
+        could = [place for place in starts if place in placed]  # as `Plan.begin` has it
+        start = int(could[-1] if could else starts.iloc[0] if len(starts) else 1)
         truth = group.set_index("defence").to_dict("index")
         yield key, Ladder(tried, truth, start, int(group["auto_budget"].iloc[0]), float(group["max_accuracy_drop"].iloc[0]))
 

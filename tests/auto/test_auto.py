@@ -128,6 +128,15 @@ def test_one_more_severe_while_the_floor_holds(planned, tmp_path, capsys):
     assert "\nchosen: firm, the most thorough above the floor; it purifies on 80 images (less than a minute left)\n" in shown
 
 
+def test_where_there_is_a_base_a_start_near_it_is_tried_first(planned):
+    names = ("gentle", "firm*", "harsh", "rooted*")
+    assert planned(names).next_rung({}).recipe.name == "firm"
+    plan = planned(names, base_model=base_of(tiny_vit))
+    assert plan.next_rung({}).recipe.name == "rooted" and [rung.recipe.name for rung in plan.longest_walks()[0]] == ["rooted"]
+    plan.left_out["rooted"] = "it is not the ancestor"  # as its trainer may find
+    assert plan.next_rung({}).recipe.name == "firm"
+
+
 def test_a_rate_is_times_that_of_the_rule_or_the_users(planned, tmp_path):
     by_rule = planned(("half", "whole"), **dict.fromkeys(SGD))
     given = planned(("half", "whole"), learning_rate=0.04)

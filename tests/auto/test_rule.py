@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny import CLASSES, SIZE, tiny_resnet, tiny_vit
 from tiny_trained import base_of
 
+from d3_hf.assurance.canary import canary
 from d3_hf.assurance.latent_shift import latent_shift
 from d3_hf.auto import thoroughness
 from d3_hf.auto.choose import Tried, choose, walked
@@ -18,7 +19,7 @@ from d3_hf.auto.ladder import MOST, read_ladder
 from d3_hf.auto.plan import Rung
 from d3_hf.auto.run import minutes_said, seconds_left
 from d3_hf.auto.split import split
-from d3_hf.auto.thoroughness import RULE, SCORES, evenness, feature_distance
+from d3_hf.auto.thoroughness import RULE, SCORES, evenness, feature_distance, reluctance
 from d3_hf.data.images import RawImages
 from d3_hf.defenses import defence
 from d3_hf.evaluation.paired import PairedTable
@@ -198,12 +199,13 @@ def test_the_distance_of_features_is_that_of_images_one_by_one(make):
     assert feature_distance(suspect, suspect, head, [pixels]) == 0
 
 
-def test_evenness_is_how_little_a_class_stands_out(monkeypatch):
+def test_evenness_and_reluctance_are_what_the_signals_say(monkeypatch):
     labels = torch.arange(60) % CLASSES
     pixels = torch.randint(0, 256, (60, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images = RawImages(pixels, labels, [f"LABEL_{k}" for k in range(CLASSES)])
     model = tiny_vit()
     assert evenness(model, images) == -latent_shift(model, images).statistic <= 0
+    assert -1 <= reluctance(model, images) == -canary(model, images).statistic <= 0
     monkeypatch.setattr(thoroughness, "MOST_CLASSES", CLASSES - 1)
     with pytest.raises(ValueError, match=f"with {CLASSES} classes it takes hours"):
         evenness(model, images)
@@ -214,7 +216,7 @@ def test_evenness_is_how_little_a_class_stands_out(monkeypatch):
 
 def test_the_ladder_of_the_package(tmp_path):
     recipes = read_ladder()
-    assert len(recipes) <= MOST and [recipe.start for recipe in recipes].count(True) == 1
+    assert len(recipes) <= MOST and sorted(str(recipe.needs) for recipe in recipes if recipe.start) == ["None", "base"]
     for recipe in recipes:
         assert not recipe.options.keys() & {*BY_RULE, "max_steps"}  # the schedule is the network's
         base = {"base_model": base_of(tiny_vit)} if recipe.needs == "base" else {}

@@ -81,6 +81,9 @@ def test_a_walk_sees_what_its_budget_and_the_floor_let_it():
     assert (walk["recipe"], walk["tried"], walk["seconds"]) == ("hard", 2, 20)
     _, ladder = next(ladders(made_up(start="gentle", budget=9)))
     assert [one.name for one in ladder.walk] == ["gentle", "firm", "hard", "severe"]  # which breaks it
+    two = made_up(start="gentle", budget=1)
+    two.loc[two["defence"] == "severe", "is_start"] = True  # near the base, where it was tried
+    assert next(ladders(two))[1].start == 4 and choices(two).set_index("rule").loc["place, walk", "recipe"] == "severe"
     raised = choices(made_up(start="raised", budget=1)).set_index("rule").loc["place, walk"]
     assert not isinstance(raised["recipe"], str) and math.isnan(raised["regret"]) and raised["oracle"] == "firm"
 
