@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TimmWrapperConfig
 
 from ..files import sha256
-from . import hub
+from . import architectures, hub
 from .checkpoint_files import SAFE, read_file, read_files, read_folder, refuse_links, tell_of_others, weights_files
 from .head import find_head
 from .load import kind_of
@@ -55,7 +55,8 @@ class Base:
 def load_base(model: PreTrainedModel, base_model: str | Path, image_size: tuple[int, int], revision: str | None = None) -> Base:
     """Load the base of a suspicious classifier, whether it was saved as an encoder or as a classifier of other classes.
 
-    Poolers, heads and towers that the classifier lacks are left out, and logged. The global random state stays as it is.
+    Poolers, heads and towers that the classifier lacks are left out, and logged; what depends on the size of the images is
+    brought to that of a classifier of timm. The global random state stays as it is.
 
     Args:
         model: The classifier; it is only read.
@@ -68,13 +69,15 @@ def load_base(model: PreTrainedModel, base_model: str | Path, image_size: tuple[
         OSError: A Hub id that is neither cached nor within reach.
         ValueError: A file that is damaged, of another format, or wants to run code; NaN, infinite or quantised weights; a
             revision of what is no Hub id; the classifier has no single head; the base lacks weights of its body or has them in
-            another shape, as position embeddings for another image size; it is the classifier's body itself; or it is no
-            ancestor of it, by `RELATED`.
+            another shape, as transformers' position embeddings for another image size; it is the classifier's body itself; or
+            it is no ancestor of it, by `RELATED`.
     """
     name, head = str(base_model), find_head(model, image_size)
     weights, source = _read(base_model, revision)
     body = [key for key, tensor in model.state_dict().items() if tensor.is_floating_point() and not key.startswith(f"{head}.")]
     found, others, reshaped = _under_names_of(model, weights, name)
+    if reshaped and isinstance(model.config, TimmWrapperConfig):
+        found, others, reshaped = _under_names_of(model, architectures.resampled(model.config, weights, name), name)
     if others:
         logger.info("%s: not a part of %s, and left out: %s", name, type(model).__name__, told(others))
     _refuse_misfits(

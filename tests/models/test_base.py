@@ -11,6 +11,7 @@ import torch
 from hostile import Code
 from networks import MEAN, STD, Net
 from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
 from tiny import CLASSES, SIZE, tiny_dinov2, tiny_resnet, tiny_timm_vit, tiny_vit, with_processor
 from transformers import (
     ConvNextConfig,
@@ -191,6 +192,20 @@ PATCHES, TOKEN = "vit.embeddings.patch_embeddings.projection.weight", "vit.embed
 
 def another_network(base, folder):
     tiny_resnet().save_pretrained(folder)
+
+
+def test_a_base_of_timm_may_be_for_images_of_another_size(tmp_path):
+    small = tiny_timm_vit()
+    large = timm.create_model(small.config.architecture, num_classes=0, **small.config.model_args | {"img_size": 2 * SIZE})
+    save_file(large.state_dict(), tmp_path / "model.safetensors")
+    patches = (small.timm_model.pos_embed.shape[1] - 1) ** 0.5
+    places = resample_abs_pos_embed(large.pos_embed.detach(), new_size=[int(patches)] * 2, num_prefix_tokens=1)
+    expected = large.state_dict() | {"pos_embed": places}
+    small.timm_model.load_state_dict(expected, strict=False)
+    base = load_base(tuned(small), tmp_path, (SIZE, SIZE))
+    assert {key.removeprefix("timm_model.") for key in base.weights} == expected.keys()
+    for key, tensor in base.weights.items():
+        torch.testing.assert_close(tensor, expected[key.removeprefix("timm_model.")], rtol=0, atol=1e-6)
 
 
 def unrelated(base, folder):
