@@ -38,6 +38,7 @@ class Rule:
         updates: Of the whole run; at least one pass over the images is made.
         learning_rate_from_base: The same as ``learning_rate``, of a run that starts near the public base: the start is what
             takes the backdoor out there, and steps only have to bring ACC back.
+        images_from_base: Images from which on that rate is whole; of fewer it falls with their root. None: it is always whole.
         updates_from_base: Of such a run, which has further to go.
         passes_from_base: Over the images that it makes at least: many images are worth more updates to it.
         cutmix: Its alpha, for methods whose loss fits it.
@@ -54,6 +55,7 @@ class Rule:
     images: int
     updates: int
     learning_rate_from_base: float
+    images_from_base: int | None
     updates_from_base: int
     passes_from_base: int
     cutmix: float
@@ -62,7 +64,7 @@ class Rule:
         """What the row, and before it the method, says of each option but those that count updates, for so many images."""
         scale = self.width / (width_of(model) or self.width) if self.width else 1.0
         shared_by = args.world_size * args.gradient_accumulation_steps
-        learning_rate = self.learning_rate_from_base if _near_base(args) else self.learning_rate
+        learning_rate = self._rate_from_base(count) if _near_base(args) else self.learning_rate
         row = {
             "optim": self.optim,
             "optim_args": self.optim_args,
@@ -72,6 +74,11 @@ class Rule:
         }
         own = args.by_network.get(self.name, {})
         return row | {name: value(count) if callable(value) else value for name, value in own.items()}
+
+    def _rate_from_base(self, count: int | None) -> float:
+        """Of an unknown number of images the whole rate."""
+        share = 1.0 if count is None or self.images_from_base is None else min(1.0, count / self.images_from_base)
+        return self.learning_rate_from_base * share**0.5
 
 
 def other_norms(model: nn.Module) -> list[nn.Module]:
@@ -89,8 +96,8 @@ RULES = (
     # On a pretrained ViT-S ten epochs at half as much more cost twice the ACC; CutMix leaves a quarter of BadNets' ASR and two
     # points more ACC. A ViT of 64 channels needs the rate that its width asks for (tests/defenses/test_defaults.py). The
     # long warm-up is for Adam, whose first steps are all of the full rate. Near the base half the rate is worth two to four
-    # points of ACC at 1,000 images and leaves as little of the backdoor, twice the updates were worth four at the whole rate,
-    # and of 2,500 images ten passes two points more than five.
+    # points of ACC at 1,000 images and leaves as little of the backdoor, and of 300 images a quarter is worth two more; twice
+    # the updates were worth four at the whole rate, and of 2,500 images ten passes two points more than five.
     Rule(
         name="LayerNorm",
         fits=lambda model: bool(other_norms(model)),
@@ -103,6 +110,7 @@ RULES = (
         images=32,
         updates=200,
         learning_rate_from_base=5e-5,
+        images_from_base=1000,
         updates_from_base=400,
         passes_from_base=10,
         cutmix=1.0,
@@ -120,6 +128,7 @@ RULES = (
         images=128,
         updates=300,
         learning_rate_from_base=0.1,
+        images_from_base=None,
         updates_from_base=300,
         passes_from_base=1,
         cutmix=0.0,
@@ -137,6 +146,7 @@ RULES = (
         images=128,
         updates=300,
         learning_rate_from_base=0.01,
+        images_from_base=None,
         updates_from_base=300,
         passes_from_base=1,
         cutmix=0.0,

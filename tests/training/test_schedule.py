@@ -126,7 +126,14 @@ def test_a_run_from_near_the_base_has_further_to_go():
         assert found["learning_rate"] == pytest.approx(TINY * RULES[0].learning_rate_from_base / RULES[0].learning_rate)
         assert found["num_train_epochs"] == passes(RULES[0].updates_from_base, 1000, RULES[0].images)
     assert settled(tiny_vit(), name="d3")[0]["num_train_epochs"] == passes(RULES[0].updates, 1000, RULES[0].images)
-    assert settled(tiny_vit(), name="d3")[0]["learning_rate"] == TINY
+    assert (
+        settled(tiny_vit(), name="d3")[0]["learning_rate"]
+        == settled(tiny_vit(), name="d3", count=250)[0]["learning_rate"]
+        == TINY
+    )
+    counts = (None, 5000, 1000, 250, 40)
+    rates = [settled(tiny_vit(), name="d3", base_model="base", count=count)[0]["learning_rate"] for count in counts]
+    assert rates == pytest.approx([rates[0]] * 3 + [rates[0] / 2, rates[0] / 5], rel=0.05)  # two digits
     assert RULES[0].updates_from_base > RULES[0].updates and RULES[0].learning_rate_from_base < RULES[0].learning_rate
     many, few = (settled(tiny_vit(), name="d3", base_model="base", count=count)[0]["num_train_epochs"] for count in (5000, 100))
     assert many == RULES[0].passes_from_base and few == passes(RULES[0].updates_from_base, 100, RULES[0].images)
