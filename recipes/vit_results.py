@@ -3,7 +3,7 @@
     python recipes/vit_results.py
 
 Reads model_cards/results/vit.parquet, draws docs/pictures/acc_asr.png, and rewrites what stands between pairs of marks in
-README.md and in model_cards/vit.md.
+README.md and in model_cards/vit.md. The card also has the tables of the victims before these, from vit_seed42.parquet.
 """
 
 import hashlib
@@ -23,17 +23,26 @@ from d3_hf.publishing.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE, PICTURE = ROOT / "model_cards/results/vit.parquet", ROOT / "docs/pictures/acc_asr.png"
+OLDER = TABLE.with_name("vit_seed42.parquet")
 README, CARD = ROOT / "README.md", ROOT / "model_cards/vit.md"
 
 BETWEEN = "(?<=<!-- {0}: begin -->\n).*?(?=<!-- {0}: end -->)"
 
 RETAIN = "1,000 images"  # the retain set that all is about but the table of sizes
-# Victims: what their attacks are called; and their markers in the picture.
+# Victims: what their attacks are called, those of README and its picture and the others; and the markers in the picture.
 ATTACKS = {
     "cifar10-vit-small/badnets": "BadNets",
     "cifar10-vit-small/blended": "Blended",
     "cifar10-vit-small/lf": "LF",
     "cifar10-vit-small/ssba_lite": "SSBA-lite",
+}
+OTHERS = {
+    "cifar10-vit-small/wanet": "WaNet",
+    "cifar10-vit-small/sig": "SIG",
+    "cifar10-vit-small/badnets-1percent": "BadNets, 1 %",
+    "cifar10-vit-small/blended-1percent": "Blended, 1 %",
+    "cifar10-vit-small/badnets-sam1": "BadNets, SAM",
+    "cifar10-vit-small-timm/badnets": "BadNets, timm",
 }
 MARKERS = dict(zip(ATTACKS, "os^v", strict=True))
 FIRST = 0  # the seed that a row is of where nothing else is said
@@ -61,9 +70,13 @@ FONT, DPI, SIZE = 13, 150, (7.2, 5.4)
 
 
 def read(table: Path = TABLE) -> pandas.DataFrame:
-    """The measured rows about the victims of `ATTACKS`; those that failed are left out."""
-    rows, _ = split(pandas.read_parquet(table))
-    return rows[rows["victim"].isin(list(ATTACKS))]
+    """The measured rows; those that failed are left out."""
+    return split(pandas.read_parquet(table))[0]
+
+
+def about(rows: pandas.DataFrame, victims: Iterable[str] = ATTACKS) -> pandas.DataFrame:
+    """The rows about some victims."""
+    return rows[rows["victim"].isin(list(victims))]
 
 
 def at(rows: pandas.DataFrame, retain: str = RETAIN) -> pandas.DataFrame:
@@ -78,8 +91,8 @@ def means(rows: pandas.DataFrame) -> dict[tuple[str, str], tuple[float, ...]]:
 
 
 def attacks_of(rows: pandas.DataFrame) -> dict[str, str]:
-    """Those of `ATTACKS` that have rows."""
-    return {victim: name for victim, name in ATTACKS.items() if victim in set(rows["victim"])}
+    """What the attacks are called that have rows, by victim."""
+    return {victim: name for victim, name in (ATTACKS | OTHERS).items() if victim in set(rows["victim"])}
 
 
 def listed(parts: Iterable[str]) -> str:
@@ -109,7 +122,7 @@ def said(rows: pandas.DataFrame) -> str:
 
 def readme_block(rows: pandas.DataFrame) -> str:
     """README's table, after a sentence about the measurement."""
-    rows = at(rows)
+    rows = at(about(rows))
     rates, names = means(rows), attacks_of(rows)
     rows = rows[rows["defence"].isin([*ROWS, VICTIM, TWIN])]
     lines = [
@@ -164,13 +177,20 @@ def seeds_block(rows: pandas.DataFrame) -> str:
     for (name, victim), own in rows.groupby(["defence", "victim"], sort=False):
         if len(own) > 1:
             rates = [span((100 * own[rate]).round(1), 1) for rate in RATES[:3]]
-            table.append((name, ATTACKS[victim], str(len(own)), *rates))
+            table.append((name, attacks_of(own)[victim], str(len(own)), *rates))
     return f"{markdown_table(('method', 'attack', 'seeds', 'ACC', 'ASR', 'RA'), table)}\n"
 
 
 def card_blocks(rows: pandas.DataFrame) -> dict[str, str]:
     """What stands between the card's marks, by their names."""
-    return {"results": methods_block(rows), "sizes": sizes_block(rows), "seeds": seeds_block(rows)}
+    main = about(rows)
+    blocks = {"results": methods_block(main), "sizes": sizes_block(main), "seeds": seeds_block(main)}
+    return blocks | {"others": methods_block(about(rows, OTHERS))}
+
+
+def older_blocks(rows: pandas.DataFrame) -> dict[str, str]:
+    """The same of the victims before these."""
+    return {f"older {name}": block for name, block in card_blocks(rows).items() if name != "others"}
 
 
 def replaced(text: str, name: str, block: str) -> str:
@@ -193,6 +213,7 @@ def points(rows: pandas.DataFrame) -> list[tuple[str, str, float, float]]:
 
 def draw(rows: pandas.DataFrame) -> Figure:
     """ACC to the right, ASR downwards: up and right is better."""
+    rows = about(rows)
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -227,7 +248,8 @@ def main(argv: list[str]) -> None:
     rows = read()
     PICTURE.parent.mkdir(exist_ok=True)
     draw(rows).savefig(PICTURE, dpi=DPI, metadata={"Description": digest(rows), "Software": None})
-    for file, blocks in ((README, {"results": readme_block(rows)}), (CARD, card_blocks(rows))):
+    card = card_blocks(rows) | older_blocks(read(OLDER))
+    for file, blocks in ((README, {"results": readme_block(rows)}), (CARD, card)):
         text = file.read_text()
         for name, block in blocks.items():
             text = replaced(text, name, block)

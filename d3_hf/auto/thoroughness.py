@@ -1,6 +1,7 @@
 """Thoroughness: how far a recipe went from the suspicious model, as far as that can be told without a trigger; larger is more.
 
-None says that a backdoor is gone. How they rank recipes beside the true ASR: model_cards/auto.md.
+None says that a backdoor is gone. On one victim the first three ranked four recipes as their ASR does
+(model_cards/few_images.md); the last has not been measured.
 """
 
 from collections.abc import Iterable

@@ -95,7 +95,7 @@ def width_of(model: nn.Module) -> int | None:
 RULES = (
     # On a pretrained ViT-S ten epochs at half as much more cost twice the ACC; CutMix leaves a quarter of BadNets' ASR and two
     # points more ACC. A ViT of 64 channels needs the rate that its width asks for (tests/defenses/test_defaults.py). The
-    # long warm-up is for Adam, whose first steps are all of the full rate. Near the base half the rate is worth two to four
+    # long warm-up is for Adam, whose first steps are all of the full rate. Near the base half the rate is worth one to four
     # points of ACC at 1,000 images and leaves as little of the backdoor, and of 300 images a quarter is worth two more; twice
     # the updates were worth four at the whole rate, and of 2,500 images ten passes two points more than five.
     Rule(
