@@ -62,7 +62,7 @@ def _cropped(
     if extents is not None:  # from where an image lies to where that is in all of (H, W)
         part_y, part_x = (extents / extents.new_tensor(images.shape[2:])).unbind(1)
         height, width = height * part_y, width * part_x
-        centre_y, centre_x = (centre_y + 1) * part_y - 1, (centre_x + 1) * part_x - 1
+        centre_y, centre_x = centre_y * part_y + (part_y - 1), centre_x * part_x + (part_x - 1)  # exact where it is all
     nothing, mirror = torch.zeros_like(height), torch.where(flip < 0.5, -1.0, 1.0)
     rows = [torch.stack([mirror * width, nothing, centre_x], 1), torch.stack([nothing, height, centre_y], 1)]
     grid = F.affine_grid(torch.stack(rows, 1), [len(images), 3, *size], align_corners=False)
